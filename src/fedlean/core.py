@@ -1,0 +1,166 @@
+"""The vocabulary of FedLean: read this file first.
+
+Everything that a server and its clients exchange is plain, immutable data made of NumPy arrays,
+numbers and strings, so it can be costed, hashed, checkpointed and sent without pickle.  This module
+imports nothing of FedLean and knows no method, engine or transport.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fedlean.engine.protocol import Engine
+    from fedlean.spec import ModelSpec
+
+Params = Mapping[str, np.ndarray]  # tensor name -> float32 array; every tensor of the model
+Masks = Mapping[str, np.ndarray]  # tensor name -> bool array, True = kept; absent = dense
+Scalar = int | float | str | bool
+Reduction = Literal["mean", "sum"]  # mean: weighted by num_examples, as p_n in the papers
+
+
+@dataclass(frozen=True)
+class Device:
+    """One client of the federation, as the server knows it; `profile` names its cost model."""
+
+    id: int
+    profile: str = "generic"
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """What of the model a client holds and trains; empty fields mean "all of it".
+
+    Composition order: slice (`index`), freeze, output module, mask.  Masks are in sliced shape.
+    """
+
+    masks: Masks = field(default_factory=dict)
+    index: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)  # kept ids per axis
+    frozen: frozenset[str] = frozenset()  # tensor names that no client updates
+    output_module: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stretch of local work in the terms in which `fedlean.cost` charges it.
+
+    A client states what it did; what that costs depends on the device and is not its business.
+    """
+
+    steps: int = 0  # forward + backward + update, on `batch_size` examples each
+    batch_size: int = 1
+    importance_steps: int = 0  # of those steps, how many also took the dense weight gradient
+    forward_examples: int = 0  # examples that only ran forward
+    kept: Mapping[str, int] = field(default_factory=dict)  # masked tensor -> kept coordinates
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """One client's order for one round.  `params` and `sub_model` are what it starts from."""
+
+    round: int
+    phase: str
+    client: int
+    seed: int
+    spec: ModelSpec
+    params: Params
+    sub_model: SubModel
+    hparams: Mapping[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Named arrays beside the parameters, with the rule by which the server reduces them."""
+
+    tensors: Mapping[str, np.ndarray]
+    reduction: Reduction
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One client's answer; `sub_model` says what it holds now (coverage of the merge)."""
+
+    client: int
+    num_examples: int
+    params: Params
+    sub_model: SubModel
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    work: tuple[Work, ...] = ()
+
+
+class State(Protocol):
+    """A method's state: a frozen dataclass of numbers, strings, arrays, tuples and mappings."""
+
+    @property
+    def round(self) -> int: ...  # training rounds completed
+    @property
+    def phase(self) -> str: ...
+    @property
+    def params(self) -> Params: ...
+    @property
+    def masks(self) -> Masks: ...
+
+
+class Batches(Protocol):
+    """A client's local data.  Drawing is a pure function of its arguments."""
+
+    num_examples: int
+
+    def draw(
+        self, *, steps: int, batch_size: int, seed: int, examples: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`steps` batches (x float32 (B, *input_shape), y int64 (B,)).
+
+        Shuffled passes over the data, reshuffled at each pass; every batch is full, wrapping around
+        where the data is shorter.  `examples` restricts to the first so many of a seeded shuffle.
+        """
+        ...
+
+
+ClientState = Mapping[str, np.ndarray]  # what a client keeps between rounds; {} at first contact
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server half of a method may know about the run."""
+
+    spec: ModelSpec
+    engine: Engine
+    seed: int
+    rounds: int
+    device: Any = None  # fedlean.cost.profile.Profile of the fleet; None: no time model
+
+
+class FederatedAlgorithm(NamedTuple):
+    """A method: four functions and a stop predicate, built by `method(server, **hyperparameters)`."""
+
+    init: Callable[[Params], Any]
+    configure: Callable[[Any, Sequence[Device]], list[ClientTask]]  # [] = server-only step
+    client_update: Callable[
+        [ClientTask, Batches, Engine, ClientState], tuple[ClientUpdate, ClientState]
+    ]
+    server_update: Callable[[Any, Iterable[ClientUpdate]], Any]
+    done: Callable[[Any], bool]
+
+
+def derive_seed(seed: int, round: int, client: int, purpose: str) -> int:
+    """A 63-bit seed for one use.  Same on every machine; no two uses share a stream.
+
+    >>> derive_seed(0, 1, 2, "batches") == derive_seed(0, 1, 2, "batches")
+    True
+    >>> derive_seed(0, 1, 2, "batches") == derive_seed(0, 1, 2, "dropout")
+    False
+    """
+    text = f"{seed}/{round}/{client}/{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, round: int, client: int, purpose: str) -> np.random.Generator:
+    """A Philox (counter-based) generator on `derive_seed`, the only way FedLean draws numbers."""
+    return np.random.Generator(np.random.Philox(derive_seed(seed, round, client, purpose)))

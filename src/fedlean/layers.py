@@ -1,0 +1,224 @@
+"""The layers a `ModelSpec` is made of: plain data with shape inference.
+
+Shapes exclude the batch axis: (C, H, W) for images, (F,) for vectors.  A layer says its output
+shape, its parameters and its multiply-adds per example; it never computes.  Adding a layer is one
+class here and one case in each engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+Shape = tuple[int, ...]
+
+
+def _one(inputs: list[Shape]) -> Shape:
+    if len(inputs) != 1:
+        raise ValueError(f"takes 1 input, got {len(inputs)}")
+    return inputs[0]
+
+
+def _image(inputs: list[Shape]) -> Shape:
+    shape = _one(inputs)
+    if len(shape) != 3:
+        raise ValueError(f"needs an image (C, H, W) as input, got shape {shape}")
+    return shape
+
+
+def _window(size: int, kernel: int, stride: int, padding: int) -> int:
+    out = (size + 2 * padding - kernel) // stride + 1
+    if out < 1 or kernel > size + 2 * padding:
+        raise ValueError(
+            f"window {kernel} does not fit an input side of {size} (padding {padding}): "
+            "use larger images or fewer pooling layers"
+        )
+    return out
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Linear:
+    out_features: int
+    bias: bool = True
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        _positive(out_features=self.out_features)
+        shape = _one(inputs)
+        if len(shape) != 1:
+            raise ValueError(f"needs a vector as input, got shape {shape}: put a Flatten before it")
+        return (self.out_features,)
+
+    def param_shapes(self, inputs: list[Shape]) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {"weight": (self.out_features, inputs[0][0])}
+        return shapes | ({"bias": (self.out_features,)} if self.bias else {})
+
+    def positions(self, inputs: list[Shape]) -> int:
+        """Uses of each weight per example."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Conv2d:
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    bias: bool = True
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        _positive(
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            groups=self.groups,
+        )
+        c, h, w = _image(inputs)
+        if c % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide both channel counts, got {c} in and "
+                f"{self.out_channels} out"
+            )
+        k, s, p = self.kernel_size, self.stride, self.padding
+        return (self.out_channels, _window(h, k, s, p), _window(w, k, s, p))
+
+    def param_shapes(self, inputs: list[Shape]) -> dict[str, Shape]:
+        k = self.kernel_size
+        shapes: dict[str, Shape] = {
+            "weight": (self.out_channels, inputs[0][0] // self.groups, k, k)
+        }
+        return shapes | ({"bias": (self.out_channels,)} if self.bias else {})
+
+    def positions(self, inputs: list[Shape]) -> int:
+        return prod(self.output_shape(inputs)[1:])
+
+
+@dataclass(frozen=True)
+class MaxPool2d:
+    kernel_size: int
+    stride: int | None = None  # None: kernel_size
+    padding: int = 0
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        _positive(kernel_size=self.kernel_size)
+        c, h, w = _image(inputs)
+        stride = self.stride or self.kernel_size
+        k, p = self.kernel_size, self.padding
+        if 2 * p > k:
+            raise ValueError(f"padding {p} must be at most half of kernel_size {k}")
+        return (c, _window(h, k, stride, p), _window(w, k, stride, p))
+
+
+@dataclass(frozen=True)
+class AvgPool2d(MaxPool2d):
+    """Average pooling; padded zeros count in the mean, as in PyTorch's default."""
+
+
+@dataclass(frozen=True)
+class GlobalAvgPool:
+    """(C, H, W) -> (C,)."""
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return (_image(inputs)[0],)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    eps: float = 1e-5
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return _one(inputs)
+
+    def param_shapes(self, inputs: list[Shape]) -> dict[str, Shape]:
+        return {"weight": (inputs[0][0],), "bias": (inputs[0][0],)}
+
+
+@dataclass(frozen=True)
+class GroupNorm(_Norm):
+    groups: int = 1
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        shape = _one(inputs)
+        if self.groups < 1 or shape[0] % self.groups:
+            raise ValueError(f"groups={self.groups} must divide the {shape[0]} channels")
+        return shape
+
+
+@dataclass(frozen=True)
+class BatchNorm(_Norm):
+    momentum: float = 0.1
+
+    def buffer_shapes(self, inputs: list[Shape]) -> dict[str, Shape]:
+        return {"running_mean": (inputs[0][0],), "running_var": (inputs[0][0],)}
+
+
+@dataclass(frozen=True)
+class _Elementwise:
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return _one(inputs)
+
+
+@dataclass(frozen=True)
+class ReLU(_Elementwise):
+    pass
+
+
+@dataclass(frozen=True)
+class Hardswish(_Elementwise):
+    pass
+
+
+@dataclass(frozen=True)
+class Hardsigmoid(_Elementwise):
+    pass
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """(C, H, W) -> (C*H*W,), row-major; a vector passes unchanged."""
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return (prod(_one(inputs)),)
+
+
+@dataclass(frozen=True)
+class Add:
+    """Residual sum of two or more equal shapes."""
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        if len(inputs) < 2 or any(shape != inputs[0] for shape in inputs):
+            raise ValueError(f"needs two or more inputs of equal shape, got {inputs}")
+        return inputs[0]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Channel-wise product of an image (C, H, W) with a gate (C,): squeeze-and-excite."""
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        if len(inputs) != 2 or len(inputs[0]) != 3 or inputs[1] != inputs[0][:1]:
+            raise ValueError(f"needs an image (C, H, W) and a gate (C,), got {inputs}")
+        return inputs[0]
+
+
+Layer = (
+    Linear
+    | Conv2d
+    | MaxPool2d
+    | AvgPool2d
+    | GlobalAvgPool
+    | GroupNorm
+    | BatchNorm
+    | ReLU
+    | Hardswish
+    | Hardsigmoid
+    | Flatten
+    | Add
+    | Scale
+)
