@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    from fedlean.cost.profile import Profile
     from fedlean.engine.protocol import Engine
     from fedlean.spec import ModelSpec
 
@@ -57,6 +58,7 @@ class Work:
     importance_steps: int = 0  # of those steps, how many also took the dense weight gradient
     forward_examples: int = 0  # examples that only ran forward
     kept: Mapping[str, int] = field(default_factory=dict)  # masked tensor -> kept coordinates
+    optimizer_floats: int = 0  # held by the optimiser per trained weight (1 with momentum)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Server:
     engine: Engine
     seed: int
     rounds: int
-    device: Any = None  # fedlean.cost.profile.Profile of the fleet; None: no time model
+    device: Profile  # the time model of the fleet's devices
 
 
 class FederatedAlgorithm(NamedTuple):

@@ -15,7 +15,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, get_args
 
-from fedlean.layers import BatchNorm, Conv2d, Layer, Linear, Shape
+from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear, Shape
 
 INPUT = "input"  # the name by which nodes refer to the model's input
 MAX_TENSOR_ELEMENTS = 1 << 31  # larger layers are a mistake or an attack
@@ -129,8 +129,10 @@ class ModelSpec:
         return tuple(f"{node.name}.weight" for node in self.weighted if node.prunable)
 
     @cached_property
-    def batch_norms(self) -> tuple[str, ...]:
-        return tuple(node.name for node in self.nodes if isinstance(node.layer, BatchNorm))
+    def variances(self) -> Mapping[str, str]:
+        """Each running variance with its running mean: a merge needs both moments."""
+        norms = [node.name for node in self.nodes if isinstance(node.layer, BatchNorm)]
+        return {f"{name}.running_var": f"{name}.running_mean" for name in norms}
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:
@@ -138,6 +140,16 @@ class ModelSpec:
 
     def input_shapes(self, node: Node) -> list[Shape]:
         return [self.shapes[source] for source in node.inputs]
+
+    def viewed(self, name: str) -> str:
+        """The activation whose memory `name` is: Flatten is a view of what it reads."""
+        while name != INPUT and isinstance(self.by_name[name].layer, Flatten):
+            (name,) = self.by_name[name].inputs
+        return name
+
+    def reads_input(self, node: Node) -> bool:
+        """Whether the node's input is the model's, so that no gradient flows there."""
+        return all(self.viewed(source) == INPUT for source in node.inputs)
 
     @cached_property
     def blocks(self) -> Mapping[str, tuple[Node, ...]]:

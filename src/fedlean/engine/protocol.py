@@ -80,7 +80,10 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
+    """Opens sessions.  `arithmetic` says whether a mask saves anything here."""
+
     name: str
+    arithmetic: Literal["masked", "sparse"]
 
     def open(
         self,

@@ -1,0 +1,219 @@
+"""The command line.  Exit codes: 0 done, 2 bad usage or input (one line), 130 interrupted."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+import fedlean
+from fedlean.core import Scalar
+from fedlean.cost import profile as profiles
+from fedlean.data import load as datasets
+from fedlean.models import catalog
+from fedlean.report import console as report_console
+from fedlean.report.page import comparison_page, run_page, write_page
+from fedlean.report.run_folder import read_run
+from fedlean.runtime import method as methods
+from fedlean.runtime import run as runs
+from fedlean.runtime.local import ClientError
+from fedlean.runtime.progress import watch_run
+from fedlean.runtime.rounds import RunFailed
+
+BAD_INPUT, INTERRUPTED = 2, 130
+out, err = Console(), Console(stderr=True)
+app = App(
+    name="fedlean",
+    help="Federated learning in which every device trains only what it can afford.",
+    version=fedlean.__version__,
+    result_action="return_value",
+)
+
+
+@app.command
+def run(
+    method: str,
+    /,
+    *,
+    dataset: str = "digits",
+    model: str = "lenet300",
+    partition: str = "iid",
+    clients: int = 10,
+    cohort: int | None = None,
+    rounds: int = 100,
+    local_steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    engine: str = "torch",
+    threads: int = 1,
+    device: str = "raspberry_pi_4",
+    target_accuracy: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
+    eval_every: int = 1,
+    eval_examples: int | None = None,
+    set: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    out: Path | None = None,
+) -> None:
+    """Train one model across simulated clients and write a run folder with a report.
+
+    Parameters
+    ----------
+    method: a name from 'fedlean methods', or package.module:function
+    dataset: digits, or a folder (see 'fedlean datasets')
+    model: a name from 'fedlean models', or package.module:function
+    partition: iid, dirichlet:A, natural or shards:K
+    clients: devices in the federation
+    cohort: clients a round, drawn anew each round (default: all)
+    rounds: training rounds
+    local_steps: local steps a round (default: the method's)
+    batch: examples a step (default: the method's)
+    lr: learning rate (default: the method's)
+    seed: everything random follows from it
+    engine: torch
+    threads: threads of the engine; results are bit-equal only at the same number
+    device: profile of the emulated devices, from 'fedlean devices' or a .json file
+    target_accuracy: accuracies in (0, 1) whose cost is reported
+    eval_every: rounds between evaluations
+    eval_examples: test examples used during the run (default: all; the last round takes all)
+    set: further hyper-parameters of the method, key=value
+    out: run folder (default: runs/METHOD-DATASET-MODEL-sSEED)
+    """
+    found = methods.find_method(method)
+    settings: dict[str, Scalar] = methods.parse_settings(method, found, set or [])
+    flags = {"cohort": cohort, "local_steps": local_steps, "batch_size": batch, "lr": lr}
+    settings |= {key: value for key, value in flags.items() if value is not None}
+    config = runs.RunConfig(
+        method=method,
+        dataset=dataset,
+        model=model,
+        partition=partition,
+        clients=clients,
+        rounds=rounds,
+        seed=seed,
+        engine=engine,
+        threads=threads,
+        device=device,
+        target_accuracy=tuple(target_accuracy or ()),
+        eval_every=eval_every,
+        eval_examples=eval_examples,
+        settings=settings,
+    )
+    folder = out or Path("runs") / _folder_name(config)
+    with watch_run(config, folder) as watch:
+        summary = runs.start(config, folder, watch)
+    _finish(folder, summary)
+
+
+@app.command
+def resume(folder: Path, /) -> None:
+    """Continue an interrupted run, bit for bit.
+
+    Parameters
+    ----------
+    folder: a run folder
+    """
+    config = runs.read_config(folder)
+    with watch_run(config, folder) as watch:
+        summary = runs.resume(folder, watch, lambda line: err.print(line, highlight=False))
+    _finish(folder, summary)
+
+
+@app.command
+def compare(
+    folders: Annotated[list[Path], Parameter(consume_multiple=True)],
+    /,
+    *,
+    out: Path = Path("compare.html"),
+    target_accuracy: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
+) -> None:
+    """One page over several runs; the first is the baseline.
+
+    Parameters
+    ----------
+    folders: run folders
+    out: the page to write
+    target_accuracy: accuracies to compare at (default: those of the runs)
+    """
+    loaded = [read_run(folder) for folder in folders]
+    write_page(out, comparison_page(loaded, target_accuracy or None))
+    _print(report_console.cost_table(loaded, target_accuracy or None))
+    _print(f"wrote {out}")
+
+
+@app.command(name="methods")
+def list_methods() -> None:
+    """What can be run, one line each."""
+    _list(methods.available())
+
+
+@app.command(name="models")
+def list_models() -> None:
+    """Built-in models, one line each."""
+    _list(catalog.available())
+
+
+@app.command(name="datasets")
+def list_datasets() -> None:
+    """Data sets and the folder layouts that are recognised."""
+    _list(dict(datasets.available()))
+
+
+@app.command(name="devices")
+def list_devices() -> None:
+    """Device profiles for the emulated clock."""
+    _list(profiles.available())
+
+
+def _list(entries: dict[str, str]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in entries.items():
+        table.add_row(f"[bold]{name}[/bold]", text)
+    _print(table)
+
+
+def _print(what: Any) -> None:
+    out.print(what, highlight=False)
+
+
+def _folder_name(config: runs.RunConfig) -> str:
+    parts = (config.method, Path(config.dataset).name, config.model, f"s{config.seed}")
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
+
+
+def _finish(folder: Path, summary: dict[str, Any]) -> None:
+    write_page(folder / "report.html", run_page(read_run(folder)))
+    sent = summary["downlink_bytes"] + summary["uplink_bytes"]
+    _print(
+        f"{summary['method']}: accuracy {summary['final_accuracy']:.2%} "
+        f"(best {summary['best_accuracy']:.2%}), density {summary['density']:.1%}, "
+        f"{sent / 1e6:.1f} MB sent, {summary['simulated_seconds']:.0f} simulated seconds on "
+        f"{summary['device']}, {summary['wall_seconds']:.1f} s here"
+    )
+    _print(f"report: {folder / 'report.html'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; never shows a traceback for bad input."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(" ".join(str(error).split()) + " (see fedlean --help)")
+    except (ValueError, RunFailed, ClientError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        err.print("interrupted", highlight=False)
+        sys.exit(INTERRUPTED)
+
+
+def _fail(line: str) -> None:
+    err.print(f"fedlean: {line}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

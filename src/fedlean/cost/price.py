@@ -1,0 +1,77 @@
+"""`cost`: what one client pays for one round, before it happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlean import wire
+from fedlean.core import SubModel, Work
+from fedlean.cost.flops import work_flops
+from fedlean.cost.profile import Profile
+from fedlean.cost.time import link_seconds, work_seconds
+from fedlean.engine.memory import step_memory
+from fedlean.engine.protocol import SGD
+from fedlean.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One client, one round.  Bytes are payload: values, pattern, full gradients.
+
+    Message headers (about a hundred bytes) are left out here and counted in the run log.
+    """
+
+    flops: int
+    peak_memory_bytes: int
+    uplink_bytes: int
+    downlink_bytes: int
+    seconds: float
+
+
+def cost(
+    spec: ModelSpec,
+    sub_model: SubModel,
+    device: Profile,
+    *,
+    batch_size: int,
+    local_steps: int,
+    optimizer: SGD,
+    importance_steps: int = 0,
+    upload_importance: bool = False,
+    pattern_known: bool = True,
+    value_dtype: wire.ValueDtype = "fp32",
+) -> Cost:
+    """Price of a round of `local_steps` steps on `device`.
+
+    `importance_steps` of them also take the dense weight gradient; `upload_importance` sends the
+    sums of all prunable and other trainable coordinates (fp32); `pattern_known` says whether the
+    masks travel down.
+    """
+    floats = 1 if optimizer.momentum else 0
+    kept = kept_counts(sub_model)
+    work = Work(local_steps, batch_size, importance_steps, kept=kept, optimizer_floats=floats)
+    values = wire.params_payload_bytes(spec, sub_model.masks, value_dtype=value_dtype)
+    down = values + (0 if pattern_known else wire.pattern_payload_bytes(sub_model.masks))
+    up = values + (4 * spec.num_params if upload_importance else 0)
+    memory = work_memory_bytes(spec, work, frozen=sub_model.frozen)
+    seconds = work_seconds(spec, work, device) + link_seconds(down, up, device)
+    return Cost(work_flops(spec, work), memory, up, down, seconds)
+
+
+def kept_counts(sub_model: SubModel) -> dict[str, int]:
+    """Kept coordinates per masked tensor, as `Work` wants them."""
+    return {name: int(np.count_nonzero(mask)) for name, mask in sub_model.masks.items()}
+
+
+def work_memory_bytes(spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset()) -> int:
+    """Modelled peak of a device that stores only what it trains (see `engine.memory`)."""
+    return step_memory(
+        spec,
+        work.kept,
+        batch_size=work.batch_size,
+        optimizer_floats=work.optimizer_floats,
+        frozen=frozen,
+        importance=work.importance_steps > 0,
+    ).peak_bytes

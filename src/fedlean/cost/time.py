@@ -1,0 +1,130 @@
+"""Seconds of computation and of transport on a device profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from fedlean.core import Work
+from fedlean.cost.flops import forward_flops, layer_flops, positions, step_flops
+from fedlean.cost.profile import Profile
+from fedlean.layers import Conv2d, Flatten
+from fedlean.spec import ModelSpec, Node
+
+FORWARD_SHARE = 1 / 3  # of a step's work on activations; ours, no measurement is published
+VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LinearTime:
+    """PruneFL's T(M) = c + Σ_j t_j, with t_j equal within a tensor."""
+
+    constant_seconds: float
+    seconds_per_weight: Mapping[str, float]
+
+
+def activations(spec: ModelSpec) -> int:
+    """Outputs of all layers but Flatten (a view), per example."""
+    return sum(
+        prod(spec.shapes[node.name]) for node in spec.nodes if not isinstance(node.layer, Flatten)
+    )
+
+
+def _seconds_per_flop(profile: Profile, node: Node) -> float:
+    if isinstance(node.layer, Conv2d):
+        return profile.sparse_conv_seconds_per_flop
+    return profile.sparse_linear_seconds_per_flop
+
+
+def step_seconds(
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    batch_size: int,
+    profile: Profile,
+    *,
+    importance: bool = False,
+) -> float:
+    """One training step, the shorter of the sparse and the dense way.
+
+    A model without masks runs densely.  With `importance` the sparse way pays the whole dense
+    weight gradient on top; the dense way has it already.
+    """
+    dense = step_flops(spec, {}, batch_size) / profile.dense_flops_per_s
+    if not kept:
+        return dense
+    sparse = profile.sparse_seconds_per_activation * activations(spec) * batch_size
+    for node in spec.weighted:
+        flops = layer_flops(spec, node, kept, batch_size)
+        sparse += flops.step * _seconds_per_flop(profile, node)
+        if importance:
+            sparse += flops.dense_grad_weight / profile.dense_flops_per_s
+    return min(sparse, dense)
+
+
+def forward_seconds(
+    spec: ModelSpec, kept: Mapping[str, int], examples: int, profile: Profile
+) -> float:
+    dense = forward_flops(spec, {}, examples) / profile.dense_flops_per_s
+    if not kept:
+        return dense
+    sparse = profile.sparse_seconds_per_activation * activations(spec) * examples * FORWARD_SHARE
+    for node in spec.weighted:
+        flops = layer_flops(spec, node, kept, examples)
+        sparse += flops.forward * _seconds_per_flop(profile, node)
+    return min(sparse, dense)
+
+
+def work_seconds(spec: ModelSpec, work: Work, profile: Profile) -> float:
+    """Computation of one stretch of work, without the link."""
+    plain = step_seconds(spec, work.kept, work.batch_size, profile)
+    with_importance = step_seconds(spec, work.kept, work.batch_size, profile, importance=True)
+    steps = (work.steps - work.importance_steps) * plain + work.importance_steps * with_importance
+    return steps + forward_seconds(spec, work.kept, work.forward_examples, profile)
+
+
+def link_seconds(downlink_bytes: int, uplink_bytes: int, profile: Profile) -> float:
+    return downlink_bytes / profile.downlink_bytes_per_s + uplink_bytes / profile.uplink_bytes_per_s
+
+
+def linear_round_time(
+    spec: ModelSpec, profile: Profile, *, batch_size: int, local_steps: int
+) -> LinearTime:
+    """T(M) of a values-only round of `local_steps` sparse steps, link included (PruneFL, Sec. V).
+
+    Per kept weight: its operations, and its value down and up.  Constant: work on activations and
+    the tensors that are never pruned.
+    """
+    per_byte = 1 / profile.uplink_bytes_per_s + 1 / profile.downlink_bytes_per_s
+    per_value = VALUE_BYTES * per_byte
+    constant = local_steps * batch_size * activations(spec) * profile.sparse_seconds_per_activation
+    constant += per_value * sum(
+        prod(shape) for name, shape in spec.tensor_shapes.items() if name not in spec.prunable
+    )
+    per_weight: dict[str, float] = {}
+    for node in spec.weighted:
+        passes = 2 if spec.reads_input(node) else 3  # forward, grad-weight, and grad-input if any
+        flops = 2 * passes * positions(spec, node) * batch_size * local_steps
+        seconds = flops * _seconds_per_flop(profile, node)
+        name = f"{node.name}.weight"
+        if name in spec.prunable:
+            per_weight[name] = seconds + per_value
+        else:
+            constant += seconds * prod(spec.param_shapes[name])
+    return LinearTime(constant, per_weight)
+
+
+def round_seconds(
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    profile: Profile,
+    *,
+    batch_size: int,
+    local_steps: int,
+) -> float:
+    """T(M) of the same round with the dense fall-back: monotone in every count, not linear."""
+    values = sum(
+        kept.get(name, prod(shape)) * VALUE_BYTES for name, shape in spec.tensor_shapes.items()
+    )
+    compute = local_steps * step_seconds(spec, kept, batch_size, profile)
+    return compute + link_seconds(values, values, profile)

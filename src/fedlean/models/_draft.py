@@ -1,0 +1,122 @@
+"""A spec under construction from a traced PyTorch module: names, blocks, shapes.
+
+Torch-free.  It keeps apart the shape in which the spec holds a value and the shape which PyTorch
+sees: after a global pooling (C,) and (C, 1, 1) mean the same, and nothing else may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import NamedTuple
+
+from fedlean.layers import Add, Conv2d, Flatten, GlobalAvgPool, Layer, Linear, Scale, Shape
+from fedlean.spec import INPUT, Node
+
+SUPPORTED = (
+    "Linear, Conv2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), GroupNorm, BatchNorm1d/2d, ReLU, "
+    "Hardswish, Hardsigmoid, Flatten, Identity, Dropout, relu/pooling/flatten/view/mean((2, 3)) "
+    "calls, sums of equal shapes, and image * gate of shape (B, C, 1, 1)"
+)
+
+
+class Held(NamedTuple):
+    """A value: the spec node that has it, its shape there and its shape in torch (no batch)."""
+
+    name: str
+    shape: Shape
+    torch_shape: Shape
+
+    def checked(self) -> Held:
+        """Itself, if both shapes mean the same."""
+        if self.torch_shape != self.shape and self.torch_shape not in _spellings(self.shape):
+            raise ValueError(
+                f"has shape {self.torch_shape} in PyTorch and {self.shape} in the spec, which "
+                f"cannot be told from {self.name!r}"
+            )
+        return self
+
+
+def _spellings(shape: Shape) -> tuple[Shape, ...]:
+    """The shapes that PyTorch code gives to a vector (C,) on its way to and from 1x1 images."""
+    return (shape, (*shape, 1), (*shape, 1, 1)) if len(shape) == 1 else ()
+
+
+class Draft:
+    """The nodes so far.  A method that adds one takes the dotted path by which the user knows it.
+
+    `modules` are the paths of all modules: calls inside of modules get other names.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.nodes: list[Node] = []
+        self._reserved = frozenset(path.replace(".", "_") for path in modules)
+        self._taken = {INPUT}
+        self._blocks = {INPUT: ""}
+
+    def add(
+        self, path: str, layer: Layer, inputs: Sequence[Held], torch_shape: Shape, *, call: bool
+    ) -> Held:
+        """Append a node for a module, or for a call inside of one."""
+        shape = layer.output_shape([value.shape for value in inputs])
+        name = self._name(path, call)
+        held = Held(name, shape, torch_shape).checked()
+        block = path.partition(".")[0] if "." in path else self._blocks[inputs[0].name]
+        if not block or ("." not in path and isinstance(layer, Linear | Conv2d)):
+            block = name  # outside of containers each weighted layer starts a block
+        self._blocks[name] = block
+        self.nodes.append(Node(name, layer, tuple(value.name for value in inputs), block))
+        return held
+
+    def _name(self, path: str, call: bool) -> str:
+        base = path.replace(".", "_")
+        name, number = base, 1
+        while name in self._taken or (call and name in self._reserved):
+            number += 1
+            name = f"{base}_{number}"
+        self._taken.add(name)
+        return name
+
+    def reshape(self, path: str, source: Held, after: Shape, *, expand: bool) -> Held:
+        """view, flatten, x[:, :, None, None] and the like, told apart by their shapes."""
+        before = source.checked().torch_shape
+        same = after == before or after in _spellings(source.shape)
+        if same or (expand and before[1:] == (1, 1)):  # only `scale` takes what is expanded
+            return source._replace(torch_shape=after)
+        if after in _spellings((prod(before),)):
+            return self.add(path, Flatten(), [source], after, call=True)
+        raise ValueError(f"turns {before} into {after}, only flattening to (B, F) is supported")
+
+    def mean(self, path: str, source: Held, axes: object, after: Shape) -> Held:
+        """The mean over both sides of an image; axes count from the batch axis."""
+        if not isinstance(axes, tuple | list) or {axis % 4 for axis in axes} != {2, 3}:
+            raise ValueError(f"mean over {axes} is not supported, only over (2, 3)")
+        if len(source.checked().shape) == 1:
+            return source._replace(torch_shape=after)
+        return self.add(path, GlobalAvgPool(), [source], after, call=True)
+
+    def sum(self, path: str, sides: Sequence[Held], after: Shape) -> Held:
+        shapes = [side.checked().torch_shape for side in sides]
+        if len(sides) != 2 or shapes[0] != shapes[1]:
+            raise ValueError(f"sums need two tensors of equal shape, got {shapes}")
+        return self.add(path, Add(), sides, after, call=True)
+
+    def scale(self, path: str, sides: Sequence[Held], after: Shape) -> Held:
+        """image * gate or gate * image, the gate (B, C, 1, 1) or that expanded."""
+        for image, gate in (sides, sides[::-1]):
+            if len(image.shape) != 3 or image.shape != image.torch_shape:
+                continue
+            channels = image.shape[:1]
+            pooled = (*channels, 1, 1)
+            if gate.torch_shape in (pooled, image.shape) and gate.shape in (channels, pooled):
+                if gate.shape == pooled:  # from an average pooling rather than a global one
+                    gate = self.add(f"{path}_gate", Flatten(), [gate], channels, call=True)
+                return self.add(path, Scale(), [image, gate], after, call=True)
+        shapes = [side.torch_shape for side in sides]
+        raise ValueError(f"products need an image and a gate (B, C, 1, 1), got {shapes}")
+
+
+def only_new_axes(index: object) -> bool:
+    """Is x[index] all of x, with axes of one added?"""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)

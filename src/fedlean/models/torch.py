@@ -1,0 +1,400 @@
+"""PyTorch modules from specs, and specs from PyTorch modules.
+
+The only module of this package that imports torch; nothing in the package imports it in turn.
+`to_torch` gives a module whose state dict has exactly the tensor names of the spec.  `from_torch`
+follows the module with torch.fx (it keeps modules whole, so an error can name the user's layer,
+which torch.export's flattened operators cannot) and refuses, by name, what a spec cannot say.
+Images of 1x1, (B, C, 1, 1), that follow a global pooling are vectors (C,) in a spec; a 1x1
+convolution on one becomes a Linear.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from fedlean import layers
+from fedlean.core import Params
+from fedlean.layers import Layer, Shape
+from fedlean.models import _torch_layers as convert
+from fedlean.models._draft import SUPPORTED, Draft, Held, only_new_axes
+from fedlean.models._in_place import refuse_visible_writes
+from fedlean.models.initialise import check_params, init_params
+from fedlean.spec import INPUT, ModelSpec
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+class _Add(nn.Module):
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return sum(inputs[1:], start=inputs[0])
+
+
+class _Scale(nn.Module):
+    def forward(self, image: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return image * gate[:, :, None, None]  # (B, C, H, W) * (B, C)
+
+
+class _GlobalAvgPool(nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.mean((2, 3))
+
+
+class _BatchNorm(nn.Module):
+    """nn.BatchNorm1d/2d without `num_batches_tracked`, which no spec has and nothing here reads."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
+    def __init__(self, channels: int, eps: float, momentum: float) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+        self.register_buffer("running_mean", torch.empty(channels))
+        self.register_buffer("running_var", torch.empty(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight, self.bias
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+def to_torch(spec: ModelSpec, params: Params | None = None) -> fx.GraphModule:
+    """A trainable float32 module that computes `spec`; without `params`, `init_params(spec, 0)`.
+
+    Its submodules carry the nodes' names and its state dict the spec's tensor names, so params and
+    state dicts are interchangeable.  Arrays are copied; torch's random state is not touched.
+
+    >>> from fedlean.models.lenet300 import lenet300
+    >>> module = to_torch(lenet300((1, 8, 8), 10))
+    >>> list(module.state_dict())[:2], module(torch.zeros(5, 1, 8, 8)).shape
+    (['fc1.weight', 'fc1.bias'], torch.Size([5, 10]))
+    """
+    params = init_params(spec, 0) if params is None else params
+    check_params(spec, params)
+    graph = fx.Graph()
+    values = {INPUT: graph.placeholder("x")}
+    modules: dict[str, Any] = {}
+    for node in spec.nodes:
+        if hasattr(fx.GraphModule, node.name) or node.name in ("graph", "meta", "training"):
+            raise ValueError(
+                f"layer {node.name!r}: PyTorch modules use this name themselves, choose another"
+            )
+        with torch.device("meta"):  # no memory, no random draws: the values come from `params`
+            modules[node.name] = _module(node.layer, spec.input_shapes(node)[0])
+        inputs = tuple(values[source] for source in node.inputs)
+        values[node.name] = graph.create_node("call_module", node.name, inputs)
+    graph.output(values[spec.nodes[-1].name])
+    module = fx.GraphModule(modules, graph, "SpecModule")
+    state = {name: torch.from_numpy(np.array(params[name])) for name in spec.tensor_shapes}
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _module(layer: Layer, shape: Shape) -> nn.Module:
+    """`layer` for a (first) input of `shape`, with uninitialised parameters."""
+    match layer:
+        case layers.Linear():
+            return nn.Linear(shape[0], layer.out_features, layer.bias)
+        case layers.Conv2d(out, kernel, stride, padding, groups, bias):
+            return nn.Conv2d(shape[0], out, kernel, stride, padding, groups=groups, bias=bias)
+        case layers.AvgPool2d():  # before MaxPool2d, its base class
+            return nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding)
+        case layers.MaxPool2d():
+            return nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding)
+        case layers.GroupNorm():
+            return nn.GroupNorm(layer.groups, shape[0], layer.eps)
+        case layers.BatchNorm():
+            return _BatchNorm(shape[0], layer.eps, layer.momentum)
+        case _:
+            return _STATELESS[type(layer)]()
+
+
+_STATELESS: dict[type, type[nn.Module]] = {
+    layers.GlobalAvgPool: _GlobalAvgPool,
+    layers.ReLU: nn.ReLU,
+    layers.Hardswish: nn.Hardswish,
+    layers.Hardsigmoid: nn.Hardsigmoid,
+    layers.Flatten: nn.Flatten,
+    layers.Add: _Add,
+    layers.Scale: _Scale,
+}
+
+
+# --- from_torch: what there is --------------------------------------------------------------------
+
+
+def _is(layer: Layer | None) -> Callable[[Any, Shape], Layer | None]:
+    return lambda _, __: layer
+
+
+_MODULES: dict[Any, Callable[[Any, Shape], Layer | None]] = {  # None: passes its input on
+    nn.Linear: convert.linear,
+    nn.Conv2d: convert.conv,
+    nn.MaxPool2d: convert.max_pool,
+    nn.AvgPool2d: convert.avg_pool,
+    nn.AdaptiveAvgPool2d: convert.global_pool,
+    nn.GroupNorm: convert.group_norm,
+    nn.BatchNorm1d: convert.batch_norm,
+    nn.BatchNorm2d: convert.batch_norm,
+    _BatchNorm: convert.batch_norm,
+    nn.Identity: _is(None),
+    **dict.fromkeys(_DROPOUTS, _is(None)),
+    **{module: _is(layer()) for layer, module in _STATELESS.items()},
+}
+
+
+# Calls that are a module in another spelling: (arguments after the input) -> that module.
+_CALLS: dict[Any, Callable[..., nn.Module]] = {
+    F.max_pool2d: nn.MaxPool2d,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.dropout: lambda p=0.5, training=True, inplace=False: nn.Dropout(p),
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
+}
+_EXPANDS = {"expand", "expand_as"}
+_RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, operator.getitem} | {
+    *("flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", *_EXPANDS)
+}
+_MEANS = {torch.mean, "mean"}
+_SUMS = {operator.add, torch.add, "add"}
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
+
+
+# --- from_torch: the graph ------------------------------------------------------------------------
+
+
+def from_torch(
+    module: nn.Module, example_input: torch.Tensor | np.ndarray, *, drop_dropout: bool = False
+) -> tuple[ModelSpec, Params]:
+    """The spec of `module` and a float32 copy of its tensors; `example_input` is (B, ...).
+
+    Layers are named after their module path with '.' -> '_'.  A block is a child of the top module;
+    outside of those each Linear or Conv2d starts one.  Dropout with p > 0 is refused, since engines
+    have none, unless `drop_dropout`.  The result is compared with `module` on the example.  Raises
+    ValueError that names the layer which cannot be converted.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    >>> spec, params = from_torch(net, torch.zeros(1, 1, 8, 8))
+    >>> [node.name for node in spec.nodes], params["1.weight"].shape
+    (['0', '1'], (10, 64))
+    """
+    original = copy.deepcopy(module).to("cpu", torch.float32).eval()  # the user's stays as it is
+    if type(original) in _MODULES:
+        original = nn.Sequential(original)
+    example = torch.as_tensor(example_input).detach().to("cpu", torch.float32)
+    if example.ndim < 2 or example.numel() == 0:
+        raise ValueError(f"example_input must be (B, ...), got shape {tuple(example.shape)}")
+    if len(example) == 1:  # with one example, code that ignores the batch axis looks right
+        example = torch.cat([example, example])
+    traced = _trace(original)
+    _refuse_visible_writes(traced)
+    traced.graph.eliminate_dead_code()
+    conversion = _Conversion(traced, _results(traced, example), drop_dropout)
+    for node in traced.graph.nodes:
+        conversion.visit(node)
+    spec = ModelSpec(tuple(example.shape[1:]), tuple(conversion.draft.nodes))
+    params = {name: conversion.tensors[name] for name in spec.tensor_shapes}
+    _verify(original, to_torch(spec, params).eval(), example)
+    return spec, params
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in _MODULES or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(module: nn.Module) -> fx.GraphModule:
+    try:
+        return fx.GraphModule(module, _Tracer().trace(module))
+    except Exception as error:  # whatever the user's forward raises on symbolic values
+        raise ValueError(
+            f"torch.fx cannot follow {type(module).__name__}.forward: {error}.  Its control flow "
+            "must not depend on the values of tensors"
+        ) from error
+
+
+class _Tensor(NamedTuple):
+    shape: Shape  # with the batch axis
+
+
+def _results(traced: fx.GraphModule, example: torch.Tensor) -> dict[fx.Node, Any]:
+    """What each node gives on the example: a `_Tensor`, or the value itself (sizes, numbers)."""
+    results: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            try:
+                value = super().run_node(n)
+            except Exception as error:
+                label = str(n.target if n.op == "call_module" else n)
+                reason = str(error).partition("\n")[0]  # fx appends a page of advice
+                shape = tuple(example.shape)
+                raise ValueError(
+                    f"layer {label!r} fails on example_input of shape {shape}: {reason}"
+                ) from error
+            tensor = isinstance(value, torch.Tensor)
+            results[n] = _Tensor(tuple(value.shape)) if tensor else value
+            return value
+
+    with torch.no_grad():
+        Recorder(traced).run(example.clone())  # the module may write to its input
+    return results
+
+
+def _refuse_visible_writes(traced: fx.GraphModule) -> None:
+    def module(node: fx.Node) -> nn.Module | None:
+        return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def writes(node: fx.Node) -> bool:
+        if (called := module(node)) is not None:
+            return bool(getattr(called, "inplace", False)) and not isinstance(called, _DROPOUTS)
+        name = getattr(node.target, "__name__", str(node.target))
+        by_position = node.target is F.relu and node.args[1:2] == (True,)
+        return by_position or name.endswith("_") or bool(node.kwargs.get("inplace"))
+
+    def shares_memory(node: fx.Node) -> bool:
+        passes = isinstance(module(node), (nn.Identity, nn.Flatten, *_DROPOUTS))
+        return passes or node.target in _RESHAPES or node.target is F.dropout
+
+    refuse_visible_writes(traced.graph.nodes, writes=writes, shares_memory=shares_memory)
+
+
+class _Conversion:
+    """Visits the nodes of a traced module in order; collects the spec's nodes and tensors."""
+
+    def __init__(
+        self, traced: fx.GraphModule, results: dict[fx.Node, Any], drop_dropout: bool
+    ) -> None:
+        self.traced, self.results, self.drop_dropout = traced, results, drop_dropout
+        self.draft = Draft(path for path, _ in traced.named_modules())
+        self.tensors: dict[str, np.ndarray] = {}
+        self.held: dict[fx.Node, Held] = {}
+        self.batch = 0
+        self.seen: set[int] = set()  # ids of the parameters that a layer owns
+
+    def visit(self, node: fx.Node) -> None:
+        path, kind = self._where(node)
+        try:
+            if node.op == "placeholder":
+                self._input(node)
+            elif node.op == "output":
+                self._output(node)
+            elif node.op == "call_module":
+                self._module(node, path, self.traced.get_submodule(str(node.target)))
+            elif node.op != "get_attr" and isinstance(self.results[node], _Tensor):
+                self._call(node, path)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"layer {path!r} ({kind}): {error}") from None
+
+    def _where(self, node: fx.Node) -> tuple[str, str]:
+        """The dotted path by which the user knows a layer, and what it is."""
+        if node.op == "call_module":
+            path = str(node.target)
+            return path, type(self.traced.get_submodule(path)).__name__
+        stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+        kind = re.sub(r"_\d+$", "", node.name)
+        return f"{stack[-1][0]}.{kind}".lstrip("."), kind
+
+    def _input(self, node: fx.Node) -> None:
+        if self.held:
+            raise ValueError("the model takes several inputs, only one is supported")
+        self.batch, *shape = self.results[node].shape
+        self.held[node] = Held(INPUT, tuple(shape), tuple(shape))
+
+    def _output(self, node: fx.Node) -> None:
+        if not isinstance(node.args[0], fx.Node):
+            raise ValueError("the model returns several values, only one tensor is supported")
+        held = self._read(node.args[0])
+        if held.shape != held.torch_shape or held.name != self.draft.nodes[-1].name:
+            raise ValueError(f"the result of shape {held.torch_shape} is not {held.name!r} itself")
+
+    def _read(self, value: Any) -> Held:
+        if not isinstance(value, fx.Node):
+            raise ValueError(f"only tensors of other layers are supported, got {value!r}")
+        if value not in self.held:
+            raise ValueError(f"reads {value.target!s:.80}, which no layer computes")
+        return self.held[value]
+
+    def _shape(self, node: fx.Node) -> Shape:
+        shape = self.results[node].shape
+        if shape[:1] != (self.batch,):
+            raise ValueError(f"turns a batch of {self.batch} into shape {shape}")
+        return shape[1:]
+
+    def _module(self, node: fx.Node, path: str, module: nn.Module) -> None:
+        if type(module) not in _MODULES:
+            raise ValueError(f"is not supported; supported are {SUPPORTED}")
+        # A call's further arguments are settings, and have gone into `module`.
+        inputs = node.args if node.op == "call_module" else node.args[:1]
+        if not inputs:
+            raise ValueError("is called with keywords only: give its input by position")
+        sources = [self._read(value).checked() for value in inputs]
+        if isinstance(module, _DROPOUTS) and module.p > 0 and not self.drop_dropout:
+            raise ValueError(
+                f"dropout with p={module.p} is not supported: set p=0 or pass drop_dropout=True"
+            )
+        layer = _MODULES[type(module)](module, sources[0].shape)
+        shape, call = self._shape(node), node.op != "call_module"
+        if layer is None:
+            self.held[node] = sources[0]._replace(torch_shape=shape)
+            return
+        self._own(module)
+        held = self.held[node] = self.draft.add(path, layer, sources, shape, call=call)
+        for method in ("param_shapes", "buffer_shapes"):
+            own = getattr(layer, method, lambda _: {})([source.shape for source in sources])
+            for suffix, tensor_shape in own.items():
+                values = getattr(module, suffix).detach().reshape(tensor_shape).numpy()
+                self.tensors[f"{held.name}.{suffix}"] = np.array(values, np.float32)
+
+    def _own(self, module: nn.Module) -> None:
+        own = {id(parameter) for parameter in module.parameters()}
+        if own & self.seen:
+            raise ValueError("is used twice or shares its parameters, which is not supported")
+        self.seen |= own
+
+    def _call(self, node: fx.Node, path: str) -> None:
+        if node.target in _CALLS:
+            args, kwargs = map_arg((node.args[1:], node.kwargs), self.results.__getitem__)
+            self._module(node, path, _CALLS[node.target](*args, **kwargs))
+            return
+        if node.target not in _RESHAPES | _MEANS | _SUMS | _PRODUCTS or node.kwargs.get("alpha"):
+            raise ValueError(f"is not supported; supported are {SUPPORTED}")
+        binary = node.target in _SUMS | _PRODUCTS
+        sides = [self._read(value) for value in node.args[: 2 if binary else 1]]
+        shape = self._shape(node)
+        if node.target in _RESHAPES:
+            if node.target is operator.getitem and not only_new_axes(node.args[1]):
+                raise ValueError("only new axes are supported, as in x[:, :, None, None]")
+            expand = node.target in _EXPANDS
+            self.held[node] = self.draft.reshape(path, sides[0], shape, expand=expand)
+        elif node.target in _MEANS:
+            axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            self.held[node] = self.draft.mean(path, sides[0], axes, shape)
+        elif node.target in _SUMS:
+            self.held[node] = self.draft.sum(path, sides, shape)
+        else:
+            self.held[node] = self.draft.scale(path, sides, shape)
+
+
+def _verify(original: nn.Module, converted: nn.Module, example: torch.Tensor) -> None:
+    """Tracing cannot see everything; `x += y` on a tensor that is read again is such a thing."""
+    with torch.no_grad():
+        expected, got = original(example.clone()), converted(example)
+    if not torch.allclose(expected, got, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(
+            f"{type(original).__name__} computes something else than its layers, by up to "
+            f"{(expected - got).abs().max():.3g}: look for in-place arithmetic such as x += y on "
+            "a tensor that another layer reads, and write x = x + y"
+        )

@@ -1,0 +1,48 @@
+"""VGG-11 (Simonyan & Zisserman 2015) as PruneFL trains it on CIFAR-10 (arXiv 1909.12326, Table I).
+
+No BatchNorm, and 512-wide fully connected layers instead of ImageNet's 4096.
+"""
+
+from __future__ import annotations
+
+from fedlean.layers import Conv2d, Flatten, Layer, Linear, MaxPool2d, ReLU, Shape
+from fedlean.models._arguments import check_classes, check_image
+from fedlean.spec import ModelSpec, sequential
+
+STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels; each ends in a pool
+HIDDEN = 512
+
+
+def vgg11(input_shape: Shape, classes: int) -> ModelSpec:
+    """VGG-11 with PruneFL's 512-wide head, no BatchNorm; needs images of 32x32 or larger.
+
+    >>> vgg11((3, 32, 32), 10).num_params
+    9750922
+    """
+    check_image("vgg11", input_shape)
+    check_classes(classes)
+    return sequential(input_shape, [*_convolutions(), *_head(classes)])
+
+
+def _convolutions() -> list[tuple[str, Layer, str]]:
+    layers: list[tuple[str, Layer, str]] = []
+    number = 0
+    for index, widths in enumerate(STAGES, start=1):
+        stage = f"stage{index}"
+        for width in widths:
+            number += 1
+            layers.append((f"conv{number}", Conv2d(width, 3, padding=1), stage))
+            layers.append((f"relu{number}", ReLU(), stage))
+        layers.append((f"pool{index}", MaxPool2d(2), stage))
+    return layers
+
+
+def _head(classes: int) -> list[tuple[str, Layer, str]]:
+    return [
+        ("flatten", Flatten(), "fc1"),
+        ("fc1", Linear(HIDDEN), "fc1"),
+        ("fc1_relu", ReLU(), "fc1"),
+        ("fc2", Linear(HIDDEN), "fc2"),
+        ("fc2_relu", ReLU(), "fc2"),
+        ("fc3", Linear(classes), "fc3"),
+    ]

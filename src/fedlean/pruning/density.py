@@ -1,0 +1,37 @@
+"""How much a set of masks keeps.  Counts only the tensors that have a mask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedlean.core import Masks
+from fedlean.spec import ModelSpec
+
+
+def full_masks(spec: ModelSpec) -> Masks:
+    """A mask that keeps everything for each prunable weight of `spec`."""
+    return {name: np.ones(spec.param_shapes[name], dtype=bool) for name in spec.prunable}
+
+
+def kept_counts(masks: Masks) -> dict[str, int]:
+    """Kept coordinates by tensor, as `Work.kept` wants them.
+
+    >>> kept_counts({"fc.weight": np.array([True, False, True])})
+    {'fc.weight': 2}
+    """
+    return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+
+
+def density(masks: Masks) -> float:
+    """Kept fraction over all masked tensors, in [0, 1]; 1 without masks, which means dense.
+
+    >>> density({"a": np.array([True, False]), "b": np.array([True, True])})
+    0.75
+    """
+    total = sum(mask.size for mask in masks.values())
+    return sum(kept_counts(masks).values()) / total if total else 1.0
+
+
+def layer_density(masks: Masks) -> dict[str, float]:
+    """Kept fraction of each tensor; 1 for a tensor without coordinates."""
+    return {name: density({name: mask}) for name, mask in masks.items()}

@@ -1,0 +1,70 @@
+"""From one mask to the next: weights that go, stay and come back.
+
+Jiang et al. (PruneFL), arXiv 1909.12326, state w' of eq. (2): weights that come back start at a
+small perturbation of zero.  Its size is unknown; OURS is a normal of `scale` times the root mean
+square of the tensor's kept weights.  Invariant: params == params · mask, and no stale value ever
+returns (the authors' code restores them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+
+import numpy as np
+
+from fedlean.core import Masks, Params
+
+
+def apply_masks(
+    params: Params,
+    old_masks: Masks,
+    new_masks: Masks,
+    *,
+    scale: float,
+    rng_for: Callable[[str], np.random.Generator],
+) -> Params:
+    """`params` under `new_masks`; tensors without a mask, old or new, pass through as they are.
+
+    Removed weights become exactly 0, weights in both masks stay bit for bit, weights that come back
+    are drawn from N(0, (scale · RMS of the weights in both masks)²), in flat order, from
+    `rng_for(tensor name)`: 0 when scale is 0 or the tensor has no weight in both.
+    A tensor with one mask only counts as dense in the other.
+    Raises ValueError naming the tensor for an unknown name or a mask that does not fit.
+
+    >>> w = {"fc.weight": np.array([3.0, -1.0, 0.0], np.float32)}
+    >>> old = {"fc.weight": np.array([True, True, False])}
+    >>> new = {"fc.weight": np.array([True, False, True])}
+    >>> rng_for = lambda name: np.random.Generator(np.random.Philox(0))
+    >>> apply_masks(w, old, new, scale=0.0, rng_for=rng_for)["fc.weight"]
+    array([3., 0., 0.], dtype=float32)
+    """
+    if not (isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be finite and >= 0, got {scale}")
+    unknown = sorted((old_masks.keys() | new_masks.keys()) - params.keys())
+    if unknown:
+        raise ValueError(f"masks of tensors that params lack: {unknown}, got {sorted(params)}")
+    result = dict(params)
+    for name, weights in params.items():
+        if name not in old_masks and name not in new_masks:
+            continue
+        dense = np.ones(weights.shape, dtype=bool)
+        old, new = old_masks.get(name, dense), new_masks.get(name, dense)
+        for mask in (old, new):
+            if mask.shape != weights.shape or mask.dtype != np.bool_:
+                raise ValueError(
+                    f"mask of {name!r} must be bool {weights.shape}, got {mask.dtype} {mask.shape}"
+                )
+        stays = old & new
+        # Not weights * stays: that turns a removed negative weight into -0.0.
+        moved = np.where(stays, weights, weights.dtype.type(0))
+        back = new & ~old
+        count = int(np.count_nonzero(back))
+        if count and scale:
+            kept = np.count_nonzero(stays)
+            squares = float(np.sum(np.square(moved, dtype=np.float64)))
+            spread = scale * (squares / kept) ** 0.5 if kept else 0.0
+            if spread:  # 0 · a negative draw would be -0.0
+                moved[back] = spread * rng_for(name).standard_normal(count)
+        result[name] = moved
+    return result

@@ -1,0 +1,42 @@
+"""The comparison of costs for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from fedlean.report.run_folder import Run, targets_of
+from fedlean.report.tables import Cost, Figure, costs
+
+
+def cost_table(runs: Sequence[Run], targets: Sequence[float] | None = None) -> Table:
+    """Costs to each target accuracy; ratios are against the first run."""
+    wanted = targets_of(runs) if targets is None else sorted(set(targets))
+    table = Table(title="Cost to first reach a test accuracy", title_justify="left")
+    table.add_column("target", justify="right")
+    table.add_column("run", overflow="fold")
+    for name in ("round", "simulated time", "bytes", "FLOPs per client"):
+        table.add_column(name, justify="right")
+    for group in costs(runs, wanted):
+        for at, cost in enumerate(group):
+            _add(table, cost, first=at == 0, last=at == len(group) - 1)
+    if not wanted:
+        table.caption = "no target accuracy was set"
+    return table
+
+
+def _add(table: Table, cost: Cost, *, first: bool, last: bool) -> None:
+    # Text, not str: a name with [brackets] is a name, not markup.
+    head = (Text(cost.target if first else ""), Text(cost.run))
+    if cost.missed:
+        table.add_row(*head, "–", Text(cost.missed, style="dim"), "–", "–", end_section=last)
+        return
+    cells = (_cell(figure) for figure in (cost.seconds, cost.bytes, cost.flops))
+    table.add_row(*head, cost.round, *cells, end_section=last)
+
+
+def _cell(figure: Figure) -> Text:
+    text = Text(figure.text)
+    return text.append(f"  {figure.ratio}", style="dim") if figure.ratio else text

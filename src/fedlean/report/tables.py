@@ -1,0 +1,158 @@
+"""The figures of the tables, as data: `page` lays them out in HTML, `console` for the terminal.
+
+The first run named is the baseline of every ratio.  A cost is counted from the first step of the
+run (initial pruning included) to the first evaluation that reached the target.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedlean.report import units
+from fedlean.report.run_folder import (
+    Run,
+    best,
+    final_accuracy,
+    first_reaching,
+    has_clock,
+    number,
+    run_total,
+    total,
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One cell: a figure in human units and how it compares with the baseline's."""
+
+    text: str
+    ratio: str | None = None  # "2.3× sooner"; None for the baseline or where there is no ratio
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run paid for one target; `missed` says in words that it never got there."""
+
+    run: str
+    target: str
+    round: str
+    seconds: Figure
+    bytes: Figure
+    flops: Figure
+    missed: str | None
+
+
+# (total, unit, word for less, word for more)
+_PRICES: tuple[tuple[str, units.Kind, str, str], ...] = (
+    ("simulated_seconds", "seconds", "sooner", "later"),
+    ("bytes", "bytes", "less", "more"),
+    ("flops_per_client", "flops", "less", "more"),
+)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """One distinct name per run: the folder's, with its parent's where two are called the same."""
+    names = Counter(run.name for run in runs)
+    long = [
+        r.name if names[r.name] == 1 else f"{r.folder.absolute().parent.name}/{r.name}"
+        for r in runs
+    ]
+    repeats = Counter(long)
+    return [
+        f"{run.name} ({i + 1})" if repeats[n] > 1 else n
+        for i, (n, run) in enumerate(zip(long, runs, strict=True))
+    ]
+
+
+def costs(runs: Sequence[Run], targets: Sequence[float]) -> list[list[Cost]]:
+    """Per target one row per run, in the order given."""
+    names = labels(runs)
+    return [
+        [_cost(name, run, runs[0], target) for name, run in zip(names, runs, strict=True)]
+        for target in targets
+    ]
+
+
+def _cost(name: str, run: Run, baseline: Run, target: float) -> Cost:
+    reached = first_reaching(run, target)
+    text = units.target_text(target)
+    if reached is None:
+        dash = Figure("–")
+        return Cost(name, text, "–", dash, dash, dash, missed(run, target))
+    base = None if run is baseline else first_reaching(baseline, target)
+    cells = []
+    for key, kind, better, worse in _PRICES:
+        value = None if key == "simulated_seconds" and not has_clock(run) else total(reached, key)
+        paid = None if base is None else total(base, key)
+        cells.append(Figure(units.human(value, kind), units.versus(paid, value, better, worse)))
+    return Cost(name, text, str(reached["round"]), *cells, missed=None)
+
+
+def missed(run: Run, target: float) -> str:
+    """The plain words for a target that was not reached."""
+    top = best(run)
+    if top is None:
+        return "not reached: never evaluated"
+    accuracy = units.short_of(top["accuracy"], target)
+    return f"not reached: best {accuracy}, round {top['round']}"
+
+
+def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The summary table: one row per quantity, one column per run."""
+    settings = ("method", "dataset", "model", "partition", "clients", "cohort", "seed", "engine")
+    rows = [(key, [_text(run.fact(key)) for run in runs]) for key in settings]
+    rows.append(("device profile", [_text(run.fact("device")) for run in runs]))
+    rows += [(name, [measure(run) for run in runs]) for name, measure in _MEASURES]
+    return [(name, cells) for name, cells in rows if any(cell != "–" for cell in cells)]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _state(run: Run) -> str:
+    return str(run.num_rounds) if run.summary else f"{run.num_rounds}, no summary yet"
+
+
+def _best(run: Run) -> str:
+    top = best(run)
+    return "–" if top is None else f"{units.percent(top['accuracy'])} (round {top['round']})"
+
+
+def density(run: Run) -> float | None:
+    """Kept fraction after the last step."""
+    return number(run.rounds[-1].get("density")) if run.rounds else None
+
+
+def peak_memory(run: Run) -> float | None:
+    """Modelled peak of the neediest client over all steps."""
+    found = [number(row.get("peak_memory_bytes")) for row in run.rounds]
+    return max((value for value in found if value is not None), default=None)
+
+
+def _clock(run: Run) -> str:
+    return units.human(run_total(run, "simulated_seconds") if has_clock(run) else None, "seconds")
+
+
+_MEASURES = (
+    ("rounds", _state),
+    ("final accuracy", lambda run: units.percent(final_accuracy(run))),
+    ("best accuracy", _best),
+    ("final density", lambda run: units.density_text(density(run))),
+    ("download, all clients", lambda run: units.human(run_total(run, "downlink_bytes"), "bytes")),
+    ("upload, all clients", lambda run: units.human(run_total(run, "uplink_bytes"), "bytes")),
+    ("FLOPs per client", lambda run: units.human(run_total(run, "flops_per_client"), "flops")),
+    ("simulated time", _clock),
+    ("wall time here", lambda run: units.human(run_total(run, "wall_seconds"), "seconds")),
+    ("peak memory, modelled", lambda run: units.human(peak_memory(run), "bytes")),
+    ("arithmetic", lambda run: _text(run.fact("arithmetic"))),
+)
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Settings in which the runs differ although a fair comparison holds them equal."""
+    held = ("dataset", "model", "partition", "clients", "cohort", "seed", "device")
+    return [key for key in held if len({_text(run.fact(key)) for run in runs}) > 1]

@@ -1,0 +1,37 @@
+"""Which updates the server takes.  A refused one is logged with its reason; the round goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedlean import wire
+from fedlean.core import ClientTask, ClientUpdate
+from fedlean.tree import num_kept
+
+MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
+
+
+def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
+    """Why this answer to `task` cannot be merged, or None."""
+    if not 1 <= update.num_examples <= MAX_EXAMPLES:
+        return f"claims {update.num_examples} examples, expected 1 to {MAX_EXAMPLES}"
+    shapes = task.spec.tensor_shapes
+    masks = update.sub_model.masks
+    if task.sub_model.masks and masks is not task.sub_model.masks:
+        sent, held = wire.pattern_hash(masks), wire.pattern_hash(task.sub_model.masks)
+        if sent != held:
+            return f"trained the pattern {sent[:8]}, expected {held[:8]} ({num_kept(masks)} kept)"
+    for name, values in update.params.items():
+        if name not in shapes:
+            return f"sent {name!r}, which the model lacks"
+        if name not in update.sub_model.index and values.shape != shapes[name]:
+            return f"sent {name!r} with shape {values.shape}, expected {shapes[name]}"
+        if not np.isfinite(values).all():
+            return f"sent {name!r} with values that are not finite"
+        if name in masks and bool(((values != 0) > masks[name]).any()):
+            return f"sent {name!r} with values outside its mask"
+    for key, statistic in update.statistics.items():
+        for name, values in statistic.tensors.items():
+            if not np.isfinite(values).all():
+                return f"sent {key} of {name!r} with values that are not finite"
+    return None

@@ -1,0 +1,48 @@
+"""Accuracy and loss of the global model on the held-out test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fedlean.core import Params, SubModel
+from fedlean.data.batches import eval_batches
+from fedlean.data.dataset import Dataset
+from fedlean.engine.protocol import SGD, Engine
+from fedlean.spec import ModelSpec
+
+BATCH = 100  # small enough for the activations to stay in cache
+
+
+class Score(NamedTuple):
+    accuracy: float  # in [0, 1]
+    loss: float  # mean cross-entropy, nats
+
+
+Evaluate = Callable[[Params, bool], Score]  # the flag: the whole test set, not the subset
+
+
+def evaluator(
+    spec: ModelSpec, engine: Engine, dataset: Dataset, subset: np.ndarray | None
+) -> Evaluate:
+    """`subset` holds the test examples used during the run; None: all, always."""
+
+    def evaluate(params: Params, whole: bool) -> Score:
+        session = engine.open(spec, params, SubModel(), batch_size=BATCH, optimizer=SGD(0.0))
+        hits, loss, total = 0, 0.0, 0
+        chosen = None if whole else subset
+        for x, y in eval_batches(dataset, BATCH, chosen):
+            (logits,) = session.forward(x).values()
+            hits += int(np.count_nonzero(logits.argmax(1) == y))
+            loss += float(_cross_entropy(logits, y).sum(dtype=np.float64))
+            total += len(y)
+        return Score(hits / total, loss / total)
+
+    return evaluate
+
+
+def _cross_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(1, keepdims=True)
+    return np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(y)), y]

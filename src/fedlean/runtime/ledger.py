@@ -1,0 +1,87 @@
+"""What a step cost: bytes of its messages, operations, and time on the emulated devices.
+
+Bytes are the exact sizes of the encoded messages.  Operations, seconds and memory are those of the
+modelled device doing the work that the clients report: nothing is left out, initial pruning and
+full-gradient uploads included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fedlean import wire
+from fedlean.core import ClientTask, ClientUpdate
+from fedlean.cost.flops import work_flops
+from fedlean.cost.price import work_memory_bytes
+from fedlean.cost.profile import Profile
+from fedlean.cost.time import link_seconds, work_seconds
+from fedlean.runtime.clientstore import ClientStore
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One server step; bytes and operations of all clients, seconds of the slowest."""
+
+    downlink_bytes: int = 0
+    uplink_bytes: int = 0
+    flops: int = 0
+    simulated_seconds: float = 0.0
+    compute_seconds: float = 0.0  # of the slowest client
+    link_seconds: float = 0.0  # of the slowest client
+    peak_memory_bytes: int = 0
+
+    def plus(self, other: StepCost) -> StepCost:
+        """A second attempt at the same step: it takes its own time."""
+        return StepCost(
+            self.downlink_bytes + other.downlink_bytes,
+            self.uplink_bytes + other.uplink_bytes,
+            self.flops + other.flops,
+            self.simulated_seconds + other.simulated_seconds,
+            self.compute_seconds + other.compute_seconds,
+            self.link_seconds + other.link_seconds,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+        )
+
+
+class Ledger:
+    """Charges one attempt at a step: `ask` for the tasks sent, `answer` for each update."""
+
+    def __init__(self, tasks: Sequence[ClientTask], store: ClientStore, profile: Profile):
+        self._profile = profile
+        self._sent = {
+            task.client: wire.task_bytes(task, store.known(task.client)) for task in tasks
+        }
+        down = max(self._sent.values(), default=0)
+        self.cost = StepCost(downlink_bytes=sum(self._sent.values()))
+        # a round of which nobody answers lasts as long as sending it
+        self._charge_time(0.0, link_seconds(down, 0, profile))
+
+    def answer(self, task: ClientTask, update: ClientUpdate) -> None:
+        up = wire.update_bytes(update, task)
+        compute = sum(work_seconds(task.spec, work, self._profile) for work in update.work)
+        flops = sum(work_flops(task.spec, work) for work in update.work)
+        memory = max(
+            (
+                work_memory_bytes(task.spec, work, frozen=task.sub_model.frozen)
+                for work in update.work
+            ),
+            default=0,
+        )
+        self.cost = replace(
+            self.cost,
+            uplink_bytes=self.cost.uplink_bytes + up,
+            flops=self.cost.flops + flops,
+            peak_memory_bytes=max(self.cost.peak_memory_bytes, memory),
+        )
+        self._charge_time(compute, link_seconds(self._sent[task.client], up, self._profile))
+
+    def _charge_time(self, compute: float, link: float) -> None:
+        """The step lasts as long as its slowest client."""
+        if compute + link > self.cost.simulated_seconds:
+            self.cost = replace(
+                self.cost,
+                simulated_seconds=compute + link,
+                compute_seconds=compute,
+                link_seconds=link,
+            )

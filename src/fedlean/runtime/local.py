@@ -1,0 +1,81 @@
+"""In-process dispatch: clients run in order, one after the other, in this process.
+
+The seam of the runtime is `Dispatch`; this is its simplest form and the debugging tool: whatever
+goes wrong in a client names the round, the client and the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate
+from fedlean.engine.protocol import Engine
+
+
+class Dispatch(Protocol):
+    """tasks -> updates, in any order, some perhaps missing."""
+
+    def __call__(self, tasks: Sequence[ClientTask]) -> Iterable[ClientUpdate]: ...
+
+    def acknowledge(self, clients: Iterable[int]) -> None:
+        """These updates were taken: what the clients keep between rounds is now committed."""
+        ...
+
+    def client_states(self) -> Mapping[int, ClientState]:
+        """Committed states that this process holds for its clients; for the checkpoint."""
+        ...
+
+    def restore(self, states: Mapping[int, ClientState]) -> None: ...
+
+
+class ClientError(RuntimeError):
+    """A client's half of a method failed; the message says in which round, client and seed."""
+
+
+ClientUpdateFunction = Callable[
+    [ClientTask, Batches, Engine, ClientState], tuple[ClientUpdate, ClientState]
+]
+
+
+class LocalDispatch:
+    """Runs `client_update` for each task in this process."""
+
+    def __init__(
+        self, client_update: ClientUpdateFunction, engine: Engine, data: Sequence[Batches]
+    ):
+        self._client_update = client_update
+        self._engine = engine
+        self._data = data
+        self._committed: dict[int, ClientState] = {}
+        self._pending: dict[int, ClientState] = {}
+
+    def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+        self._pending = {}
+        for task in tasks:
+            held = self._committed.get(task.client, {})
+            try:
+                update, state = self._client_update(
+                    task, self._data[task.client], self._engine, held
+                )
+            except Exception as error:
+                raise ClientError(
+                    f"round {task.round} ({task.phase}), client {task.client}, seed {task.seed}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            self._pending[task.client] = state
+            yield update
+
+    def acknowledge(self, clients: Iterable[int]) -> None:
+        for client in clients:
+            state = self._pending.pop(client, {})
+            if state:
+                self._committed[client] = state
+            else:
+                self._committed.pop(client, None)
+
+    def client_states(self) -> Mapping[int, ClientState]:
+        return dict(self._committed)
+
+    def restore(self, states: Mapping[int, ClientState]) -> None:
+        self._committed = dict(states)

@@ -1,0 +1,77 @@
+"""What a run shows while it goes on: accuracy, density, bytes, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedlean.runtime.run import RunConfig
+
+PLAIN_LINES = 10  # a run whose output is not a terminal prints about so many lines
+
+
+@contextmanager
+def watch_run(config: RunConfig, folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A callable that takes every log entry and shows it on standard error."""
+    console = Console(stderr=True)
+    try:
+        if console.is_terminal:
+            with _bar(config, console) as show:
+                yield show
+        else:
+            yield _plain(config, console)
+    except KeyboardInterrupt:
+        if (folder / "config.json").is_file():
+            console.print(f"interrupted; continue with: fedlean resume {folder}", highlight=False)
+        raise
+
+
+def _state(entry: dict[str, Any], accuracy: float | None) -> str:
+    total = entry["total"]["downlink_bytes"] + entry["total"]["uplink_bytes"]
+    shown = "accuracy    –" if accuracy is None else f"accuracy {accuracy:6.2%}"
+    density = entry["metrics"].get("density", entry["density"])
+    return f"{shown}  density {density:6.1%}  {total / 1e6:9.1f} MB"
+
+
+@contextmanager
+def _bar(config: RunConfig, console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
+    last: list[float | None] = [None]
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        bar = progress.add_task(config.method, total=config.rounds, state="")
+
+        def show(entry: dict[str, Any]) -> None:
+            last[0] = last[0] if entry["accuracy"] is None else entry["accuracy"]
+            name = config.method if entry["round"] else f"{config.method}: {entry['phase']}"
+            progress.update(
+                bar, completed=entry["round"], description=name, state=_state(entry, last[0])
+            )
+
+        yield show
+
+
+def _plain(config: RunConfig, console: Console) -> Callable[[dict[str, Any]], None]:
+    every = max(1, config.rounds // PLAIN_LINES)
+
+    def show(entry: dict[str, Any]) -> None:
+        if entry["round"] % every == 0 and entry["accuracy"] is not None:
+            line = f"{config.method} round {entry['round']}/{config.rounds}"
+            console.print(
+                f"{line}  {_state(entry, entry['accuracy'])}  "
+                f"{entry['total']['simulated_seconds']:.0f} simulated s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    return show

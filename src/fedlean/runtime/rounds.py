@@ -1,0 +1,131 @@
+"""The round loop, the same for every method and every dispatch.
+
+configure -> dispatch -> checks -> server_update -> evaluate -> log -> checkpoint.  It knows no
+method and no transport.  A round to which nobody answers is said, asked again a bounded number of
+times, and then given up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server
+from fedlean.runtime.checks import refusal
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.ledger import Ledger, StepCost
+from fedlean.runtime.local import Dispatch
+from fedlean.runtime.order import in_cohort_order
+
+ATTEMPTS = 3  # how often an unanswered round is asked
+EMPTY_STEPS = 10  # unanswered rounds in a row after which the run stops
+
+
+class RunFailed(RuntimeError):
+    """The federation does not answer; the run can be resumed."""
+
+
+@dataclass
+class StepRecord:
+    """What happened in one server step, for the log."""
+
+    tasks: Sequence[ClientTask]
+    cost: StepCost = field(default_factory=StepCost)
+    answered: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    attempts: int = 0
+    wall_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything that the loop carries from step to step, beside the clients' own states."""
+
+    state: Any
+    store: ClientStore
+    step: int = 0  # server steps done
+    empty_steps: int = 0  # unanswered in a row
+
+
+def run_rounds(
+    algorithm: FederatedAlgorithm,
+    progress: Progress,
+    *,
+    server: Server,
+    devices: Sequence[Device],
+    dispatch: Dispatch,
+    after_step: Callable[[Progress, StepRecord, bool], None],
+) -> Progress:
+    """Steps until `algorithm.done`; `after_step(progress, record, last)` logs and checkpoints.
+
+    Raises RunFailed after EMPTY_STEPS steps without an answer, ClientError from the dispatch.
+    """
+    while not algorithm.done(progress.state):
+        state, record = _step(algorithm, progress, server, devices, dispatch)
+        empty = bool(record.tasks) and not record.answered
+        progress = replace(
+            progress,
+            state=state,
+            step=progress.step + 1,
+            empty_steps=progress.empty_steps + 1 if empty else 0,
+        )
+        after_step(progress, record, algorithm.done(state))
+        if progress.empty_steps >= EMPTY_STEPS:
+            raise RunFailed(
+                f"no usable answer in {EMPTY_STEPS} rounds in a row, the last of them round "
+                f"{record.tasks[0].round} from clients {[task.client for task in record.tasks]}; "
+                f"refused: {record.refused or 'none'}"
+            )
+    return progress
+
+
+def _step(
+    algorithm: FederatedAlgorithm,
+    progress: Progress,
+    server: Server,
+    devices: Sequence[Device],
+    dispatch: Dispatch,
+) -> tuple[Any, StepRecord]:
+    began = time.perf_counter()
+    tasks = algorithm.configure(progress.state, devices)
+    record = StepRecord(tasks)
+    state = progress.state
+    if not tasks:
+        state = algorithm.server_update(state, ())
+    while tasks and record.attempts < ATTEMPTS and not record.answered:
+        record.attempts += 1
+        ledger = Ledger(tasks, progress.store, server.device)
+        answers = _taken(dispatch(tasks), record, ledger, progress.store)
+        state = algorithm.server_update(progress.state, answers)
+        for _ in answers:  # whatever the method did not read is checked and charged all the same
+            pass
+        record.cost = record.cost.plus(ledger.cost)
+        dispatch.acknowledge(record.answered)
+    record.wall_seconds = time.perf_counter() - began
+    return state, record
+
+
+def _taken(
+    updates: Iterable[ClientUpdate], record: StepRecord, ledger: Ledger, store: ClientStore
+) -> Iterator[ClientUpdate]:
+    """The updates that pass the checks, in cohort order, charged and noted as they pass."""
+    asked = {task.client: task for task in record.tasks}
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for update in in_cohort_order(updates, record.tasks):
+        task = asked[update.client]
+        ledger.answer(task, update)
+        reason = refusal(update, task)
+        if reason is not None:
+            record.refused[update.client] = reason
+            continue
+        record.answered.append(update.client)
+        store.acknowledge(task, update)
+        for key, value in update.metrics.items():
+            sums[key] = sums.get(key, 0.0) + update.num_examples * value
+            weights[key] = weights.get(key, 0.0) + update.num_examples
+        yield update
+    record.metrics = {key: total / weights[key] for key, total in sums.items()}

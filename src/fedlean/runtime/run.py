@@ -1,0 +1,304 @@
+"""A run: from its configuration to its folder (docs/run-folder.md).
+
+`start` and `resume` meet in `_go`.  Everything that decides the result is in `config.json`; what is
+lost when the process is killed is the work since the last checkpoint, which is done again with the
+same outcome, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+import fedlean
+from fedlean.core import Device, FederatedAlgorithm, Params, Scalar, Server
+from fedlean.cost.profile import load_profile
+from fedlean.data.batches import ClientData, test_subset
+from fedlean.data.dataset import Dataset
+from fedlean.data.load import load_dataset
+from fedlean.data.partition import partition
+from fedlean.engine.open import open_engine
+from fedlean.models.catalog import build as build_model
+from fedlean.models.initialise import init_params
+from fedlean.runtime.checkpoint import (
+    load_checkpoint,
+    save_checkpoint,
+    state_tree,
+    write_atomically,
+)
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.evaluate import Evaluate, evaluator
+from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.method import build as build_method
+from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
+from fedlean.runtime.runlog import RunLog, Totals, log_entry, model_density
+
+FORMAT = 1  # of the run folder
+CHECKPOINT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything needed to repeat a run."""
+
+    method: str
+    dataset: str = "digits"
+    model: str = "lenet300"
+    partition: str = "iid"
+    clients: int = 10
+    rounds: int = 100
+    seed: int = 0
+    engine: str = "torch"
+    threads: int = 1
+    device: str = "raspberry_pi_4"
+    target_accuracy: tuple[float, ...] = ()
+    eval_every: int = 1
+    eval_examples: int | None = None  # of the test set, during the run; None: all
+    settings: Mapping[str, Scalar] = field(default_factory=dict)  # the method's keyword arguments
+
+
+Watch = Callable[[dict[str, Any]], None]  # called with every log entry
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A configured run, ready to go."""
+
+    config: RunConfig
+    folder: Path
+    dataset: Dataset
+    server: Server
+    algorithm: FederatedAlgorithm
+    dispatch: LocalDispatch
+    devices: tuple[Device, ...]
+    evaluate: Evaluate
+
+
+def start(config: RunConfig, folder: Path, watch: Watch) -> dict[str, Any]:
+    """Runs to the end; the summary.  Raises ValueError before anything is written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "already holds a run" if (folder / "config.json").is_file() else "is not empty"
+        raise ValueError(
+            f"--out {folder} {what}: name another folder, or continue with "
+            f"'fedlean resume {folder}'"
+        )
+    run = _prepare(config, folder)
+    state = run.algorithm.init(init_params(run.server.spec, config.seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"format": FORMAT, **asdict(config), "environment": environment()}
+    document["spec"] = json.loads(run.server.spec.to_json())
+    write_atomically(folder / "config.json", json.dumps(document, indent=1).encode())
+    return _go(
+        run, Progress(state, ClientStore()), Totals(), RunLog(folder / "rounds.jsonl"), watch
+    )
+
+
+def resume(folder: Path, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
+    """Continues from the newest whole checkpoint, bit for bit; `say` gets what is worth knowing.
+
+    Raises ValueError when the folder holds no run or its files are damaged.
+    """
+    config = read_config(folder)
+    run = _prepare(config, folder)
+    initial = run.algorithm.init(init_params(run.server.spec, config.seed))
+    if not (folder / "checkpoint").is_dir():
+        say("no checkpoint yet: starting from the beginning")
+        progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
+    else:
+        tree, skipped = load_checkpoint(folder / "checkpoint")
+        for line in skipped:
+            say(line)
+        state = type(initial)(**tree["state"])
+        progress = Progress(state, ClientStore(tree["store"]), tree["step"], tree["empty_steps"])
+        totals, log_bytes = Totals(**tree["totals"]), tree["log_bytes"]
+        run.dispatch.restore({int(k): v for k, v in tree["clients"].items()})
+        say(f"continuing after step {progress.step}, round {state.round} of {config.rounds}")
+    return _go(run, progress, totals, RunLog(folder / "rounds.jsonl", keep_bytes=log_bytes), watch)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Raises ValueError when the folder holds no run of this format."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: {path} does not exist")
+    try:
+        document = json.loads(path.read_text())
+        if document.pop("format") != FORMAT:
+            raise ValueError(
+                f"{path} has another format than {FORMAT}: use the version that wrote it"
+            )
+        del document["environment"], document["spec"]
+        document["target_accuracy"] = tuple(document["target_accuracy"])
+        return RunConfig(**document)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Where the run was made: results are bit-equal only on the same versions and processor."""
+    versions = {"fedlean": fedlean.__version__, "python": platform.python_version()}
+    for package in ("numpy", "torch"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {**versions, "machine": platform.machine(), "system": platform.system()}
+
+
+def _check(config: RunConfig) -> None:
+    for name in ("clients", "rounds", "threads", "eval_every"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.eval_examples is not None and config.eval_examples < 1:
+        raise ValueError(f"eval_examples must be at least 1, got {config.eval_examples}")
+    for target in config.target_accuracy:
+        if not 0 < target < 1 or not math.isfinite(target):
+            raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
+    cohort = config.settings.get("cohort")
+    if isinstance(cohort, int) and not 1 <= cohort <= config.clients:
+        raise ValueError(
+            f"a cohort of {cohort} cannot be drawn from {config.clients} clients: "
+            f"choose --cohort from 1 to {config.clients}"
+        )
+    for name in ("initial_client", "warmup_client"):
+        client = config.settings.get(name)
+        if isinstance(client, int) and not 0 <= client < config.clients:
+            raise ValueError(f"{name} must be from 0 to {config.clients - 1}, got {client}")
+
+
+def _prepare(config: RunConfig, folder: Path) -> _Run:
+    """Everything that can be wrong is found here, before anything is written or trained."""
+    _check(config)
+    profile = load_profile(config.device)
+    engine = open_engine(config.engine, config.threads)
+    dataset = load_dataset(config.dataset)
+    spec = build_model(config.model, dataset.input_shape, dataset.classes)
+    server = Server(spec, engine, config.seed, config.rounds, profile)
+    algorithm = build_method(config.method, server, config.settings)
+    parts = partition(config.partition, dataset, config.clients, config.seed)
+    data = [ClientData(dataset, indices) for indices in parts]
+    subset = test_subset(dataset, config.eval_examples) if config.eval_examples else None
+    return _Run(
+        config,
+        folder,
+        dataset,
+        server,
+        algorithm,
+        LocalDispatch(algorithm.client_update, engine, data),
+        tuple(Device(client, config.device) for client in range(config.clients)),
+        evaluator(spec, engine, dataset, subset),
+    )
+
+
+def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch) -> dict[str, Any]:
+    config, book = run.config, _Book(totals, progress.state.params)
+
+    def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
+        state = progress.state
+        book.totals = book.totals.after(record, config.clients)
+        due = state.round % config.eval_every == 0 or last
+        moved = state.params is not book.params or last  # initial pruning leaves them for long
+        score = run.evaluate(state.params, last) if due and moved else None
+        book.params = state.params
+        if score is not None:
+            book.totals = book.totals.scored(state.round, score.accuracy, config.target_accuracy)
+        entry = log_entry(
+            round=state.round,
+            phase=record.tasks[0].phase if record.tasks else state.phase,
+            record=record,
+            totals=book.totals,
+            clients=config.clients,
+            score=score,
+            spec=run.server.spec,
+            masks=state.masks,
+        )
+        log.append(entry)
+        book.last_entry = entry
+        if last or time.monotonic() - book.saved_at >= CHECKPOINT_SECONDS:
+            _checkpoint(run, progress, book.totals, log.sync())
+            book.saved_at = time.monotonic()
+        watch(entry)
+
+    try:
+        progress = run_rounds(
+            run.algorithm,
+            progress,
+            server=run.server,
+            devices=run.devices,
+            dispatch=run.dispatch,
+            after_step=after_step,
+        )
+    finally:
+        log.close()
+    return _finish(run, progress, book)
+
+
+@dataclass
+class _Book:
+    """What `after_step` keeps between steps."""
+
+    totals: Totals
+    params: Params  # of the step before
+    last_entry: dict[str, Any] | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -> None:
+    clients = {str(client): dict(s) for client, s in run.dispatch.client_states().items()}
+    tree = {
+        "step": progress.step,
+        "empty_steps": progress.empty_steps,
+        "state": state_tree(progress.state),
+        "store": progress.store.to_tree(),
+        "clients": clients,
+        "totals": asdict(totals),
+        "log_bytes": log_bytes,
+    }
+    save_checkpoint(run.folder / "checkpoint", progress.step, tree)
+
+
+def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
+    state, config, totals = progress.state, run.config, book.totals
+    tensors = {name: np.ascontiguousarray(value) for name, value in state.params.items()}
+    masks = {f"{name}.mask": mask.astype(np.uint8) for name, mask in state.masks.items()}
+    write_atomically(run.folder / "model.safetensors", save({**tensors, **masks}))
+    final = book.last_entry["accuracy"] if book.last_entry else None
+    if final is None:  # resumed after the last step
+        final = run.evaluate(state.params, True).accuracy
+    targets = {f"{t:g}": totals.targets.get(f"{t:g}") for t in config.target_accuracy}
+    summary = {
+        "method": config.method,
+        "dataset": config.dataset,
+        "model": config.model,
+        "partition": config.partition,
+        "clients": config.clients,
+        "cohort": config.settings.get("cohort") or config.clients,
+        "rounds": state.round,
+        "seed": config.seed,
+        "engine": config.engine,
+        "device": config.device,
+        "arithmetic": run.server.engine.arithmetic,
+        "final_accuracy": final,
+        "best_accuracy": max(totals.best_accuracy, final),
+        "density": model_density(run.server.spec, state.masks),
+        "downlink_bytes": totals.downlink_bytes,
+        "uplink_bytes": totals.uplink_bytes,
+        "flops_per_client": totals.flops_per_client,
+        "simulated_seconds": totals.simulated_seconds,
+        "wall_seconds": totals.wall_seconds,
+        "peak_memory_bytes": totals.peak_memory_bytes,
+        "time_to_accuracy": targets,
+    }
+    write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary

@@ -1,0 +1,144 @@
+"""`rounds.jsonl`, one object per server step, and the totals it leads to (docs/run-folder.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlean.core import Masks
+from fedlean.runtime.evaluate import Score
+from fedlean.runtime.rounds import StepRecord
+from fedlean.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The run so far; part of the checkpoint."""
+
+    downlink_bytes: int = 0
+    uplink_bytes: int = 0
+    flops_per_client: float = 0.0
+    simulated_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    best_accuracy: float = 0.0
+    targets: Mapping[str, Any] = field(default_factory=dict)  # accuracy text -> first reached
+
+    def after(self, record: StepRecord, clients: int) -> Totals:
+        cost = record.cost
+        return replace(
+            self,
+            downlink_bytes=self.downlink_bytes + cost.downlink_bytes,
+            uplink_bytes=self.uplink_bytes + cost.uplink_bytes,
+            flops_per_client=self.flops_per_client + cost.flops / clients,
+            simulated_seconds=self.simulated_seconds + cost.simulated_seconds,
+            wall_seconds=self.wall_seconds + record.wall_seconds,
+            peak_memory_bytes=max(self.peak_memory_bytes, cost.peak_memory_bytes),
+        )
+
+    def scored(self, round: int, accuracy: float, targets: Sequence[float]) -> Totals:
+        """Notes the accuracy targets that this evaluation reaches first."""
+        reached = dict(self.targets)
+        for target in targets:
+            if accuracy >= target and f"{target:g}" not in reached:
+                reached[f"{target:g}"] = {
+                    "round": round,
+                    "simulated_seconds": self.simulated_seconds,
+                    "flops_per_client": self.flops_per_client,
+                    "bytes": self.downlink_bytes + self.uplink_bytes,
+                }
+        best = max(self.best_accuracy, accuracy)
+        return replace(self, best_accuracy=best, targets=reached)
+
+
+def layer_density(spec: ModelSpec, masks: Masks) -> dict[str, float]:
+    """Kept fraction per prunable tensor; 1 where there is no mask."""
+    return {
+        name: float(np.count_nonzero(masks[name]) / masks[name].size) if name in masks else 1.0
+        for name in spec.prunable
+    }
+
+
+def model_density(spec: ModelSpec, masks: Masks) -> float:
+    """Kept fraction of all prunable weights."""
+    sizes = {name: int(np.prod(spec.param_shapes[name])) for name in spec.prunable}
+    kept = sum(
+        int(np.count_nonzero(masks[name])) if name in masks else size
+        for name, size in sizes.items()
+    )
+    return kept / sum(sizes.values()) if sizes else 1.0
+
+
+def log_entry(
+    *,
+    round: int,
+    phase: str,
+    record: StepRecord,
+    totals: Totals,
+    clients: int,
+    score: Score | None,
+    spec: ModelSpec,
+    masks: Masks,
+) -> dict[str, Any]:
+    """One line of the log."""
+    cohort = [task.client for task in record.tasks]
+    cost = asdict(record.cost)
+    flops = cost.pop("flops")
+    return {
+        "round": round,
+        "phase": phase,
+        "cohort": cohort,
+        "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
+        "refused": {str(client): reason for client, reason in record.refused.items()},
+        "attempts": record.attempts,
+        "accuracy": None if score is None else score.accuracy,
+        "loss": None if score is None else score.loss,
+        "train_loss": record.metrics.get("train_loss"),
+        "density": model_density(spec, masks),
+        "layer_density": layer_density(spec, masks),
+        **cost,
+        "flops_per_client": flops / clients,
+        "wall_seconds": record.wall_seconds,
+        "metrics": record.metrics,
+        "total": {
+            "downlink_bytes": totals.downlink_bytes,
+            "uplink_bytes": totals.uplink_bytes,
+            "flops_per_client": totals.flops_per_client,
+            "simulated_seconds": totals.simulated_seconds,
+            "wall_seconds": totals.wall_seconds,
+        },
+    }
+
+
+class RunLog:
+    """Appends to `rounds.jsonl`; a resumed run cuts it back to its checkpoint first."""
+
+    def __init__(self, path: Path, *, keep_bytes: int = 0):
+        """Raises ValueError when the log is shorter than the checkpoint says."""
+        path.touch()
+        size = path.stat().st_size
+        if size < keep_bytes:
+            raise ValueError(
+                f"{path} has {size} bytes but the checkpoint was written at {keep_bytes}: it was "
+                "cut or replaced; restore it or start a new run"
+            )
+        os.truncate(path, keep_bytes)
+        self._file = path.open("ab")
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Forces the log to disk; its length, for the checkpoint."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,48 @@
+"""Checks of the hyper-parameters that methods share, and the learning rate over rounds."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+
+def in_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+) -> None:
+    """Raises ValueError unless low <= value <= high (low < value if `open_low`)."""
+    above = value > low if open_low else value >= low
+    if not isfinite(value) or not above or value > high:
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value!r}")
+
+
+def at_least(name: str, value: int, low: int) -> None:
+    """Raises ValueError unless value is an integer >= low."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def check_sgd(
+    *, lr: float, local_steps: int, batch_size: int, momentum: float, weight_decay: float, loss: str
+) -> None:
+    """The hyper-parameters of local SGD.  Raises ValueError naming the one that is wrong."""
+    in_range("lr", lr, 0.0, 100.0, open_low=True)
+    at_least("local_steps", local_steps, 1)
+    at_least("batch_size", batch_size, 1)
+    in_range("momentum", momentum, 0.0, 0.9999)
+    in_range("weight_decay", weight_decay, 0.0, 10.0)
+    if loss not in ("ce", "bce"):
+        raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
+
+
+def learning_rate(lr: float, round: int, half_life_rounds: float) -> float:
+    """lr · 0.5^(round / half_life_rounds); constant when the half-life is 0.
+
+    >>> learning_rate(0.1, 10000, 10000), learning_rate(0.1, 10000, 0)
+    (0.05, 0.1)
+    """
+    return lr * 0.5 ** (round / half_life_rounds) if half_life_rounds else lr

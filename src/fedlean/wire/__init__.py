@@ -1,0 +1,31 @@
+"""Bytes of a `ClientTask` and of a `ClientUpdate`, and back.  No pickle; versioned; bounded.
+
+A message is a fixed header (`header.py`), a small canonical JSON part (`fields.py`) and a payload:
+
+    task      [spec] [extras] [masks] names of the tensors carried, their values
+    update           [extras] [masks] names of the tensors carried, their values, statistics
+
+A section in brackets is there if its flag is set: a spec or pattern travels only when the receiver
+does not hold its hash, extras (frozen, index, output module) only when they differ from the task's.
+Whatever the bytes, decoding gives a valid object or raises `WireError`; lengths are checked before
+anything is allocated.  This package knows no transport and does not judge what a client claims
+(counts, accuracies): the runtime does.
+"""
+
+from fedlean.wire.errors import UnknownPattern as UnknownPattern
+from fedlean.wire.errors import UnknownSpec as UnknownSpec
+from fedlean.wire.errors import WireError as WireError
+from fedlean.wire.header import HEADER_BYTES as HEADER_BYTES
+from fedlean.wire.header import VERSION as VERSION
+from fedlean.wire.pattern import pattern_hash as pattern_hash
+from fedlean.wire.pattern import pattern_payload_bytes as pattern_payload_bytes
+from fedlean.wire.receiving import DEFAULT_LIMIT_BYTES as DEFAULT_LIMIT_BYTES
+from fedlean.wire.receiving import decode_task as decode_task
+from fedlean.wire.receiving import decode_update as decode_update
+from fedlean.wire.sending import Known as Known
+from fedlean.wire.sending import encode_task as encode_task
+from fedlean.wire.sending import encode_update as encode_update
+from fedlean.wire.sending import task_bytes as task_bytes
+from fedlean.wire.sending import update_bytes as update_bytes
+from fedlean.wire.values import ValueDtype as ValueDtype
+from fedlean.wire.values import params_payload_bytes as params_payload_bytes

@@ -1,0 +1,131 @@
+"""The optional parts of a payload, each self-delimiting given the spec: names, spec, extras, masks.
+
+names    one bit per tensor of the spec, in its order, in ceil(tensors / 8) bytes
+spec     u32 length, canonical JSON
+extras   names of the frozen, names of the sliced, then per sliced tensor the ids of each axis
+masks    names of the masked, then their patterns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from fedlean.core import Masks
+from fedlean.layers import Shape
+from fedlean.spec import ModelSpec
+from fedlean.wire.errors import WireError
+from fedlean.wire.fields import MAX_JSON_BYTES, dump, load
+from fedlean.wire.pattern import decode_ids, decode_mask, encode_ids, encode_mask
+from fedlean.wire.reader import Reader
+
+Index = Mapping[str, tuple[np.ndarray, ...]]
+_MAX_INPUT_AXES = 8
+
+
+def names_bytes(spec: ModelSpec) -> int:
+    return (len(spec.tensor_shapes) + 7) // 8
+
+
+def encode_names(names: Collection[str], spec: ModelSpec, what: str) -> bytes:
+    """Raises WireError where a name is no tensor of `spec`."""
+    for name in names:
+        if name not in spec.tensor_shapes:
+            raise WireError(f"{what}: {name!r} names no tensor of the spec")
+    return np.packbits(np.array([name in names for name in spec.tensor_shapes], bool)).tobytes()
+
+
+def decode_names(reader: Reader, spec: ModelSpec, what: str) -> list[str]:
+    """Names in the spec's order."""
+    raw = np.frombuffer(reader.take(names_bytes(spec), what), np.uint8)
+    bits = np.unpackbits(raw)
+    if bits[len(spec.tensor_shapes) :].any():
+        raise WireError(f"{what}: padding bits are set")
+    return [name for name, bit in zip(spec.tensor_shapes, bits, strict=False) if bit]
+
+
+def encode_spec(spec: ModelSpec) -> bytes:
+    """Raises WireError beyond 1 MiB."""
+    text = spec.to_json().encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise WireError(f"the spec has {len(text)} bytes, the limit is {MAX_JSON_BYTES}")
+    return len(text).to_bytes(4, "little") + text
+
+
+def decode_spec(reader: Reader, expected: str) -> ModelSpec:
+    """Raises WireError unless it is a spec in canonical form whose hash is `expected`."""
+    length = reader.u32("the spec")
+    if length > MAX_JSON_BYTES:
+        raise WireError(f"the spec has {length} bytes, the limit is {MAX_JSON_BYTES}")
+    raw = bytes(reader.take(length, "the spec"))
+    document = load(raw, "spec")
+    dump(document, "spec")  # NaN, infinity and lone surrogates pass Python's reader
+    axes = document.get("input_shape")
+    # Shape inference compares shapes for every input of every node: bound what that can cost.
+    if not isinstance(axes, list) or len(axes) > _MAX_INPUT_AXES:
+        raise WireError(f"spec: input_shape must have at most {_MAX_INPUT_AXES} axes")
+    try:
+        spec = ModelSpec.from_json(raw.decode())
+        canonical = spec.to_json().encode() == raw
+    # A layer's arithmetic on a stranger's numbers can fail in all these ways.
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        raise WireError(f"spec: {str(error)[:200]}") from None
+    if not canonical:
+        raise WireError("spec: not canonical")
+    if spec.hash != expected:
+        raise WireError(f"the spec received has hash {spec.hash}, the header says {expected}")
+    _check_sides(spec)
+    return spec
+
+
+def _check_sides(spec: ModelSpec) -> None:
+    """A fractional stride passes the layers' own checks and gives shapes that are no integers."""
+    for name, shape in (*spec.shapes.items(), *spec.tensor_shapes.items()):
+        if any(type(side) is not int or side < 1 for side in shape):
+            raise WireError(f"spec: {name!r} has shape {str(shape)[:100]}")
+
+
+def sliced_shapes(spec: ModelSpec, index: Index) -> dict[str, Shape]:
+    """The shape in which each tensor of `spec` travels: the full model's names, sliced sides."""
+    return {
+        name: tuple(ids.size for ids in index[name]) if name in index else shape
+        for name, shape in spec.tensor_shapes.items()
+    }
+
+
+def encode_extras(frozen: Collection[str], index: Index, spec: ModelSpec) -> bytes:
+    pieces = [encode_names(frozen, spec, "frozen"), encode_names(index, spec, "index")]
+    for name, shape in spec.tensor_shapes.items():
+        if name not in index:
+            continue
+        if len(index[name]) != len(shape):
+            raise WireError(f"index of {name!r} has {len(index[name])} axes, expected {len(shape)}")
+        pieces += (
+            encode_ids(ids, side, name) for ids, side in zip(index[name], shape, strict=True)
+        )
+    return b"".join(pieces)
+
+
+def decode_extras(
+    reader: Reader, spec: ModelSpec
+) -> tuple[frozenset[str], dict[str, tuple[np.ndarray, ...]]]:
+    """Frozen names and index (int64 ids)."""
+    frozen = frozenset(decode_names(reader, spec, "frozen"))
+    return frozen, {
+        name: tuple(decode_ids(reader, side, name) for side in spec.tensor_shapes[name])
+        for name in decode_names(reader, spec, "index")
+    }
+
+
+def encode_masks(masks: Masks, spec: ModelSpec) -> list[bytes]:
+    names = encode_names(masks, spec, "masks")
+    return [names, *(encode_mask(masks[n]) for n in spec.tensor_shapes if n in masks)]
+
+
+def decode_masks(
+    reader: Reader, spec: ModelSpec, shapes: Mapping[str, Shape]
+) -> dict[str, np.ndarray]:
+    """bool arrays in the shapes in which the tensors travel."""
+    names = decode_names(reader, spec, "masks")
+    return {name: decode_mask(reader, shapes[name], name) for name in names}

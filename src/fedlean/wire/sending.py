@@ -1,0 +1,254 @@
+"""Objects to bytes.  The sizes come from the same draft as the messages, short of the arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedlean.core import ClientTask, ClientUpdate, Params, Statistic, SubModel
+from fedlean.spec import ModelSpec
+from fedlean.wire.errors import WireError
+from fedlean.wire.fields import (
+    check_kept,
+    dump,
+    read_task,
+    read_update,
+    write_statistic,
+    write_work,
+)
+from fedlean.wire.header import EXTRAS, HEADER_BYTES, PATTERN, SPEC, TASK, UPDATE, Header
+from fedlean.wire.pattern import NO_PATTERN, check_masks, pattern_hash, pattern_payload_bytes
+from fedlean.wire.sections import (
+    encode_extras,
+    encode_masks,
+    encode_names,
+    encode_spec,
+    names_bytes,
+    sliced_shapes,
+)
+from fedlean.wire.statistic import encode_statistics, statistics_bytes, tensor_form
+from fedlean.wire.values import (
+    ValueDtype,
+    check_params,
+    dtype_code,
+    encode_params,
+    values_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Hashes of the specs and patterns that the receiver holds."""
+
+    specs: frozenset[str] = frozenset()
+    patterns: frozenset[str] = frozenset()
+
+
+_NOTHING = Known()
+_WHOLE = SubModel()
+
+
+def encode_task(
+    task: ClientTask, known: Known = _NOTHING, *, value_dtype: ValueDtype = "fp32"
+) -> bytes:
+    """The message for a receiver that holds `known`.  Raises WireError naming what cannot travel.
+
+    Masked coordinates are not sent and arrive as 0.
+    """
+    return _draft_task(task, known, value_dtype).to_bytes()
+
+
+def task_bytes(
+    task: ClientTask, known: Known = _NOTHING, *, value_dtype: ValueDtype = "fp32"
+) -> int:
+    """len(encode_task(...)), without writing an array."""
+    return _draft_task(task, known, value_dtype).num_bytes()
+
+
+def encode_update(
+    update: ClientUpdate, task: ClientTask, *, value_dtype: ValueDtype = "fp32"
+) -> bytes:
+    """The answer to `task`: of the sub-model only what differs from the task's.
+
+    `value_dtype` is for the parameters; statistics travel as they are.  Raises WireError naming
+    what cannot travel.
+    """
+    return _draft_update(update, task, value_dtype).to_bytes()
+
+
+def update_bytes(
+    update: ClientUpdate, task: ClientTask, *, value_dtype: ValueDtype = "fp32"
+) -> int:
+    """len(encode_update(...)), without writing an array."""
+    return _draft_update(update, task, value_dtype).num_bytes()
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A checked message short of its arrays; its header does not know the payload's length yet."""
+
+    header: Header
+    text: bytes  # the JSON part
+    opening: bytes  # spec and extras
+    spec: ModelSpec
+    params: Params
+    sub_model: SubModel
+    value_dtype: ValueDtype
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = sliced_shapes(self.spec, self.sub_model.index)
+        check_masks(self.sub_model.masks, shapes)
+        check_params(self.params, shapes)
+
+    @property
+    def _sends_masks(self) -> bool:
+        return bool(self.header.flags & PATTERN)
+
+    def num_bytes(self) -> int:
+        shapes = sliced_shapes(self.spec, self.sub_model.index)
+        carried = {name: shapes[name] for name in self.params}
+        size = HEADER_BYTES + len(self.text) + len(self.opening) + names_bytes(self.spec)
+        if self._sends_masks:
+            size += names_bytes(self.spec) + pattern_payload_bytes(self.sub_model.masks)
+        size += values_bytes(carried, self.sub_model.masks, self.value_dtype)
+        return size + statistics_bytes(self.statistics)
+
+    def to_bytes(self) -> bytes:
+        masks = self.sub_model.masks
+        carried = [name for name in self.spec.tensor_shapes if name in self.params]
+        payload = [
+            self.opening,
+            *(encode_masks(masks, self.spec) if self._sends_masks else ()),
+            encode_names(self.params, self.spec, "params"),
+            *encode_params(self.params, carried, masks, self.value_dtype),
+            *encode_statistics(self.statistics),
+        ]
+        header = replace(self.header, payload_bytes=sum(map(len, payload)))
+        return b"".join([header.pack(), self.text, *payload])
+
+
+def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Draft:
+    sub_model, spec = task.sub_model, task.spec
+    pattern = pattern_hash(sub_model.masks)
+    flags = 0 if spec.hash in known.specs else SPEC
+    flags |= 0 if pattern == NO_PATTERN or pattern in known.patterns else PATTERN
+    flags |= EXTRAS if _extras_differ(sub_model, _WHOLE) else 0
+    document = _nonempty(
+        phase=task.phase, hparams=dict(task.hparams), output_module=sub_model.output_module
+    )
+    read_task(document)
+    text = dump(document)
+    return _Draft(
+        header=_header(TASK, flags, task, 0, pattern, value_dtype, text),
+        text=text,
+        opening=_opening(flags, spec, sub_model),
+        spec=spec,
+        params=task.params,
+        sub_model=sub_model,
+        value_dtype=value_dtype,
+    )
+
+
+def _draft_update(update: ClientUpdate, task: ClientTask, value_dtype: ValueDtype) -> _Draft:
+    if update.client != task.client:
+        raise WireError(f"client {update.client} cannot answer the task of client {task.client}")
+    sub_model, old = update.sub_model, task.sub_model
+    pattern = pattern_hash(sub_model.masks)
+    same = sub_model.masks is old.masks or pattern == pattern_hash(old.masks)
+    flags = 0 if same or pattern == NO_PATTERN else PATTERN
+    flags |= EXTRAS if _extras_differ(sub_model, old) else 0
+    document = _nonempty(
+        metrics=dict(update.metrics),
+        work=[write_work(work) for work in update.work],
+        statistics=_statistics_table(update, task.spec),
+        output_module=sub_model.output_module if flags & EXTRAS else None,
+    )
+    check_kept(read_update(document).work, task.spec)
+    text = dump(document)
+    return _Draft(
+        header=_header(UPDATE, flags, task, update.num_examples, pattern, value_dtype, text),
+        text=text,
+        opening=_opening(flags, task.spec, sub_model),
+        spec=task.spec,
+        params=update.params,
+        sub_model=sub_model,
+        value_dtype=value_dtype,
+        statistics=update.statistics,
+    )
+
+
+def _header(
+    kind: int,
+    flags: int,
+    task: ClientTask,
+    num_examples: int,
+    pattern: str,
+    value_dtype: ValueDtype,
+    text: bytes,
+) -> Header:
+    return Header(
+        kind=kind,
+        flags=flags,
+        value_dtype=dtype_code(value_dtype),
+        round=task.round,
+        client=task.client,
+        seed=task.seed,
+        num_examples=num_examples,
+        spec=bytes.fromhex(task.spec.hash),
+        pattern=bytes.fromhex(pattern),
+        json_bytes=len(text),
+        payload_bytes=0,
+    )
+
+
+def _opening(flags: int, spec: ModelSpec, sub_model: SubModel) -> bytes:
+    sent = encode_spec(spec) if flags & SPEC else b""
+    if flags & EXTRAS:
+        sent += encode_extras(sub_model.frozen, sub_model.index, spec)
+    return sent
+
+
+def _extras_differ(new: SubModel, old: SubModel) -> bool:
+    """Whether anything but the masks does."""
+    if new is old:
+        return False
+    if (new.frozen, new.output_module) != (old.frozen, old.output_module):
+        return True
+    return new.index is not old.index and not _same_index(new.index, old.index)
+
+
+def _same_index(
+    new: Mapping[str, tuple[np.ndarray, ...]], old: Mapping[str, tuple[np.ndarray, ...]]
+) -> bool:
+    return new.keys() == old.keys() and all(
+        len(new[name]) == len(old[name])
+        and all(np.array_equal(a, b) for a, b in zip(new[name], old[name], strict=True))
+        for name in new
+    )
+
+
+def _statistics_table(update: ClientUpdate, spec: ModelSpec) -> dict[str, Any]:
+    shapes = sliced_shapes(spec, update.sub_model.index)
+    return {
+        key: write_statistic(
+            one.reduction,
+            {
+                name: tensor_form(array, shapes.get(name), f"{key}.{name}")
+                for name, array in one.tensors.items()
+            },
+        )
+        for key, one in update.statistics.items()
+    }
+
+
+def _nonempty(**document: Any) -> dict[str, Any]:
+    """`output_module` may be the empty string, which is not None."""
+    return {
+        key: value
+        for key, value in document.items()
+        if value is not None and (value or key == "output_module")
+    }

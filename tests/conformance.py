@@ -1,0 +1,56 @@
+"""Properties that every method has.  Collected: each tests/methods/test_<method>.py declares CASE.
+
+Adding a method is two new files, the method and its test, and no edit here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fedlean.methods
+from fedlean.core import FederatedAlgorithm, Scalar
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to put one method through the properties."""
+
+    method: Callable[..., FederatedAlgorithm]
+    settings: Mapping[str, Scalar]  # small, and such that everything it does happens in 6 rounds
+    knob: Mapping[str, Scalar]  # added to settings: the result must change
+    neutral: Mapping[str, Scalar] | str  # replaces settings: equals FedAvg; or why there is none
+    fedavg: Mapping[str, Scalar] = field(default_factory=dict)  # FedAvg's settings there
+    why_no_masks: str = ""  # a method that prunes leaves this empty
+
+
+def method_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(fedlean.methods.__path__))
+
+
+def case_of(method: str) -> Case:
+    """The CASE of tests/methods/test_<method>.py; AssertionError when there is none."""
+    path = Path(__file__).parent / "methods" / f"test_{method}.py"
+    assert path.is_file(), f"{method} has no test file {path.name}"
+    spec = importlib.util.spec_from_file_location(f"case_{method}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert hasattr(module, "CASE"), f"{path.name} declares no CASE"
+    return module.CASE
+
+
+def shuffled(order: Sequence[int]) -> Callable[[Any, Iterator[Any]], list[Any]]:
+    """Updates in another order than the cohort's."""
+
+    def change(tasks: Any, updates: Iterator[Any]) -> list[Any]:
+        del tasks
+        held = list(updates)
+        ranked = sorted(range(len(held)), key=lambda i: order[i % len(order)])
+        return [held[i] for i in ranked]
+
+    return change

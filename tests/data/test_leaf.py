@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlean.data.leaf import find_leaf, load_leaf
+from fedlean.data.load import load_dataset
+
+SIDE = 3
+
+
+def image(level: int) -> list[float]:
+    return [((level + i) % 256) / 255 for i in range(SIDE * SIDE)]
+
+
+def content(users: dict[str, list[tuple[int, int]]]) -> dict[str, Any]:
+    """users: name -> (grey level, label) of each example."""
+    return {
+        "users": list(users),
+        "num_samples": [len(each) for each in users.values()],
+        "user_data": {
+            user: {"x": [image(level) for level, _ in each], "y": [y for _, y in each]}
+            for user, each in users.items()
+        },
+    }
+
+
+TRAIN = [{"f02": [(1, 0), (2, 61)], "empty": []}, {"f01": [(3, 5)], "f02": [(4, 7)]}]
+TEST = {"f01": [(200, 60)]}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.fixture(params=["", "data"])
+def femnist(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    for i, users in enumerate(TRAIN):
+        write_json(tmp_path / request.param / "train" / f"all_data_{i}.json", content(users))
+    write_json(tmp_path / request.param / "test" / "all_data_0.json", content(TEST))
+    return tmp_path
+
+
+def test_femnist_layout(femnist: Path):
+    data = load_dataset(str(femnist))
+    assert data.classes == 62 and data.input_shape == (1, SIDE, SIDE)
+    assert data.x_train.dtype == np.uint8 and data.scale == 255.0
+    assert data.x_train[:, 0, 0, 0].tolist() == [3, 1, 2, 4]  # users sorted: f01, then f02
+    assert data.x_train[0, 0].ravel().tolist() == list(range(3, 12))
+    assert data.y_train.tolist() == [5, 0, 61, 7]
+    assert data.clients is not None and data.clients.tolist() == [0, 1, 1, 1]
+    assert data.x_test[:, 0, 0, 0].tolist() == [200] and data.y_test.tolist() == [60]
+
+
+def test_pixels_between_the_bytes_stay_floats(tmp_path: Path):
+    odd = content({"b": [(0, 0)], "a": [(9, 0)]})
+    odd["user_data"]["b"]["x"][0] = [0.1234] * 9
+    write_json(tmp_path / "train/a.json", odd)
+    write_json(tmp_path / "test/a.json", content(TEST))
+    data = load_leaf("odd", tmp_path)
+    assert data.x_train.dtype == data.x_test.dtype == np.float32 and data.scale == 1.0
+    np.testing.assert_allclose(data.x_train[0].ravel(), image(9), rtol=1e-6)
+    np.testing.assert_allclose(data.x_train[1], 0.1234, rtol=1e-6)
+    np.testing.assert_allclose(data.x_test[0].ravel(), image(200), rtol=1e-6)
+
+
+def bad(**changes: Any) -> dict[str, Any]:
+    """One user `u` with one example; `changes` replace x or y of the user, or a top-level key."""
+    value = content({"u": [(1, 1)]})
+    for key, change in changes.items():
+        (value["user_data"]["u"] if key in ("x", "y") else value)[key] = change
+    return value
+
+
+BAD = [
+    ("{", "not readable as JSON"),
+    ("[" * 100_000, "not readable as JSON"),
+    ([], "expected LEAF's lists .* got list"),
+    ({"users": []}, r"got \['users'\]"),
+    (bad(users=["u", "v"]), "2 users and 1 num_samples"),
+    (bad(users=["u", "u"], num_samples=[1, 1]), "different names"),
+    (bad(users=[1]), "different names"),
+    (bad(users=["v"]), "user 'v': expected an entry in user_data"),
+    (bad(num_samples=[2]), r"got \[1, 1\] entries of x and y, expected lists of 2"),
+    (bad(y=[1, 2]), r"got \[1, 2\] entries"),
+    (bad(x="text"), r"got \['str', 1\]"),
+    (bad(x=["some text"]), "image sets given as pixels"),
+    (bad(x=[[0.5] * 8]), r"shape \(1, 8\), expected .examples, side².: square"),
+    (bad(x=[[]]), "square"),
+    (bad(x=[0.5]), "square"),
+    (bad(x=[[2.0] * 9]), "x is in 2.0..2.0, expected pixels in 0..1"),
+    (bad(x=[[float("nan")] * 9]), "expected pixels in 0..1"),
+    (bad(x=[[None] * 9]), "expected pixels in 0..1"),
+    (bad(y=[-1]), "y has other values than integers"),
+    (bad(y=[10**30]), "y has other values than integers"),
+    (bad(y=[True]), "y has other values than integers"),
+    (bad(y=[1.5]), "y has other values than integers"),
+    (content({"u": []}), "no examples, expected at least 1.*preprocess.sh"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), BAD, ids=range(len(BAD)))
+def test_damaged_files_are_named(tmp_path: Path, value: Any, message: str):
+    write_json(tmp_path / "train/a.json", value)
+    write_json(tmp_path / "test/a.json", content(TEST))
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'train'))}.*{message}"):
+        load_leaf("a", tmp_path)
+
+
+def test_rows_of_two_lengths(tmp_path: Path):
+    value = content({"u": [(1, 1), (2, 2)]})
+    value["user_data"]["u"]["x"][1] = [0.5] * 4
+    write_json(tmp_path / "train/a.json", value)
+    with pytest.raises(ValueError, match="not rows of numbers of one length"):
+        load_leaf("a", tmp_path)
+
+
+def test_images_of_two_sizes(tmp_path: Path):
+    value = content({"u": [(1, 1)], "v": [(2, 2)]})
+    value["user_data"]["v"]["x"] = [[0.5] * 4]
+    write_json(tmp_path / "train/a.json", value)
+    with pytest.raises(ValueError, match="expected one size"):
+        load_leaf("a", tmp_path)
+
+
+def test_no_test_files(tmp_path: Path):
+    write_json(tmp_path / "train/a.json", content(TEST))
+    assert find_leaf(tmp_path) == {"leaf": tmp_path}
+    with pytest.raises(ValueError, match=r"test: got 0 \.json files"):
+        load_leaf("a", tmp_path)

@@ -1,0 +1,161 @@
+"""The built-in models: parameter counts by hand, structure, argument checks, the catalogue."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fedlean.layers import BatchNorm, GroupNorm
+from fedlean.models import catalog
+from fedlean.models.resnet import resnet8
+from fedlean.spec import ModelSpec
+
+# Every model of the catalogue: input, classes, parameters counted by hand.
+MODELS = {
+    "lenet300": ((1, 28, 28), 10, 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10),
+    "conv2": ((1, 28, 28), 62, 6_603_710),  # PruneFL: 52,096 + 6,551,614
+    "vgg11": (
+        (3, 32, 32),
+        10,
+        # 9.2M of convolutions + 530K of fully connected layers in the paper
+        (1_792 + 73_856 + 295_168 + 590_080 + 1_180_160 + 3 * 2_359_808) + 530_442,
+    ),
+    # stem 432 + 32; stage 1: 2 * (2,304 + 32); stage 2: 4,608 + 9,216 + 512 + 3 * 64;
+    # stage 3: 18,432 + 36,864 + 2,048 + 3 * 128; head 650
+    "resnet8": ((3, 32, 32), 10, 464 + 4_672 + 14_528 + 57_728 + 650),
+    # two more blocks per stage: 2 * (4,672 + 2 * (9,216 + 64) + 2 * (36,864 + 128))
+    "resnet20": ((3, 32, 32), 10, 78_042 + 2 * (4_672 + 18_560 + 73_984)),
+}
+
+
+def build(name: str) -> ModelSpec:
+    shape, classes, _ = MODELS[name]
+    return catalog.build(name, shape, classes)
+
+
+def test_the_catalogue_lists_exactly_the_models_with_a_line_each():
+    assert list(catalog.available()) == sorted(MODELS)
+    assert all(len(line) > 20 for line in catalog.available().values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name: str):
+    assert build(name).num_params == MODELS[name][2]
+    assert build(name).output_shape == (MODELS[name][1],)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_json_round_trip_keeps_spec_text_and_hash(name: str):
+    spec = build(name)
+    again = ModelSpec.from_json(spec.to_json())
+    assert again == spec
+    assert again.to_json() == spec.to_json()
+    assert again.hash == spec.hash == build(name).hash
+
+
+def test_hashes_stay_what_they_are():
+    """Hashes name specs on the wire and in checkpoints: a change here breaks stored runs."""
+    assert build("conv2").hash != build("lenet300").hash
+    assert catalog.build("conv2", (1, 28, 28), 61).hash != build("conv2").hash
+    code = "from fedlean.models.catalog import build; print(build('conv2', (1, 28, 28), 62).hash)"
+    assert _python(code) == build("conv2").hash
+
+
+def test_blocks_are_stages():
+    assert list(build("conv2").blocks) == ["conv1", "conv2", "fc1", "fc2"]
+    assert list(build("lenet300").blocks) == ["fc1", "fc2", "fc3"]
+    stages = [f"stage{n}" for n in range(1, 6)]
+    assert list(build("vgg11").blocks) == [*stages, "fc1", "fc2", "fc3"]
+    assert list(build("resnet8").blocks) == ["stem", "stage1", "stage2", "stage3", "head"]
+
+
+def test_conv2_names_its_layers_as_the_paper_does():
+    assert [node.name for node in build("conv2").weighted] == ["conv1", "conv2", "fc1", "fc2"]
+
+
+def test_resnet_shortcuts_are_not_prunable():
+    spec = build("resnet20")
+    kept = [node.name for node in spec.weighted if not node.prunable]
+    assert kept == ["stage2_1_down", "stage3_1_down"]
+    assert len(spec.prunable) == 20  # the layers that give the model its name
+
+
+def test_resnet_norm():
+    group, batch = (resnet8((3, 32, 32), 10, norm=norm) for norm in ("group", "batch"))
+    for spec, kind in ((group, GroupNorm), (batch, BatchNorm)):
+        norms = [node for node in spec.nodes if node.name.endswith(("norm", "norm1", "norm2"))]
+        assert len(norms) == 9 and all(isinstance(node.layer, kind) for node in norms)
+    assert group.num_params == batch.num_params
+    with pytest.raises(ValueError, match="norm must be 'group' or 'batch', got 'layer'"):
+        resnet8((3, 32, 32), 10, norm="layer")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [1, 0, -3, True, 2.0, "10"])
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_classes(name: str, classes: object):
+    with pytest.raises(ValueError, match="classes must be an integer of at least 2"):
+        catalog.build(name, MODELS[name][0], classes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"lenet300"}))
+def test_models_for_images_say_so(name: str):
+    with pytest.raises(ValueError, match=rf"{name} reads images.*got \(784,\)"):
+        catalog.build(name, (784,), 10)
+
+
+def test_a_too_small_image_names_the_layer():
+    with pytest.raises(ValueError, match=r"'pool5' .*window 2 does not fit an input side of 1"):
+        catalog.build("vgg11", (3, 28, 28), 10)
+    with pytest.raises(ValueError, match="'pool2'"):
+        catalog.build("conv2", (1, 3, 3), 10)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 8, 8), (1, -8, 8), (1, 8.0, 8), (True, 8, 8)])
+def test_bad_input_shapes(shape: tuple):
+    with pytest.raises(ValueError, match="input_shape"):
+        catalog.build("lenet300", shape, 10)
+
+
+def test_unknown_names_propose_the_nearest():
+    with pytest.raises(ValueError, match="unknown model 'resnet18': did you mean resnet"):
+        catalog.build("resnet18", (3, 32, 32), 10)
+    with pytest.raises(ValueError, match="'Conv-2': did you mean conv2"):
+        catalog.build("Conv-2", (3, 32, 32), 10)
+    with pytest.raises(ValueError, match="there are conv2, lenet300, resnet20, resnet8, vgg11"):
+        catalog.build("zzz", (3, 32, 32), 10)
+
+
+def test_a_function_of_your_own():
+    spec = catalog.build("fedlean.models.resnet:resnet8", (3, 32, 32), 10)
+    assert spec == build("resnet8")
+
+
+@pytest.mark.parametrize(
+    "name", ["no.such.module:f", "fedlean.models.conv2:nothing", ":f", "fedlean:", "..x:f"]
+)
+def test_a_function_that_is_not_there(name: str):
+    with pytest.raises(ValueError, match="expected package"):
+        catalog.build(name, (1, 8, 8), 10)
+
+
+def test_a_function_that_is_no_model():
+    with pytest.raises(ValueError, match="must return a ModelSpec, got bool"):
+        catalog.build("operator:contains", (1,), 10)
+    with pytest.raises(ValueError, match="must be a function, got int"):
+        catalog.build("sys:maxsize", (1,), 10)
+
+
+def test_listing_and_building_models_does_not_import_torch():
+    code = (
+        "import sys; from fedlean.models import catalog, initialise; catalog.available(); "
+        "initialise.init_params(catalog.build('resnet8', (3, 8, 8), 10), 0); "
+        "print('torch' in sys.modules)"
+    )
+    assert _python(code) == "False"
+
+
+def _python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout.strip()

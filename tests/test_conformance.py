@@ -1,0 +1,207 @@
+"""Every method, every property (tests/conformance.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conformance import case_of, method_names, shuffled
+from federation import (
+    ROUNDS,
+    Around,
+    client_data,
+    devices,
+    fresh_dispatch,
+    over_the_wire,
+    params,
+    run,
+    same,
+    server,
+    snapshot,
+)
+from live_memory import peak_bytes
+
+from fedlean.core import FederatedAlgorithm
+from fedlean.engine.memory import step_memory
+from fedlean.engine.torch import TorchEngine
+from fedlean.methods.fedavg import fedavg
+from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.rounds import Progress, StepRecord
+
+METHODS = method_names()
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+def build(name: str, **extra) -> FederatedAlgorithm:
+    case = case_of(name)
+    return case.method(server(), **{**case.settings, **extra})
+
+
+def test_declares_a_case(name):
+    assert case_of(name).method.__name__ == name
+
+
+def test_pure(name):
+    """No function changes its arguments; equal arguments give equal results."""
+    algorithm = build(name)
+    state = algorithm.init(params())
+    tasks = algorithm.configure(state, devices())
+    before = snapshot((state, tasks))
+    answers = [
+        algorithm.client_update(task, client_data()[task.client], TorchEngine(1), {})
+        for task in tasks
+    ]
+    again = [
+        algorithm.client_update(task, client_data()[task.client], TorchEngine(1), {})
+        for task in tasks
+    ]
+    assert same(answers, again)
+    updates = [update for update, _ in answers]
+    sent = snapshot(updates)
+    first = algorithm.server_update(state, iter(updates))
+    second = algorithm.server_update(state, iter(updates))
+    assert same(first, second)
+    assert same(before, (state, tasks)) and same(sent, updates)
+
+
+def test_deterministic_and_learns(name):
+    first, second = run(build(name)), run(build(name))
+    assert same(first, second)
+    assert first.round == ROUNDS
+    assert not same(dict(first.params), dict(params()))
+
+
+def test_order_of_updates_is_irrelevant(name):
+    algorithm = build(name)
+    dispatch = Around(fresh_dispatch(algorithm), shuffled([2, 0, 3, 1]))
+    assert same(run(algorithm, dispatch=dispatch), run(build(name)))
+
+
+def test_survives_drop_outs(name):
+    """A third of the answers never come; every tensor stays finite and every round is run."""
+    algorithm = build(name)
+    rng = np.random.default_rng(5)
+
+    def drop(tasks, updates):
+        del tasks
+        return (update for update in updates if rng.random() < 0.67)
+
+    state = run(algorithm, dispatch=Around(fresh_dispatch(algorithm), drop))
+    assert state.round == ROUNDS
+    assert all(np.isfinite(value).all() for value in state.params.values())
+
+
+def test_zero_replies_are_asked_again(name):
+    """Nobody answers the first time each step is asked: the result is that of an undisturbed run."""
+    algorithm = build(name)
+    calls = {"n": 0}
+
+    def silent_every_other(tasks, updates):
+        del tasks
+        calls["n"] += 1
+        answers = list(updates)
+        return [] if calls["n"] % 2 else answers
+
+    state = run(algorithm, dispatch=Around(fresh_dispatch(algorithm), silent_every_other))
+    assert same(state, run(build(name)))
+
+
+def test_resume_equals_uninterrupted(name, tmp_path):
+    """From a checkpoint at every step, in a new process's objects: the same final bytes."""
+    algorithm = build(name)
+    dispatch = fresh_dispatch(algorithm)
+    steps = []
+
+    def save(progress: Progress, record: StepRecord) -> None:
+        del record
+        folder = tmp_path / str(progress.step)
+        clients = {str(client): dict(s) for client, s in dispatch.client_states().items()}
+        tree = {"state": state_tree(progress.state), "clients": clients}
+        tree |= {"store": progress.store.to_tree(), "step": progress.step}
+        save_checkpoint(folder, progress.step, tree)
+        steps.append(folder)
+
+    expected = run(algorithm, dispatch=dispatch, watch=save)
+    for folder in steps[:: max(1, len(steps) // 4)]:
+        tree, skipped = load_checkpoint(folder)
+        assert not skipped
+        fresh = build(name)
+        state = type(fresh.init(params()))(**tree["state"])
+        resumed = fresh_dispatch(fresh)
+        resumed.restore({int(k): v for k, v in tree["clients"].items()})
+        progress = Progress(state, ClientStore(tree["store"]), tree["step"])
+        assert same(run(fresh, dispatch=resumed, progress=progress), expected)
+
+
+def test_wire_round_trip_and_bytes_as_claimed(name):
+    """Everything through bytes: same final state, and every message as long as charged."""
+    algorithm = build(name)
+    store = ClientStore()
+    dispatch = over_the_wire(fresh_dispatch(algorithm), store)
+    progress = Progress(algorithm.init(params()), store)
+    assert same(run(algorithm, dispatch=dispatch, progress=progress), run(build(name)))
+
+
+def test_neutral_setting_is_fedavg(name):
+    case = case_of(name)
+    if isinstance(case.neutral, str):
+        assert case.neutral, f"{name} says neither a neutral setting nor why there is none"
+        return
+    neutral = run(case.method(server(), **case.neutral))
+    plain = run(fedavg(server(), **case.fedavg))
+    assert same(dict(neutral.params), dict(plain.params))
+
+
+def test_knob_changes_the_result(name):
+    case = case_of(name)
+    changed = run(build(name, **case.knob))
+    assert not same(dict(changed.params), dict(run(build(name)).params))
+
+
+def test_masked_coordinates_are_exactly_zero(name):
+    """params == params · mask after every step, on the server and in every task."""
+    case, pruned = case_of(name), []
+
+    def check(progress: Progress, record: StepRecord) -> None:
+        for task in record.tasks:
+            for key, mask in task.sub_model.masks.items():
+                if key in task.params:
+                    assert not task.params[key][~mask].any()
+        for key, mask in progress.state.masks.items():
+            assert not progress.state.params[key][~mask].any()
+            pruned.append(not mask.all())
+
+    run(build(name), watch=check)
+    assert any(pruned) or case.why_no_masks
+
+
+def test_memory_claimed_against_measured(name):
+    """The torch engine's claim is within 15% of the live bytes at the peak of each task."""
+    algorithm = build(name)
+    checked = []
+
+    def measured(task, batches, engine, held):
+        out = []
+        peak = peak_bytes(
+            lambda: out.append(algorithm.client_update(task, batches, engine, held))
+        )
+        update, state = out[0]
+        claims = [
+            step_memory(
+                task.spec,
+                work.kept,
+                batch_size=work.batch_size,
+                optimizer_floats=work.optimizer_floats,
+                importance=work.importance_steps > 0,
+                sparse=False,
+            ).peak_bytes
+            for work in update.work
+        ]
+        checked.append((peak, max(claims)))
+        return update, state
+
+    run(algorithm, dispatch=LocalDispatch(measured, TorchEngine(1), client_data()))
+    assert checked
+    for peak, claim in checked:
+        assert abs(peak - claim) <= 0.15 * peak, (peak, claim)

@@ -1,0 +1,346 @@
+"""What is sent arrives, and its size is known beforehand."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedlean.core import ClientTask, ClientUpdate, Statistic, SubModel, Work
+from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear
+from fedlean.spec import ModelSpec, sequential
+from fedlean.wire import (
+    HEADER_BYTES,
+    Known,
+    UnknownPattern,
+    UnknownSpec,
+    WireError,
+    decode_task,
+    decode_update,
+    encode_task,
+    encode_update,
+    params_payload_bytes,
+    pattern_hash,
+    pattern_payload_bytes,
+    task_bytes,
+    update_bytes,
+)
+
+DTYPES = ("fp32", "fp16", "int8")
+
+
+def same_arrays(got: Mapping[str, np.ndarray], sent: Mapping[str, np.ndarray]) -> bool:
+    """Names, dtypes, shapes and every bit."""
+    return got.keys() == sent.keys() and all(
+        got[name].dtype == sent[name].dtype
+        and got[name].shape == sent[name].shape
+        and got[name].tobytes() == np.ascontiguousarray(sent[name]).tobytes()
+        for name in sent
+    )
+
+
+def same_sub_model(got: SubModel, sent: SubModel) -> bool:
+    return (
+        same_arrays(got.masks, sent.masks)
+        and (got.frozen, got.output_module) == (sent.frozen, sent.output_module)
+        and got.index.keys() == sent.index.keys()
+        and all(
+            [ids.tolist() for ids in got.index[name]] == [ids.tolist() for ids in sent.index[name]]
+            for name in sent.index
+        )
+    )
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    layers: list[tuple[str, Layer]] = []
+    for i in range(draw(st.integers(0, 2))):
+        layers.append((f"conv{i}", Conv2d(draw(st.integers(1, 4)), 2, bias=draw(st.booleans()))))
+        if draw(st.booleans()):
+            layers.append((f"norm{i}", BatchNorm()))
+    layers.append(("flat", Flatten()))
+    layers += [(f"fc{i}", Linear(draw(st.integers(1, 9)))) for i in range(draw(st.integers(0, 2)))]
+    return sequential((draw(st.integers(1, 3)), 5, 5), layers)
+
+
+@st.composite
+def indices(draw: st.DrawFn, spec: ModelSpec) -> dict[str, tuple[np.ndarray, ...]]:
+    names = draw(st.sets(st.sampled_from(list(spec.tensor_shapes)))) if spec.tensor_shapes else ()
+    return {
+        name: tuple(
+            np.array(draw(st.lists(st.integers(0, side - 1), unique=True, max_size=5)), np.int64)
+            for side in spec.tensor_shapes[name]
+        )
+        for name in names
+    }
+
+
+@st.composite
+def sub_models(draw: st.DrawFn, spec: ModelSpec) -> SubModel:
+    names = sorted(spec.tensor_shapes)
+    some = st.sets(st.sampled_from(names)) if names else st.just(set[str]())
+    index = draw(st.just({}) | indices(spec))
+    density = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0]))
+    rng = np.random.Generator(np.random.Philox(draw(st.integers(0, 99))))
+    shapes = sliced(spec, index)
+    masks = {name: rng.random(shapes[name]) < density for name in draw(some)}
+    return SubModel(
+        masks, index, frozenset(draw(some)), draw(st.none() | st.sampled_from(["", "é"]))
+    )
+
+
+def sliced(spec: ModelSpec, index: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str, Any]:
+    return {
+        name: tuple(len(ids) for ids in index[name]) if name in index else shape
+        for name, shape in spec.tensor_shapes.items()
+    }
+
+
+@st.composite
+def some_params(draw: st.DrawFn, spec: ModelSpec, sub_model: SubModel) -> dict[str, np.ndarray]:
+    """Of some tensors, masked; -0.0 and subnormals among the values that are kept."""
+    rng = np.random.Generator(np.random.Philox(draw(st.integers(0, 99))))
+    pool = np.array([-0.0, 1e-42, 1.5, -3.25, 1e30, 1 / 3], np.float32)
+    params: dict[str, np.ndarray] = {}
+    for name, shape in sliced(spec, sub_model.index).items():
+        if draw(st.booleans()):
+            value = rng.choice(pool, shape)
+            mask = sub_model.masks.get(name, np.ones(shape, bool))
+            params[name] = np.where(mask, value, np.float32(0))
+    return params
+
+
+scalars = (
+    st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+)
+u64 = st.integers(0, 2**64 - 1)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> ClientTask:
+    spec = draw(specs())
+    sub_model = draw(sub_models(spec))
+    return ClientTask(
+        round=draw(st.integers(0, 2**32 - 1)),
+        phase=draw(st.text(max_size=5)),
+        client=draw(u64),
+        seed=draw(u64),
+        spec=spec,
+        params=draw(some_params(spec, sub_model)),
+        sub_model=sub_model,
+        hparams=draw(st.dictionaries(st.text(max_size=4), scalars, max_size=3)),
+    )
+
+
+@given(tasks(), st.booleans(), st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_task_round_trip(task: ClientTask, knows_spec: bool, knows_pattern: bool) -> None:
+    key = pattern_hash(task.sub_model.masks)
+    held_specs = {task.spec.hash: task.spec} if knows_spec else {}
+    held = {key: task.sub_model.masks} if knows_pattern else {}
+    known = Known(frozenset(held_specs), frozenset(held))
+    data = encode_task(task, known)
+    got = decode_task(data, held_specs, held)
+    assert len(data) == task_bytes(task, known)
+    assert got.spec.hash == task.spec.hash
+    assert same_arrays(got.params, task.params)
+    assert same_sub_model(got.sub_model, task.sub_model)
+    assert dict(got.hparams) == dict(task.hparams)
+    assert {k: type(v) for k, v in got.hparams.items()} == {
+        k: type(v) for k, v in task.hparams.items()
+    }
+    for name in ("round", "phase", "client", "seed"):
+        assert getattr(got, name) == getattr(task, name)
+    assert encode_task(got, known) == data
+
+
+@st.composite
+def statistics(draw: st.DrawFn) -> Statistic:
+    forms = st.sampled_from(["f4", "f8", "i4", "i8", "?"])
+    shapes = st.lists(st.integers(0, 4), max_size=3)
+    tensors = {
+        name: np.arange(prod(shape), dtype=np.int64).reshape(shape).astype(draw(forms))
+        for name, shape in draw(st.dictionaries(st.text(max_size=3), shapes, max_size=3)).items()
+    }
+    return Statistic(tensors, draw(st.sampled_from(["mean", "sum"])))
+
+
+@given(st.data())
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_update_round_trip(data: st.DataObject) -> None:
+    task = data.draw(tasks())
+    sub_model = data.draw(st.just(task.sub_model) | sub_models(task.spec))
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    counts = st.integers(0, 2**40)
+    update = ClientUpdate(
+        client=task.client,
+        num_examples=data.draw(u64),
+        params=data.draw(some_params(task.spec, sub_model)),
+        sub_model=sub_model,
+        statistics=data.draw(st.dictionaries(st.text(max_size=3), statistics(), max_size=2)),
+        metrics=data.draw(st.dictionaries(st.text(max_size=3), finite, max_size=3)),
+        work=tuple(data.draw(st.lists(st.builds(Work, counts, counts, counts, counts)))),
+    )
+    sent = encode_update(update, task)
+    got = decode_update(sent, task)
+    assert len(sent) == update_bytes(update, task)
+    assert same_arrays(got.params, update.params)
+    assert same_sub_model(got.sub_model, sub_model)
+    assert (got.sub_model is task.sub_model) == same_sub_model(sub_model, task.sub_model)
+    assert got.statistics.keys() == update.statistics.keys()
+    for key, one in update.statistics.items():
+        assert got.statistics[key].reduction == one.reduction
+        assert same_arrays(got.statistics[key].tensors, one.tensors)
+    assert (got.client, got.num_examples) == (update.client, update.num_examples)
+    assert (got.metrics, got.work) == (update.metrics, update.work)
+
+
+@pytest.mark.parametrize("value_dtype", DTYPES)
+def test_full_messages_have_the_size_foretold(
+    task: ClientTask, update: ClientUpdate, value_dtype: Any
+) -> None:
+    sent = encode_task(task, value_dtype=value_dtype)
+    assert len(sent) == task_bytes(task, value_dtype=value_dtype)
+    assert same_sub_model(decode_task(sent, {}, {}).sub_model, task.sub_model)
+    sent = encode_update(update, task, value_dtype=value_dtype)
+    assert len(sent) == update_bytes(update, task, value_dtype=value_dtype)
+    assert decode_update(sent, task).work == update.work
+
+
+def test_values_by_hand(spec: ModelSpec, task: ClientTask) -> None:
+    """Kept: 18 of conv.weight and 30 of fc.weight.  Dense: 4 + 10 biases, 4 * 4 of the norm.
+
+    18 + 30 + 14 + 16 = 78 values: 312 bytes in fp32, 156 in fp16, 78 + 8 scales of 4 in int8.
+    Dense: 36 + 1440 + 30 = 1506 values, 6024 bytes.
+    """
+    masks = task.sub_model.masks
+    assert [params_payload_bytes(spec, masks, value_dtype=d) for d in DTYPES] == [312, 156, 110]
+    assert params_payload_bytes(spec, {}) == 6024
+
+
+def test_task_bytes_by_hand(spec: ModelSpec, task: ClientTask) -> None:
+    """All known: header 80, JSON, extras 1 + 1 (two sets of 8 tensors), names 1, values 312.
+
+    The pattern adds 1 for its names, 1 + ceil(36 / 8) = 6 for conv.weight, and for fc.weight 30
+    gaps of one byte: 1 + 4 + 30 = 35.
+    """
+    text = '{"hparams":{"lr":0.1,"steps":5},"output_module":"head","phase":"train"}'
+    assert HEADER_BYTES == 80
+    known = Known(frozenset({spec.hash}), frozenset({pattern_hash(task.sub_model.masks)}))
+    assert task_bytes(task, known) == 80 + len(text) + 2 + 1 + 312
+    assert pattern_payload_bytes(task.sub_model.masks) == 6 + 35
+    without_pattern = replace(known, patterns=frozenset())
+    assert task_bytes(task, without_pattern) == task_bytes(task, known) + 1 + 41
+    spec_bytes = 4 + len(spec.to_json())
+    assert task_bytes(task) == task_bytes(task, without_pattern) + spec_bytes
+
+
+def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
+    """80 + 82 of JSON + 1 for "no tensors" + 4 * 4 = 179 bytes."""
+    update = ClientUpdate(
+        5,
+        20,
+        {},
+        task.sub_model,
+        {"c": Statistic({"c": np.ones(4, np.float32)}, "mean")},
+        {"loss": 0.5},
+        (Work(5, 20),),
+    )
+    text = '{"metrics":{"loss":0.5},"statistics":{"c":["mean",{"c":["f4",[4]]}]},"work":[[5,20]]}'
+    sent = encode_update(update, task)
+    assert len(sent) == 80 + len(text) + 1 + 16 <= 200
+    assert text.encode() in sent
+
+
+def test_full_gradient_by_hand(task: ClientTask) -> None:
+    """Dense fp32 of 36 + 4 + 4 + 4 + 1440 + 10 = 1498 coordinates beside no parameters."""
+    gradient = {name: np.ones(s, np.float32) for name, s in task.spec.param_shapes.items()}
+    bare = ClientUpdate(5, 1, {}, task.sub_model)
+    full = replace(bare, statistics={"g": Statistic(gradient, "mean")})
+    table = '{"statistics":{"g":["mean",{' + ",".join(f'"{n}":null' for n in gradient) + "}]}}"
+    assert update_bytes(full, task) - update_bytes(bare, task) == 4 * 1498 + len(table) - len("{}")
+
+
+def test_fp32_is_bit_exact(task: ClientTask) -> None:
+    bits = np.array([0, 1 << 31, 1, 0x7F7FFFFF, 0xFF7FFFFF, 0x00800000, 0x3F800001, 7, 8, 9], "u4")
+    params = {"fc.bias": bits.view(np.float32)}
+    got = decode_task(encode_task(replace(task, params=params)), {}, {})
+    assert got.params["fc.bias"].view("u4").tolist() == bits.tolist()
+
+
+def test_fp16_rounds_to_nearest(task: ClientTask) -> None:
+    """1 + 2^-11 lies halfway between 1 and 1 + 2^-10: to even, 1."""
+    params = {"conv.bias": np.array([1 + 2**-11, 0.1, -65504, 0], np.float32)}
+    got = decode_task(encode_task(replace(task, params=params), value_dtype="fp16"), {}, {})
+    expected = np.array([1, np.float16(0.1), -65504, 0], np.float32)
+    assert np.array_equal(got.params["conv.bias"], expected)
+    params = {"conv.bias": np.full(4, 65536, np.float32)}
+    with pytest.raises(WireError, match="beyond float16"):
+        encode_task(replace(task, params=params), value_dtype="fp16")
+
+
+def test_int8_by_hand(task: ClientTask) -> None:
+    """max |x| = 254, scale 2: 254, -3, 1, 0 -> 127, rint(-1.5) = -2, rint(0.5) = 0, 0."""
+    params = {"conv.bias": np.array([254, -3, 1, 0], np.float32)}
+    got = decode_task(encode_task(replace(task, params=params), value_dtype="int8"), {}, {})
+    assert got.params["conv.bias"].tolist() == [254, -4, 0, 0]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=9))
+def test_int8_error_is_at_most_half_a_step(values: list[float]) -> None:
+    spec = sequential((1,), [("fc", Linear(max(len(values), 1), bias=False))])
+    array = np.array(values or [0.0], np.float32).reshape(-1, 1)
+    task = ClientTask(0, "", 0, 0, spec, {"fc.weight": array}, SubModel(), {})
+    got = decode_task(encode_task(task, value_dtype="int8"), {}, {}).params["fc.weight"]
+    step = float(np.abs(array).max()) / 127
+    error = np.abs(got.astype(float) - array.astype(float)).max()
+    # Below float32's normal range the scale itself is coarse: 127 of its smallest steps.
+    assert error <= step * 0.5001 + 127 * 2.0**-149
+
+
+def test_unchanged_sub_model_is_the_tasks_own_object(task: ClientTask) -> None:
+    """By identity, and by content: an equal copy needs no pattern either."""
+    copy = SubModel(
+        {name: mask.copy() for name, mask in task.sub_model.masks.items()},
+        frozen=task.sub_model.frozen,
+        output_module="head",
+    )
+    sent = [encode_update(ClientUpdate(5, 1, task.params, s), task) for s in (task.sub_model, copy)]
+    assert sent[0] == sent[1]
+    assert decode_update(sent[0], task).sub_model is task.sub_model
+
+
+def test_dropped_masks_and_kept_masks_with_new_extras(task: ClientTask) -> None:
+    dense = replace(task.sub_model, masks={})
+    got = decode_update(encode_update(ClientUpdate(5, 1, {}, dense), task), task)
+    assert got.sub_model == dense
+    thawed = replace(task.sub_model, frozen=frozenset(), output_module=None)
+    got = decode_update(encode_update(ClientUpdate(5, 1, {}, thawed), task), task)
+    assert got.sub_model.masks is task.sub_model.masks
+    assert (got.sub_model.frozen, got.sub_model.output_module) == (frozenset(), None)
+
+
+def test_unknown_hashes_can_be_asked_for(spec: ModelSpec, task: ClientTask) -> None:
+    key = pattern_hash(task.sub_model.masks)
+    data = encode_task(task, Known(frozenset({spec.hash}), frozenset({key})))
+    with pytest.raises(UnknownSpec) as caught:
+        decode_task(data, {}, {})
+    assert caught.value.hash == spec.hash
+    with pytest.raises(UnknownPattern) as caught:
+        decode_task(data, {spec.hash: spec}, {})
+    assert caught.value.hash == key
+    got = decode_task(data, {spec.hash: spec}, {key: task.sub_model.masks})
+    assert got.spec is spec and got.sub_model.masks is task.sub_model.masks
+
+
+def test_decoded_arrays_are_writable_and_aligned(task: ClientTask) -> None:
+    got = decode_task(encode_task(task), {}, {})
+    for array in (*got.params.values(), *got.sub_model.masks.values()):
+        assert array.flags.writeable and array.flags.aligned and array.flags.c_contiguous
