@@ -7,8 +7,8 @@ class here and one case in each engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, fields
+from math import inf, prod
 
 Shape = tuple[int, ...]
 
@@ -36,10 +36,24 @@ def _window(size: int, kernel: int, stride: int, padding: int) -> int:
     return out
 
 
-def _positive(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def check_settings(layer: Layer) -> None:
+    """ValueError naming the setting whose type or range is wrong; bools are no integers here."""
+    for setting in fields(layer):
+        name, value = setting.name, getattr(layer, setting.name)
+        whole = value if isinstance(value, int) and not isinstance(value, bool) else -1
+        if name == "bias":
+            valid, wanted = isinstance(value, bool), "True or False"
+        elif name == "eps":
+            valid, wanted = isinstance(value, float) and 0 < value < inf, "a positive float"
+        elif name == "momentum":
+            valid, wanted = isinstance(value, float) and 0 <= value <= 1, "a float in [0, 1]"
+        elif name == "padding":
+            valid, wanted = whole >= 0, "an integer of at least 0"
+        else:
+            optional = value is None and setting.default is None
+            valid, wanted = optional or whole > 0, "a positive integer"
+        if not valid:
+            raise ValueError(f"{name} must be {wanted}, got {value!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,6 @@ class Linear:
     bias: bool = True
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
-        _positive(out_features=self.out_features)
         shape = _one(inputs)
         if len(shape) != 1:
             raise ValueError(f"needs a vector as input, got shape {shape}: put a Flatten before it")
@@ -73,12 +86,6 @@ class Conv2d:
     bias: bool = True
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
-        _positive(
-            out_channels=self.out_channels,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            groups=self.groups,
-        )
         c, h, w = _image(inputs)
         if c % self.groups or self.out_channels % self.groups:
             raise ValueError(
@@ -100,13 +107,12 @@ class Conv2d:
 
 
 @dataclass(frozen=True)
-class MaxPool2d:
+class _Pool:
     kernel_size: int
     stride: int | None = None  # None: kernel_size
     padding: int = 0
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
-        _positive(kernel_size=self.kernel_size)
         c, h, w = _image(inputs)
         stride = self.stride or self.kernel_size
         k, p = self.kernel_size, self.padding
@@ -116,7 +122,12 @@ class MaxPool2d:
 
 
 @dataclass(frozen=True)
-class AvgPool2d(MaxPool2d):
+class MaxPool2d(_Pool):
+    """Maximum over each window; padding never wins."""
+
+
+@dataclass(frozen=True)
+class AvgPool2d(_Pool):
     """Average pooling; padded zeros count in the mean, as in PyTorch's default."""
 
 
@@ -145,7 +156,7 @@ class GroupNorm(_Norm):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         shape = _one(inputs)
-        if self.groups < 1 or shape[0] % self.groups:
+        if shape[0] % self.groups:
             raise ValueError(f"groups={self.groups} must divide the {shape[0]} channels")
         return shape
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, get_args
 
-from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear, Shape
+from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear, Shape, check_settings
 
 INPUT = "input"  # the name by which nodes refer to the model's input
 MAX_TENSOR_ELEMENTS = 1 << 31  # larger layers are a mistake or an attack
@@ -56,6 +56,8 @@ class ModelSpec:
             for side in self.input_shape
         ):
             raise ValueError(f"input_shape must be positive integers, got {self.input_shape}")
+        if prod(self.input_shape) > MAX_TENSOR_ELEMENTS:
+            raise ValueError(f"input_shape {self.input_shape} is too large")
         _ = self._inferred  # validates
 
     @cached_property
@@ -77,10 +79,11 @@ class ModelSpec:
                     )
             inputs = [shapes[source] for source in node.inputs]
             try:
+                check_settings(node.layer)
                 shapes[node.name] = node.layer.output_shape(inputs)
                 own = getattr(node.layer, "param_shapes", lambda _: {})(inputs)
                 held = getattr(node.layer, "buffer_shapes", lambda _: {})(inputs)
-                for suffix, shape in (own | held).items():
+                for suffix, shape in {"output": shapes[node.name], **own, **held}.items():
                     if prod(shape) > MAX_TENSOR_ELEMENTS:
                         raise ValueError(f"{suffix} of shape {shape} is too large")
             except ValueError as error:
@@ -191,26 +194,29 @@ class ModelSpec:
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
-def _node_from(entry: dict[str, Any]) -> Node:
-    name, kind = entry["name"], entry["layer"]
+_ENTRIES = {"name": str, "layer": str, "inputs": list, "block": str, "prunable": bool}
+
+
+def _node_from(entry: Any) -> Node:
+    if not isinstance(entry, dict):
+        raise ValueError(f"a layer must be an object, got {entry!r:.40}")
+    name, kind = entry.get("name"), entry.get("layer")
+    for key, wanted in _ENTRIES.items():
+        if not isinstance(entry.get(key), wanted):
+            got = f"{entry[key]!r:.40}" if key in entry else "nothing"
+            raise ValueError(f"layer {name!r:.40}: {key} must be a {wanted.__name__}, got {got}")
+    if not all(isinstance(source, str) for source in entry["inputs"]):
+        raise ValueError(f"layer {name!r:.40}: inputs must be names of layers")
     if kind not in LAYERS:
         raise ValueError(f"layer {name!r}: unknown kind {kind!r}, expected one of {list(LAYERS)}")
     attributes = {}
     for spec_field in fields(LAYERS[kind]):
         if spec_field.name in entry:
-            value = entry[spec_field.name]
-            if not isinstance(value, int | float | bool | None):
-                raise ValueError(f"layer {name!r}: {spec_field.name} must be a number")
-            attributes[spec_field.name] = value
+            attributes[spec_field.name] = entry[spec_field.name]  # the spec checks it
         elif spec_field.default is MISSING:
             raise ValueError(f"layer {name!r} ({kind}): {spec_field.name} is missing")
-    return Node(
-        str(name),
-        LAYERS[kind](**attributes),
-        tuple(map(str, entry["inputs"])),
-        str(entry["block"]),
-        bool(entry["prunable"]),
-    )
+    layer = LAYERS[kind](**attributes)
+    return Node(entry["name"], layer, tuple(entry["inputs"]), entry["block"], entry["prunable"])
 
 
 def sequential(
@@ -220,5 +226,5 @@ def sequential(
     nodes: list[Node] = []
     for name, layer, *block in layers:
         source = nodes[-1].name if nodes else INPUT
-        nodes.append(Node(name, layer, (source,), *block))
+        nodes.append(Node(name, layer, (source,), block[0] if block else "main"))
     return ModelSpec(tuple(input_shape), tuple(nodes))

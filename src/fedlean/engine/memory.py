@@ -16,7 +16,6 @@ from math import prod
 
 from fedlean.layers import (
     Add,
-    AvgPool2d,
     Conv2d,
     Flatten,
     GlobalAvgPool,
@@ -106,7 +105,7 @@ def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:
         for source in map(spec.viewed, node.inputs):
             saved[source] = FLOAT_BYTES * prod(spec.shapes[source])
     for node in spec.nodes:
-        if isinstance(node.layer, MaxPool2d) and not isinstance(node.layer, AvgPool2d):
+        if isinstance(node.layer, MaxPool2d):
             positions = MAX_POOL_INDEX_BYTES * prod(spec.shapes[node.name])
             saved[node.name] = saved.get(node.name, 0) + positions
     return {name: batch_size * size for name, size in saved.items()}

@@ -31,6 +31,7 @@ _VARIABLES |= {colour: f"--s{i}" for i, colour in enumerate(SERIES)}
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # after six runs colours repeat
 
+STEPS = [1, 2, 2.5, 5, 10]  # of ticks; no 150, 300, 450
 WIDTH, HEIGHT = 4.7, 3.0  # inches; small, so that text is still readable on a phone
 _STYLE = {
     "svg.fonttype": "none",
@@ -80,6 +81,11 @@ def series_style(series: int) -> dict[str, Any]:
     }
 
 
+def marker(series: int) -> str:
+    """End marker of the i-th run; shifted where colours repeat, so that no two runs share both."""
+    return MARKERS[(series + series // NUM_COLOURS) % len(MARKERS)]
+
+
 def plain(text: str, longest: int = 24) -> str:
     """Text for the inside of a drawing: glyphs that the layout font has, cut in the middle."""
     # DejaVu Sans covers Latin; anything else would be measured wrongly and warned about.
@@ -100,6 +106,17 @@ def draw(key: str, fill: Callable[[Axes], None], alt: str, height: float = HEIGH
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     return _inline(out.getvalue(), key, alt)
+
+
+def empty(key: str, title: str, why: str) -> Plot:
+    """In place of a plot for which there is no data."""
+
+    def fill(axes: Axes) -> None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, why, ha="center", va="center", color=MUTED, transform=axes.transAxes)
+
+    alt = f"{title}: {why}"
+    return Plot(key, title, draw(key, fill, alt, HEIGHT / 2), alt)
 
 
 def _inline(svg: str, key: str, alt: str) -> str:

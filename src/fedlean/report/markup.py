@@ -37,11 +37,12 @@ def details(title: str, content: str) -> str:
 def swatch(series: int) -> str:
     """The line and the marker with which the plots draw the i-th series."""
     colour = f"var(--s{series % len(_SHAPES)})"
+    shape = _SHAPES[(series + series // len(_SHAPES)) % len(_SHAPES)]
     dash = _DASHES[series // len(_SHAPES) % len(_DASHES)]
     return (
         '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true">'
         f'<path d="M0 5h26" style="stroke:{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
-        f'<path d="{_SHAPES[series % len(_SHAPES)]}" style="fill:{colour}"/></svg>'
+        f'<path d="{shape}" style="fill:{colour}"/></svg>'
     )
 
 

@@ -50,10 +50,10 @@ def _targets_sentence(run: Run, targets: Sequence[float]) -> str:
     return "; ".join(parts) + "." if parts else ""
 
 
-def _when(run: Run, target: float) -> str:
+def _when(run: Run, target: float, *, clock: bool = True) -> str:
     row = first_reaching(run, target)
     assert row is not None
-    if not has_clock(run):
+    if not (clock and has_clock(run)):
         return f"in round {row['round']}"
     amount, unit = units.split(total(row, "simulated_seconds") or 0.0, "seconds")
     return f"after {amount} simulated {unit} (round {row['round']})"
@@ -149,13 +149,15 @@ def _targets_against(
 def _race(name: str, run: Run, base_name: str, base: Run, target: float) -> str:
     mine, theirs = first_reaching(run, target), first_reaching(base, target)
     assert mine is not None and theirs is not None
-    if has_clock(run) and has_clock(base):
+    clock = has_clock(run) and has_clock(base)
+    if clock:
         paid = total(theirs, "simulated_seconds"), total(mine, "simulated_seconds")
         ratio = units.versus(paid[0], paid[1], "sooner than", "later than")
     else:  # rounds are the only clock that both have
         ratio = units.versus(theirs["round"], mine["round"], "fewer rounds than", "the rounds of")
     ratio = "as soon as" if ratio in (None, "same") else ratio
-    return f"{name} reached {units.target_text(target)} {_when(run, target)}, {ratio} {base_name}"
+    when = _when(run, target, clock=clock)
+    return f"{name} reached {units.target_text(target)} {when}, {ratio} {base_name}"
 
 
 def _end_against(run: Run, base_name: str, base: Run) -> str:

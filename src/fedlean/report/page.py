@@ -79,7 +79,7 @@ def write_page(path: Path, html: str) -> None:
     try:
         # "replace": a folder name that is not UTF-8 must not cost the page.
         temporary.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(temporary, path)  # noqa: PTH105
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -221,7 +221,7 @@ def _charge_note(runs: Sequence[Run]) -> str:
     )
     for name, run in zip(labels(runs), runs, strict=True):
         before = [row for row in run.rounds if row["round"] == 0]
-        if not before:
+        if not before or not total(before[-1], "bytes"):
             continue
         paid = [units.human(total(before[-1], "bytes"), "bytes")]
         paid.append(units.human(total(before[-1], "flops_per_client"), "flops") + " per client")

@@ -1,4 +1,4 @@
-"""The plots of a page, each as a `Plot`; this module and `figure` alone import matplotlib.
+"""The plots of a page, each as a `Plot`; with `figure` and `time_plots` the only matplotlib.
 
 Run names never enter a drawing (the page writes the legends), so no name can break a layout; layer
 names do, shortened.  A plot for which the runs hold no data says so instead of vanishing.
@@ -17,7 +17,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlean.report import units
 from fedlean.report.curves import (
-    binned,
     layer_density,
     layer_grid,
     layer_names,
@@ -26,23 +25,24 @@ from fedlean.report.curves import (
 )
 from fedlean.report.figure import (
     HEIGHT,
-    INK,
-    MARKERS,
     MUTED,
     NUM_COLOURS,
     SERIES,
+    STEPS,
     Plot,
     draw,
+    empty,
+    marker,
     plain,
     series_style,
 )
 from fedlean.report.run_folder import Row, Run, first_reaching, has_clock, number, total
-from fedlean.report.tables import labels
+from fedlean.report.tables import labels, legend
+from fedlean.report.time_plots import split_compared, split_of_run
 
 Value = Callable[[Row], float | None]
 Curve = tuple[int, np.ndarray, np.ndarray]  # series, x, y
 MAX_LINES = NUM_COLOURS  # more layers than this are a heat map
-STEPS = [1, 2, 2.5, 5, 10]  # of ticks; no 150, 300, 450
 MAX_LAYERS = 60  # rows of a heat map or dot plot that a page can still label
 
 
@@ -55,6 +55,10 @@ class _Axis:
     label: str  # {} is the unit
     value: Value
     kind: units.Kind | None = None
+
+
+def _number(key: str) -> Value:
+    return lambda row: number(row.get(key))
 
 
 def _total(key: str) -> Value:
@@ -79,18 +83,6 @@ def all_plots(runs: Sequence[Run], targets: Sequence[float]) -> list[Plot]:
     return plots
 
 
-def _legend(runs: Sequence[Run]) -> tuple[tuple[int, str], ...]:
-    return tuple(enumerate(labels(runs))) if len(runs) > 1 else ()
-
-
-def _empty(key: str, title: str, why: str) -> Plot:
-    def fill(axes: Axes) -> None:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, why, ha="center", va="center", color=MUTED, transform=axes.transAxes)
-
-    return Plot(key, title, draw(key, fill, f"{title}: {why}", HEIGHT / 2), why)
-
-
 def accuracy(runs: Sequence[Run], targets: Sequence[float], axis: _Axis) -> Plot:
     """Test accuracy against one kind of cost."""
     key, title = f"accuracy-{axis.key}", f"Accuracy against {axis.against}"
@@ -99,7 +91,7 @@ def accuracy(runs: Sequence[Run], targets: Sequence[float], axis: _Axis) -> Plot
     curves = [(i, *thin(*xy)) for i, xy in enumerate(raw) if len(xy[0]) and clocked[i]]
     if not curves:
         why = "no simulated clock: no device profile" if not any(clocked) else "no evaluation yet"
-        return _empty(key, title, why)
+        return empty(key, title, why)
     largest = max(float(x.max()) for _, x, _ in curves)
     by, unit = units.scale(largest, axis.kind) if axis.kind else (1.0, "")
     curves = [(i, x / by, y) for i, x, y in curves]
@@ -110,7 +102,7 @@ def accuracy(runs: Sequence[Run], targets: Sequence[float], axis: _Axis) -> Plot
 
     def fill(axes: Axes) -> None:
         _lines(axes, curves)
-        _percent_axis(axes, curves, "test accuracy")
+        _accuracy_axis(axes, curves, targets)
         _targets(axes, targets)
         _first_reached(axes, {i: runs[i] for i, _, _ in curves}, targets, scaled)
         _cost_axis(axes, axis.label.format(unit), largest / by, whole=axis.kind is None)
@@ -118,7 +110,7 @@ def accuracy(runs: Sequence[Run], targets: Sequence[float], axis: _Axis) -> Plot
     names = labels(runs)
     ends = [f"{names[i]} goes from {y[0]:.1f}% to {y[-1]:.1f}%" for i, _, y in curves]
     alt = f"{title}: {'; '.join(ends)}."
-    return Plot(key, title, draw(key, fill, alt), alt, _legend(runs))
+    return Plot(key, title, draw(key, fill, alt), alt, legend(runs))
 
 
 def _lines(axes: Axes, curves: Sequence[Curve], drawstyle: str = "default") -> None:
@@ -128,32 +120,28 @@ def _lines(axes: Axes, curves: Sequence[Curve], drawstyle: str = "default") -> N
             x,
             y,
             drawstyle=drawstyle,
-            marker=MARKERS[i % len(MARKERS)],
+            zorder=3,  # above the axes' own lines
+            marker=marker(i),
             markevery=[len(x) - 1],
             clip_on=False,
             **series_style(i),
         )
 
 
-def _percent_axis(axes: Axes, curves: Sequence[Curve], label: str) -> None:
-    low = min(float(y.min()) for _, _, y in curves)
-    high = max(float(y.max()) for _, _, y in curves)
+def _accuracy_axis(axes: Axes, curves: Sequence[Curve], targets: Sequence[float]) -> None:
+    shown = [100 * target for target in targets]
+    low = min([float(y.min()) for _, _, y in curves] + shown)
+    high = max([float(y.max()) for _, _, y in curves] + shown)
     pad = max(0.06 * (high - low), 0.5)
     axes.set_ylim(max(0.0, low - pad), min(100.0, high + pad) + 0.01)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}%"))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
-    axes.set_ylabel(label)
+    axes.set_ylabel("test accuracy")
 
 
 def _targets(axes: Axes, targets: Sequence[float]) -> None:
     """Thin lines, labelled at the right; labels of close targets move apart."""
-    if not targets:
-        return
     low, high = axes.get_ylim()
-    room = 0.02 * (high - low)
-    low = min(low, max(0.0, 100 * min(targets) - room))
-    high = max(high, min(100.0, 100 * max(targets) + room) + 0.01)
-    axes.set_ylim(low, high)
     heights = _spread([100 * t for t in sorted(targets)], 0.062 * (high - low), high)
     where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 8}
     for target, height in zip(sorted(targets), heights, strict=True):
@@ -199,11 +187,11 @@ def _cost_axis(axes: Axes, label: str, largest: float, *, whole: bool) -> None:
 def loss(runs: Sequence[Run]) -> Plot:
     """Held-out loss against rounds, or the training loss where no run was evaluated."""
     for name, word in (("loss", "test loss"), ("train_loss", "training loss")):
-        raw = [series(r.rounds, _ROUNDS.value, lambda row: number(row.get(name))) for r in runs]  # noqa: B023
+        raw = [series(run.rounds, _ROUNDS.value, _number(name)) for run in runs]
         curves = [(i, *thin(*xy)) for i, xy in enumerate(raw) if len(xy[0])]
         if curves:
             return _loss(runs, curves, word)
-    return _empty("loss", "Loss", "no loss was reported")
+    return empty("loss", "Loss", "no loss was reported")
 
 
 def _loss(runs: Sequence[Run], curves: Sequence[Curve], word: str) -> Plot:
@@ -217,15 +205,15 @@ def _loss(runs: Sequence[Run], curves: Sequence[Curve], word: str) -> Plot:
     names = labels(runs)
     ends = [f"{names[i]} goes from {y[0]:.3g} to {y[-1]:.3g}" for i, _, y in curves]
     alt = f"{word.capitalize()} against rounds: {'; '.join(ends)}."
-    return Plot("loss", "Loss against rounds", draw("loss", fill, alt), alt, _legend(runs))
+    return Plot("loss", "Loss against rounds", draw("loss", fill, alt), alt, legend(runs))
 
 
 def density(runs: Sequence[Run]) -> Plot:
     """Kept fraction of the prunable weights over rounds."""
     title = "Density over rounds"
-    curves = _density_curves(runs, lambda row: number(row.get("density")))
+    curves = _density_curves(runs, _number("density"))
     if not curves:
-        return _empty("density", title, "no density was reported")
+        return empty("density", title, "no density was reported")
 
     def fill(axes: Axes) -> None:
         _density_axes(axes, curves)
@@ -233,7 +221,7 @@ def density(runs: Sequence[Run]) -> Plot:
     names = labels(runs)
     ends = [f"{names[i]} ends at {y[-1]:.3g}% after {y[0]:.3g}%" for i, _, y in curves]
     alt = f"{title}: {'; '.join(ends)}."
-    return Plot("density", title, draw("density", fill, alt), alt, _legend(runs))
+    return Plot("density", title, draw("density", fill, alt), alt, legend(runs))
 
 
 def _density_curves(runs: Sequence[Run], value: Value) -> list[Curve]:
@@ -260,8 +248,8 @@ def layers_of_run(run: Run) -> Plot:
     layers, cut = _some(layer_names([run]))
     title = f"Density per layer over rounds{cut}"
     if not layers:
-        return _empty("layers", title, "no prunable layer was reported")
-    alt = f"{title}: " + "; ".join(_layer_end(run, layer) for layer in layers) + "."
+        return empty("layers", title, "no prunable layer was reported")
+    alt = f"{title}: " + _layer_ends(run, layers) + "."
     if len(layers) > MAX_LINES:
         return Plot("layers", title, _heat_map(run, layers, alt), alt)
     curves = [
@@ -273,8 +261,13 @@ def layers_of_run(run: Run) -> Plot:
     return Plot("layers", title, svg, alt, tuple(enumerate(layers)))
 
 
-def _layer_end(run: Run, layer: str) -> str:
-    return f"{layer} ends at {units.density_text(layer_density(run.rounds[-1], layer))}"
+def _layer_ends(run: Run, layers: Sequence[str]) -> str:
+    """The last densities in words; of many layers only the extremes, for whoever has to listen."""
+    found = [(layer_density(run.rounds[-1], layer), layer) for layer in layers]
+    known = [(density, layer) for density, layer in found if density is not None]
+    if len(known) > MAX_LINES:
+        known = [min(known), max(known)]
+    return ", ".join(f"{layer} ends at {units.density_text(kept)}" for kept, layer in known)
 
 
 def _layers_height(count: int) -> float:
@@ -311,7 +304,7 @@ def layers_compared(runs: Sequence[Run]) -> Plot:
     layers, cut = _some(layer_names(runs))
     title = f"Density per layer at the end{cut}"
     if not layers:
-        return _empty("layers", title, "no prunable layer was reported")
+        return empty("layers", title, "no prunable layer was reported")
     ends = [run.rounds[-1] if run.rounds else {} for run in runs]
 
     def fill(axes: Axes) -> None:
@@ -319,9 +312,13 @@ def layers_compared(runs: Sequence[Run]) -> Plot:
             found = [(layer_density(row, layer), at) for at, layer in enumerate(layers)]
             dots = [(100 * x, at) for x, at in found if x is not None]
             if dots:
-                style: dict[str, Any] = series_style(i) | {"linestyle": "none", "clip_on": False}
+                style: dict[str, Any] = series_style(i) | {
+                    "linestyle": "none",
+                    "clip_on": False,
+                    "zorder": 3,
+                }
                 x, y = zip(*dots, strict=True)
-                axes.plot(x, y, marker=MARKERS[i % len(MARKERS)], **style)
+                axes.plot(x, y, marker=marker(i), **style)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.set_yticks(range(len(layers)), [plain(name) for name in layers], size=8)
@@ -329,75 +326,7 @@ def layers_compared(runs: Sequence[Run]) -> Plot:
         axes.set_xlabel("weights kept")
 
     names = labels(runs)
-    told = [f"{names[i]}: " + ", ".join(_layer_end(run, layer) for layer in layers)
-            for i, run in enumerate(runs) if run.rounds]  # fmt: skip
+    told = [f"{names[i]}: {_layer_ends(r, layers)}" for i, r in enumerate(runs) if r.rounds]
     alt = f"{title}. {'; '.join(told)}."
-    return Plot("layers", title, draw("layers", fill, alt, _layers_height(len(layers))), alt,
-                _legend(runs))  # fmt: skip
-
-
-_SPLIT = "Where the simulated time goes"
-
-
-def _parts(run: Run) -> np.ndarray:
-    """(2, steps): the slowest client's computation and link time of each step."""
-    keys = ("compute_seconds", "link_seconds")
-    return np.array([[number(row.get(key)) or 0.0 for row in run.rounds] for key in keys])
-
-
-def split_of_run(run: Run) -> Plot:
-    """Computation and link time of every step, stacked; long runs as means over stretches."""
-    parts = _parts(run)
-    if not parts.any():
-        return _empty("split", _SPLIT, "no simulated clock: no device profile")
-    edges, compute = binned(parts[0])
-    _, link = binned(parts[1])
-    by, unit = units.scale(float((compute + link).max()), "seconds")
-
-    def fill(axes: Axes) -> None:
-        at = edges + 0.5  # the first step is 1
-        axes.stairs(compute / by, at, fill=True, color=SERIES[0])
-        both = (compute + link) / by
-        axes.stairs(both, at, baseline=compute / by, fill=True, color=SERIES[1])
-        axes.set_ylim(0, 1.05 * both.max())
-        axes.set_xlim(0.5, edges[-1] + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=True))
-        axes.set_xlabel("step, initial ones included")
-        axes.set_ylabel(f"slowest client ({unit})")
-        axes.grid(visible=False, axis="x")
-
-    share = 100 * parts[1].sum() / parts.sum()
-    alt = f"{_SPLIT}: the link takes {share:.3g}% of it, computation the rest."
-    legend = ((0, "computation"), (1, f"link ({share:.3g}% of the whole)"))
-    return Plot("split", _SPLIT, draw("split", fill, alt), alt, legend)
-
-
-def split_compared(runs: Sequence[Run]) -> Plot:
-    """Total computation (full) and link time (pale) of each run as one bar."""
-    sums = np.array([_parts(run).sum(axis=1) for run in runs])  # (runs, 2)
-    if not sums.any():
-        return _empty("split", _SPLIT, "no simulated clock: no device profile")
-    by, unit = units.scale(float(sums.sum(axis=1).max()), "seconds")
-
-    def fill(axes: Axes) -> None:
-        for i, (compute, link) in enumerate(sums / by):
-            colour = SERIES[i % NUM_COLOURS]
-            axes.barh(i, compute, height=0.5, color=colour)
-            axes.barh(i, link, left=compute, height=0.5, color=colour, alpha=0.4)
-            note = f"computation {_share(compute, link)}, link {_share(link, compute)}"
-            axes.text(0, i - 0.3, note, size=8, va="bottom", color=INK)
-        axes.set_ylim(len(runs) - 0.5, -0.75)
-        axes.set_yticks([])
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(f"simulated time, computation then link, pale ({unit})")
-
-    names = labels(runs)
-    told = [f"{names[i]} link {_share(link, compute)}" for i, (compute, link) in enumerate(sums)]
-    alt = f"{_SPLIT}: {'; '.join(told)}."
-    height = max(HEIGHT, 0.7 + 0.45 * len(runs))
-    return Plot("split", _SPLIT, draw("split", fill, alt, height), alt, _legend(runs))
-
-
-def _share(part: float, rest: float) -> str:
-    whole = part + rest
-    return f"{100 * part / whole:.0f}%" if whole else "0%"
+    svg = draw("layers", fill, alt, _layers_height(len(layers)))
+    return Plot("layers", title, svg, alt, legend(runs))

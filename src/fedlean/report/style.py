@@ -57,6 +57,7 @@ line-height:1.4}
 footer{margin-top:2.5rem;color:var(--muted);font-size:.85rem}
 @media (max-width:560px){body{padding:1.2rem .9rem 2rem}th,td{padding:.3rem .3rem}
 table{font-size:.8rem}.lead p{font-size:1.02rem}.group .swatch{display:none}
-table.summary td,table.summary th{white-space:normal;min-width:4.8rem;overflow-wrap:break-word}}
+table.summary td,table.summary th,table.summary thead th{
+white-space:normal;min-width:4.8rem;overflow-wrap:anywhere}}
 @media print{body{max-width:none}figure{break-inside:avoid}}
 """

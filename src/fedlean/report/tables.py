@@ -67,6 +67,11 @@ def labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
+def legend(runs: Sequence[Run]) -> tuple[tuple[int, str], ...]:
+    """(series, label) of each run; a single run needs no legend."""
+    return tuple(enumerate(labels(runs))) if len(runs) > 1 else ()
+
+
 def costs(runs: Sequence[Run], targets: Sequence[float]) -> list[list[Cost]]:
     """Per target one row per run, in the order given."""
     names = labels(runs)

@@ -1,0 +1,309 @@
+"""PruneFL: its phases, what it sends, and eq. (2) by hand.
+
+Equations (3)-(7) and Algorithms 2 and 3 are tested in tests/pruning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conformance import Case
+from federation import (
+    ROUNDS,
+    SPEC,
+    client_data,
+    devices,
+    fresh_dispatch,
+    params,
+    run,
+    same,
+    server,
+)
+
+from fedlean import wire
+from fedlean.core import ClientUpdate, Statistic, SubModel
+from fedlean.engine.torch import TorchEngine
+from fedlean.methods.prunefl import client_update, prunefl
+from fedlean.pruning.density import density, full_masks
+from fedlean.runtime.clientstore import ClientStore
+
+SMALL = {
+    "lr": 0.05,
+    "local_steps": 2,
+    "batch_size": 8,
+    "initial_examples": 24,
+    "initial_max_passes": 12,
+    "reconfigure_every": 2,
+    "importance_rounds": 0,
+}
+CASE = Case(
+    method=prunefl,
+    settings=SMALL,
+    knob={"prunable_fraction": 0.6},
+    neutral={
+        "lr": 0.05,
+        "local_steps": 2,
+        "batch_size": 8,
+        "initial_pruning": False,
+        "reconfigure_every": 0,
+    },
+    fedavg={"lr": 0.05, "local_steps": 2, "batch_size": 8},
+)
+
+
+def train_state(algorithm, masks=None):
+    """A state in the middle of further pruning."""
+    masks = masks or full_masks(SPEC)
+    held = {k: np.where(masks[k], v, np.float32(0)) if k in masks else v for k, v in params().items()}
+    return replace(algorithm.init(params()), phase="train", params=held, masks=masks)
+
+
+def test_equation_2_by_hand():
+    """w(k+1) = w - η·g ⊙ m on one step: the engine's dense gradient, masked by hand."""
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][:, ::3] = False
+    algorithm = prunefl(server(), lr=0.5, local_steps=1, batch_size=4, reconfigure_every=0)
+    state = train_state(algorithm, masks)
+    task = algorithm.configure(state, devices())[1]
+    update, _ = client_update(task, client_data()[1], TorchEngine(1), {})
+    from fedlean.engine.protocol import SGD
+
+    session = TorchEngine(1).open(
+        SPEC, task.params, SubModel(), batch_size=4, optimizer=SGD(1.0)
+    )
+    ((x, y),) = client_data()[1].draw(steps=1, batch_size=4, seed=task.seed)
+    session.step(x, y)
+    gradient = {name: task.params[name] - value for name, value in session.params().items()}
+    for name, value in update.params.items():
+        g = gradient[name] * masks[name] if name in masks else gradient[name]
+        assert np.allclose(value, task.params[name] - 0.5 * g, atol=1e-6)
+    assert not update.params["fc1.weight"][:, ::3].any()
+
+
+def test_importance_is_g_squared_of_all_coordinates_summed_over_steps():
+    """lr -> 0 leaves w in place, so Σ g² over 3 steps is that of 3 separate gradients."""
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][:, ::2] = False
+    algorithm = prunefl(server(), lr=1e-12, local_steps=3, batch_size=4, reconfigure_every=1)
+    state = train_state(algorithm, masks)
+    task = algorithm.configure(state, devices())[0]
+    update, held = client_update(task, client_data()[0], TorchEngine(1), {})
+    assert held == {}
+    from fedlean.engine.protocol import SGD
+
+    expected = {name: np.zeros(shape) for name, shape in SPEC.param_shapes.items()}
+    for x, y in client_data()[0].draw(steps=3, batch_size=4, seed=task.seed):
+        session = TorchEngine(1).open(
+            SPEC, task.params, SubModel(masks=masks), batch_size=4, optimizer=SGD(1.0)
+        )
+        logits = session.forward(x, training=True)["fc2"].astype(np.float64)
+        soft = np.exp(logits - logits.max(1, keepdims=True))
+        soft /= soft.sum(1, keepdims=True)
+        soft[np.arange(4), y] -= 1  # d CE / d logits
+        out = {"fc2": (soft / 4).astype(np.float32)}
+        for name, g in session.backward(out, dense=True).items():
+            expected[name] += g.astype(np.float64) ** 2
+    sent = update.statistics["importance"].tensors
+    assert set(sent) == set(SPEC.param_shapes)
+    assert sent["fc1.weight"][:, ::2].any(), "pruned coordinates have importance too"
+    for name, value in expected.items():
+        assert np.allclose(sent[name], value, rtol=1e-4, atol=1e-9)
+
+
+def test_server_weighs_importance_by_examples():
+    """Σ p_n g_n² with p = (1/4, 3/4) decides: (4, 0) and (0, 2) give (1, 1.5), so the second wins.
+
+    One weight may stay (limit), all others have importance 0.
+    """
+    algorithm = prunefl(
+        server(),
+        reconfigure_every=1,
+        size_limit=1.2 / 840,  # 840 prunable weights: one may be kept
+        prunable_fraction=1.0,
+        initial_pruning=False,
+    )
+    state = algorithm.init(params())
+    state = replace(state, masks={k: np.zeros_like(v) for k, v in state.masks.items()})
+    state = replace(state, params={k: np.zeros_like(v) for k, v in params().items()})
+
+    def answer(client, examples, at, value):
+        g2 = {name: np.zeros(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
+        g2["fc1.weight"][0, at] = value
+        return ClientUpdate(
+            client,
+            examples,
+            dict(state.params),
+            SubModel(masks=state.masks),
+            {"importance": Statistic(g2, "mean")},
+        )
+
+    after = algorithm.server_update(state, [answer(0, 25, 0, 4.0), answer(1, 75, 1, 2.0)])
+    assert SPEC.prunable == ("conv.weight", "fc1.weight", "fc2.weight")
+    assert sum(int(mask.sum()) for mask in after.masks.values()) == 1
+    assert after.masks["fc1.weight"][0, 1]
+
+
+def test_full_gradients_travel_at_reconfigurations_only():
+    algorithm = prunefl(server(), **{**SMALL, "importance_rounds": 1})
+    uploads, importance = [], []
+
+    def watch(progress, record):
+        task = record.tasks[0]
+        if task.phase == "train":
+            uploads.append(task.hparams["upload_importance"])
+            importance.append(task.hparams["importance"])
+
+    run(algorithm, watch=watch)
+    assert uploads == [False, True, False, True, False, False]  # none after the last round
+    assert importance == uploads
+
+
+def test_importance_rounds_counts_back_from_the_reconfiguration():
+    algorithm = prunefl(server(9), **{**SMALL, "reconfigure_every": 4, "importance_rounds": 2})
+    state = train_state(algorithm)
+    flags = []
+    for round in range(9):
+        task = algorithm.configure(replace(state, round=round), devices())[0]
+        flags.append(task.hparams["importance"])
+    # reconfigurations after rounds 4 and 8
+    assert flags == [False, False, True, True, False, False, True, True, False]
+
+
+def test_importance_of_several_rounds_is_summed_and_stale_sums_are_dropped():
+    algorithm = prunefl(server(), **{**SMALL, "lr": 1e-12})
+    state = train_state(algorithm)
+    first = algorithm.configure(state, devices())[0]
+    update, held = client_update(first, client_data()[0], TorchEngine(1), {})
+    assert "importance" not in update.statistics and held
+    second = algorithm.configure(replace(state, round=1), devices())[0]
+    both, after = client_update(second, client_data()[0], TorchEngine(1), held)
+    alone, _ = client_update(second, client_data()[0], TorchEngine(1), {})
+    assert after == {}
+    for name, total in both.statistics["importance"].tensors.items():
+        expected = alone.statistics["importance"].tensors[name] + held[f"importance/{name}"]
+        assert np.array_equal(total, expected)
+    stale = {**held, "reconfigurations": np.array(7)}
+    fresh, _ = client_update(second, client_data()[0], TorchEngine(1), stale)
+    assert same(fresh, alone)
+
+
+def test_initial_pruning_shrinks_and_the_model_stays_at_its_client():
+    """One client works; between its tasks no parameters travel, at the end the pruned model does."""
+    algorithm = prunefl(server(), **SMALL)
+    seen = []
+
+    def watch(progress, record):
+        if record.tasks[0].phase == "initial":
+            seen.append((record.tasks[0], progress.state, record.metrics))
+
+    final = run(algorithm, watch=watch)
+    assert {task.client for task, _, _ in seen} == {0}
+    assert seen[0][0].params and not any(task.params for task, _, _ in seen[1:])
+    densities = [metrics["density"] for _, _, metrics in seen]
+    assert densities[-1] < densities[0] <= 1
+    assert seen[-1][1].phase == "train" and seen[-1][1].round == 0
+    assert density(final.masks) < 1
+
+
+def test_initial_pruning_can_grow_back():
+    """A weight pruned at one reconfiguration and important at the next comes back, perturbed."""
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][3, 5] = False
+    algorithm = prunefl(server(), lr=0.05, reconfigure_every=1, local_steps=2, batch_size=8)
+    state = train_state(algorithm, masks)
+    g2 = {name: np.full(shape, 1e-3, np.float32) for name, shape in SPEC.param_shapes.items()}
+    g2["fc1.weight"][3, 5] = 10.0
+    update = ClientUpdate(
+        0, 5, dict(state.params), SubModel(masks=masks), {"importance": Statistic(g2, "mean")}
+    )
+    after = algorithm.server_update(state, [update])
+    assert after.masks["fc1.weight"][3, 5]
+    assert after.params["fc1.weight"][3, 5] != 0
+    assert after.params["fc1.weight"][3, 5] != params()["fc1.weight"][3, 5], "no stale value"
+
+
+def test_initial_pruning_starts_at_accuracy_only():
+    """lr too small to learn: no reconfiguration, and it stops at the last pass, dense."""
+    algorithm = prunefl(server(), **{**SMALL, "lr": 1e-9, "initial_max_passes": 3})
+    records = []
+    state = run(algorithm, watch=lambda progress, record: records.append(record))
+    first = records[0].metrics
+    if first["reconfigurations"] == 0:
+        assert first["passes"] == 3
+        assert density(records[1].tasks[0].sub_model.masks) == 1.0
+    assert state.round == ROUNDS
+
+
+def test_a_client_that_lost_its_model_gets_it_again():
+    algorithm = prunefl(server(), **SMALL)
+    dispatch = fresh_dispatch(algorithm)
+    forgot = []
+
+    def forget(progress, record):
+        if progress.step == 1:
+            dispatch.restore({})
+            forgot.append(progress.state.phase)
+
+    assert same(run(algorithm, dispatch=dispatch, watch=forget), run(prunefl(server(), **SMALL)))
+    assert forgot == ["initial"]
+
+
+def test_size_limit_binds_initial_pruning_and_every_round():
+    """D(r) = 0.3 + (0.27 - 0.3)·r/6, held until the next reconfiguration; never exceeded."""
+    algorithm = prunefl(server(), **{**SMALL, "initial_max_passes": 60}, size_limit=0.3, size_target=0.27)
+    densities = {}
+
+    def watch(progress, record):
+        if record.tasks[0].phase == "train":
+            densities[record.tasks[0].round] = density(record.tasks[0].sub_model.masks)
+
+    run(algorithm, watch=watch)
+    for round, kept in densities.items():
+        assert kept <= 0.3 - 0.03 * round / 6 + 1e-9, (round, kept)
+
+
+def test_general_time_function_runs_algorithm_3():
+    state = run(prunefl(server(), **SMALL, time_model="device"))
+    assert 0 < density(state.masks) < 1
+
+
+def test_values_only_rounds_are_as_small_as_their_density():
+    """Between reconfigurations a round is 4 bytes per kept weight and never-pruned parameter."""
+    algorithm = prunefl(server(), **SMALL)
+    sizes = []
+
+    def watch(progress, record):
+        for task in record.tasks:
+            if task.phase == "train" and not task.hparams["upload_importance"]:
+                known = ClientStore()
+                known.acknowledge(task, ClientUpdate(task.client, 1, {}, task.sub_model))
+                kept = sum(int(mask.sum()) for mask in task.sub_model.masks.values())
+                rest = sum(int(np.prod(s)) for n, s in SPEC.tensor_shapes.items() if n not in SPEC.prunable)
+                sizes.append(wire.task_bytes(task, known.known(task.client)) - 4 * (kept + rest))
+
+    run(algorithm, watch=watch)
+    assert sizes and all(0 < size < 400 for size in sizes), "header and hyper-parameters only"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"prunable_fraction": 1.5},
+        {"size_limit": 0.0},
+        {"size_limit": 1.01},
+        {"size_target": 0.1},
+        {"reconfigure_every": -1},
+        {"importance_rounds": -2},
+        {"initial_passes": 0},
+        {"initial_examples": 0},
+        {"readd_scale": -0.1},
+        {"time_model": "quadratic"},
+        {"lr": -1.0},
+    ],
+)
+def test_bad_hyperparameters_are_named(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=name):
+        prunefl(server(), **setting)
