@@ -1,4 +1,4 @@
-"""Peak of live torch storage during a call: every storage that an operation touches, until freed."""
+"""Peak of live torch storage during a call: what operations touch, until it is freed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ class _Tracker(TorchDispatchMode):
         self.live: dict[int, int] = {}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, torch.Tensor):

@@ -93,7 +93,7 @@ def test_survives_drop_outs(name):
 
 
 def test_zero_replies_are_asked_again(name):
-    """Nobody answers the first time each step is asked: the result is that of an undisturbed run."""
+    """Nobody answers the first time a step is asked: the result is that of an undisturbed run."""
     algorithm = build(name)
     calls = {"n": 0}
 
@@ -183,9 +183,7 @@ def test_memory_claimed_against_measured(name):
 
     def measured(task, batches, engine, held):
         out = []
-        peak = peak_bytes(
-            lambda: out.append(algorithm.client_update(task, batches, engine, held))
-        )
+        peak = peak_bytes(lambda: out.append(algorithm.client_update(task, batches, engine, held)))
         update, state = out[0]
         claims = [
             step_memory(

@@ -42,6 +42,7 @@ def run(
     *,
     dataset: str = "digits",
     model: str = "lenet300",
+    inputs: str = "standardised",
     partition: str = "iid",
     clients: int = 10,
     cohort: int | None = None,
@@ -66,6 +67,7 @@ def run(
     method: a name from 'fedlean methods', or package.module:function
     dataset: digits, or a folder (see 'fedlean datasets')
     model: a name from 'fedlean models', or package.module:function
+    inputs: standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)
     partition: iid, dirichlet:A, natural or shards:K
     clients: devices in the federation
     cohort: clients a round, drawn anew each round (default: all)
@@ -91,6 +93,7 @@ def run(
         method=method,
         dataset=dataset,
         model=model,
+        inputs=inputs,
         partition=partition,
         clients=clients,
         rounds=rounds,

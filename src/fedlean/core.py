@@ -140,7 +140,7 @@ class Server:
 
 
 class FederatedAlgorithm(NamedTuple):
-    """A method: four functions and a stop predicate, built by `method(server, **hyperparameters)`."""
+    """A method: four functions and a stop predicate, built by `method(server, **settings)`."""
 
     init: Callable[[Params], Any]
     configure: Callable[[Any, Sequence[Device]], list[ClientTask]]  # [] = server-only step

@@ -46,13 +46,12 @@ class _Coverage:
         mask: np.ndarray | None,
         index: tuple[np.ndarray, ...] | None,
     ) -> None:
-        first = isinstance(self.weight, float) and self.weight == 0.0
-        if index is None and not isinstance(self.weight, np.ndarray):
-            if first or mask is self.mask:
-                self.mask = mask
-                self.total += np.multiply(values, weight, dtype=np.float64)
-                self.weight += weight
-                return
+        uniform = index is None and not isinstance(self.weight, np.ndarray)
+        if uniform and (self.weight == 0.0 or mask is self.mask):
+            self.mask = mask
+            self.total += np.multiply(values, weight, dtype=np.float64)
+            self.weight += weight
+            return
         self._promote()
         assert isinstance(self.weight, np.ndarray)
         where = np.ix_(*index) if index is not None else np.index_exp[...]

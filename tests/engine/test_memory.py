@@ -41,7 +41,7 @@ def test_dense_claim_is_within_15_percent_of_live_bytes(model, momentum, masked)
 
     claim = step_memory(
         spec,
-        {name: 0 for name in masks},
+        dict.fromkeys(masks, 0),
         batch_size=8,
         optimizer_floats=1 if momentum else 0,
         importance=masked,
@@ -58,9 +58,7 @@ def test_sparse_storage_by_hand():
     Importance: 1000 sums and a dense gradient of 1000: 8000 bytes.
     """
     spec = sequential((100,), [("flat", Flatten()), ("fc", Linear(10, bias=False))])
-    memory = step_memory(
-        spec, {"fc.weight": 50}, batch_size=3, optimizer_floats=1, importance=True
-    )
+    memory = step_memory(spec, {"fc.weight": 50}, batch_size=3, optimizer_floats=1, importance=True)
     assert memory.parameter_bytes == 500
     assert memory.importance_bytes == 8000
     assert memory.activation_bytes == 300 * 4

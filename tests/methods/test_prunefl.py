@@ -56,7 +56,9 @@ CASE = Case(
 def train_state(algorithm, masks=None):
     """A state in the middle of further pruning."""
     masks = masks or full_masks(SPEC)
-    held = {k: np.where(masks[k], v, np.float32(0)) if k in masks else v for k, v in params().items()}
+    held = {
+        k: np.where(masks[k], v, np.float32(0)) if k in masks else v for k, v in params().items()
+    }
     return replace(algorithm.init(params()), phase="train", params=held, masks=masks)
 
 
@@ -70,9 +72,7 @@ def test_equation_2_by_hand():
     update, _ = client_update(task, client_data()[1], TorchEngine(1), {})
     from fedlean.engine.protocol import SGD
 
-    session = TorchEngine(1).open(
-        SPEC, task.params, SubModel(), batch_size=4, optimizer=SGD(1.0)
-    )
+    session = TorchEngine(1).open(SPEC, task.params, SubModel(), batch_size=4, optimizer=SGD(1.0))
     ((x, y),) = client_data()[1].draw(steps=1, batch_size=4, seed=task.seed)
     session.step(x, y)
     gradient = {name: task.params[name] - value for name, value in session.params().items()}
@@ -252,7 +252,9 @@ def test_a_client_that_lost_its_model_gets_it_again():
 
 def test_size_limit_binds_initial_pruning_and_every_round():
     """D(r) = 0.3 + (0.27 - 0.3)·r/6, held until the next reconfiguration; never exceeded."""
-    algorithm = prunefl(server(), **{**SMALL, "initial_max_passes": 60}, size_limit=0.3, size_target=0.27)
+    algorithm = prunefl(
+        server(), **{**SMALL, "initial_max_passes": 60}, size_limit=0.3, size_target=0.27
+    )
     densities = {}
 
     def watch(progress, record):
@@ -280,7 +282,9 @@ def test_values_only_rounds_are_as_small_as_their_density():
                 known = ClientStore()
                 known.acknowledge(task, ClientUpdate(task.client, 1, {}, task.sub_model))
                 kept = sum(int(mask.sum()) for mask in task.sub_model.masks.values())
-                rest = sum(int(np.prod(s)) for n, s in SPEC.tensor_shapes.items() if n not in SPEC.prunable)
+                rest = sum(
+                    int(np.prod(s)) for n, s in SPEC.tensor_shapes.items() if n not in SPEC.prunable
+                )
                 sizes.append(wire.task_bytes(task, known.known(task.client)) - 4 * (kept + rest))
 
     run(algorithm, watch=watch)

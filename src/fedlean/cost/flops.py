@@ -1,7 +1,7 @@
 """Floating-point operations of a sub-model.
 
-Counted are the multiply-adds of Linear and Conv2d layers, two operations each, with the kept weights
-only: those are what pruning saves.  Biases, norms, pooling and activations are not counted.
+Counted are the multiply-adds of Linear and Conv2d layers, two operations each, with the kept
+weights only: those are what pruning saves.  Biases, norms, pooling and activations are not counted.
 """
 
 from __future__ import annotations

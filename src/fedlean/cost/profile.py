@@ -16,7 +16,7 @@ class Profile:
 
     A step takes the shorter of two ways, since a device may always compute densely:
     dense   FLOPs / dense_flops_per_s
-    sparse  Σ_layers FLOPs · sparse_seconds_per_flop[kind] + activations · sparse_seconds_per_activation
+    sparse  Σ_layers FLOPs · seconds_per_flop[kind] + activations · seconds_per_activation
     where activations are all layer outputs of the batch except Flatten's.  The link is apart.
     """
 

@@ -10,7 +10,7 @@ and knows nothing of clients' shares (`fedlean.data.partition`) or batches (`fed
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -180,3 +180,17 @@ def _check_labels(what: str, y: np.ndarray, examples: int, classes: int) -> None
             f"{what} has labels {y.min()}..{y.max()}, expected 0..{classes - 1};"
             " map them to classes counted from 0"
         )
+
+
+def with_inputs(dataset: Dataset, inputs: str) -> Dataset:
+    """The data set with network inputs "standardised" (as loaded) or "unit" (0 to 1, as stored).
+
+    Standardising needs the training images' mean and deviation, which a federation has to agree
+    on; "unit" needs nothing.  Raises ValueError for any other word.
+    """
+    if inputs == "standardised":
+        return dataset
+    if inputs == "unit":
+        zeros = np.zeros_like(dataset.mean)
+        return replace(dataset, mean=zeros, std=np.ones_like(dataset.std))
+    raise ValueError(f"inputs must be 'standardised' or 'unit', got {inputs!r}")

@@ -19,7 +19,6 @@ from fedlean.layers import (
     Conv2d,
     Flatten,
     GlobalAvgPool,
-    Linear,
     MaxPool2d,
     ReLU,
 )

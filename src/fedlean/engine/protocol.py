@@ -28,7 +28,7 @@ class SGD:
 
 
 class Session(Protocol):
-    """One sub-model in training.  B is the number of examples in x; it may vary up to batch_size."""
+    """One sub-model in training.  B is the number of examples in x, at most batch_size."""
 
     peak_memory_bytes: int  # what the engine says it needs for a step
 

@@ -8,6 +8,7 @@ slices (`SubModel.index`), output modules and GPUs, which are refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class TorchEngine:
     """Opens torch sessions.  `threads` is set for the whole process, as torch has it."""
 
     name = "torch"
-    arithmetic = "masked"
+    arithmetic: Literal["masked", "sparse"] = "masked"
 
     def __init__(self, threads: int | None = None):
         if threads is not None:
@@ -93,7 +94,7 @@ class TorchSession:
         self.load(params)
         self.peak_memory_bytes = step_memory(
             spec,
-            {name: 0 for name in self._masks},
+            dict.fromkeys(self._masks, 0),
             batch_size=batch_size,
             optimizer_floats=1 if optimizer.momentum else 0,
             frozen=sub_model.frozen,
@@ -237,7 +238,7 @@ class TorchSession:
         state = self._state if state is None else state
         values = {INPUT: torch.from_numpy(np.ascontiguousarray(x, np.float32))}
         keep = (keep or set()) | {self._output}
-        readers = {name: 0 for name in (INPUT, *self._spec.by_name)}
+        readers = dict.fromkeys((INPUT, *self._spec.by_name), 0)
         for node in self._spec.nodes:
             for source in node.inputs:
                 readers[source] += 1

@@ -59,8 +59,7 @@ from fedlean.tree import fold
 
 CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
 START_ACCURACY = 1.5  # initial pruning starts at this over the number of classes (authors' code)
-STABLE_RECONFIGURATIONS = 5  # ... and stops after so many in a row (authors' code)
-STABLE_CHANGE = 0.1  # ... that changed the model's size by at most this share
+STABLE_CHANGE = 0.1  # a reconfiguration that changes the size by at most this share is stable
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ def prunefl(
     initial_examples: int = 200,
     initial_passes: int = 1,
     initial_max_passes: int = 1000,
+    initial_stable: int = 5,
     reconfigure_every: int = 50,
     importance_rounds: int = 1,
     prunable_fraction: float = 0.3,
@@ -107,7 +107,9 @@ def prunefl(
         `fedavg`; `cohort` is the paper's random client selection.
       initial_pruning: prune at `initial_client` on `initial_examples` of its examples first.
       initial_passes: passes between two initial reconfigurations (paper's code: 50);
-        initial_max_passes: passes after which initial pruning ends whatever happens (1000).
+        initial_stable: initial pruning ends after so many reconfigurations in a row that change
+        the size by at most 10% (paper's code: 5); initial_max_passes: passes after which it ends
+        whatever happens (1000).
       reconfigure_every: rounds between reconfigurations (paper: 50); 0: no further pruning.
       importance_rounds: rounds before a reconfiguration in which g² accumulates; 0: all (paper).
       prunable_fraction: φ, share of a layer's smallest weights that may be dropped at once, halved
@@ -132,6 +134,7 @@ def prunefl(
     at_least("initial_examples", initial_examples, 1)
     at_least("initial_passes", initial_passes, 1)
     at_least("initial_max_passes", initial_max_passes, 1)
+    at_least("initial_stable", initial_stable, 1)
     at_least("reconfigure_every", reconfigure_every, 0)
     at_least("importance_rounds", importance_rounds, 0)
     in_range("prunable_fraction", prunable_fraction, 0.0, 1.0)
@@ -190,6 +193,7 @@ def prunefl(
             "initial_examples": initial_examples,
             "initial_passes": initial_passes,
             "initial_max_passes": initial_max_passes,
+            "initial_stable": initial_stable,
         }
         params = {} if state.initial_sent else state.params
         seed = derive_seed(server.seed, 0, initial_client, "initial")
@@ -401,7 +405,7 @@ def _initial(
     local, work, train_loss = _passes(task, batches, engine, local)
     if local.started and local.since >= int(h["initial_passes"]):
         local = _reconfigure_initial(task, local)
-    stopped = local.stable >= STABLE_RECONFIGURATIONS or local.passes >= int(
+    stopped = local.stable >= int(h["initial_stable"]) or local.passes >= int(
         h["initial_max_passes"]
     )
     update = ClientUpdate(

@@ -43,7 +43,7 @@ def find_method(name: str) -> Method:
     return getattr(importlib.import_module(f"fedlean.methods.{name}"), name)
 
 
-def _import(name: str) -> Method:
+def _import(name: str) -> Any:
     module_name, _, function = name.partition(":")
     try:
         method = getattr(importlib.import_module(module_name), function)

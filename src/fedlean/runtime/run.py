@@ -24,7 +24,7 @@ import fedlean
 from fedlean.core import Device, FederatedAlgorithm, Params, Scalar, Server
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData, test_subset
-from fedlean.data.dataset import Dataset
+from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import load_dataset
 from fedlean.data.partition import partition
 from fedlean.engine.open import open_engine
@@ -54,6 +54,7 @@ class RunConfig:
     method: str
     dataset: str = "digits"
     model: str = "lenet300"
+    inputs: str = "standardised"
     partition: str = "iid"
     clients: int = 10
     rounds: int = 100
@@ -182,7 +183,7 @@ def _prepare(config: RunConfig, folder: Path) -> _Run:
     _check(config)
     profile = load_profile(config.device)
     engine = open_engine(config.engine, config.threads)
-    dataset = load_dataset(config.dataset)
+    dataset = with_inputs(load_dataset(config.dataset), config.inputs)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     server = Server(spec, engine, config.seed, config.rounds, profile)
     algorithm = build_method(config.method, server, config.settings)

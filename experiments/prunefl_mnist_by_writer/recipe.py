@@ -1,0 +1,38 @@
+"""PruneFL and FedAvg, Conv-2 on MNIST by writer: the stand-in for the paper's FEMNIST.
+
+539 writers merged into 10 clients, all of them in every round, as in the paper (there: 193 writers).
+Emulated Raspberry Pi 4.  README.md is the card.
+"""
+
+from fedlean.recipe import main
+from fedlean.runtime.run import RunConfig
+
+ROUNDS = 150
+TARGETS = (0.9, 0.95, 0.97)
+COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
+PRUNEFL = {**COMMON, "size_limit": 0.1, "initial_examples": 200, "reconfigure_every": 50}
+WARMUP_STEPS = 120  # PruneFL's initial pruning takes 12 passes over 10 batches
+
+
+def config(method: str, settings: dict, **changes) -> RunConfig:
+    fields = {
+        "model": "conv2",
+        "inputs": "unit",  # [0, 1], as the authors' code feeds FEMNIST
+        "partition": "natural",
+        "clients": 10,
+        "rounds": ROUNDS,
+        "device": "raspberry_pi_4",
+        "target_accuracy": TARGETS,
+        "eval_examples": 2000,
+    }
+    return RunConfig(method=method, settings=settings, **{**fields, **changes})
+
+
+RUNS = {
+    "fedavg": config("fedavg", COMMON),
+    "fedavg_warmup": config("fedavg", {**COMMON, "warmup_steps": WARMUP_STEPS}),
+    "prunefl": config("prunefl", PRUNEFL),
+}
+
+if __name__ == "__main__":
+    main(RUNS, default_out="runs/prunefl_mnist_by_writer")

@@ -1,0 +1,92 @@
+"""What an experiment's recipe calls: run what is missing, resume what was cut, compare.
+
+A recipe names its runs and constants; everything else is the library's ordinary way of running, so
+a single run of a recipe can be repeated with `fedlean run` from its `config.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedlean.report.console import cost_table
+from fedlean.report.page import comparison_page, run_page, write_page
+from fedlean.report.run_folder import read_run
+from fedlean.runtime.progress import watch_run
+from fedlean.runtime.run import RunConfig, resume, start
+
+SMOKE_ROUNDS = 3
+SMOKE_EXAMPLES = 500
+REPORTED = (
+    "final_accuracy",
+    "best_accuracy",
+    "density",
+    "downlink_bytes",
+    "uplink_bytes",
+    "flops_per_client",
+    "simulated_seconds",
+    "time_to_accuracy",
+)
+
+
+def main(runs: Mapping[str, RunConfig], *, default_out: str, needs_data: bool = True) -> None:
+    """Command line of a recipe; the first of `runs` is the baseline of the comparison."""
+    parser = argparse.ArgumentParser(description=f"Runs {', '.join(runs)} and compares them.")
+    parser.add_argument("--data", required=needs_data, help="folder of the data set")
+    parser.add_argument("--out", type=Path, default=Path(default_out), help="folder of the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=list(runs), default=list(runs))
+    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_ROUNDS} rounds, to try it")
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        folders = []
+        for name in arguments.only:
+            config = replace(runs[name], seed=seed)
+            if arguments.data:
+                config = replace(config, dataset=arguments.data)
+            if arguments.smoke:
+                config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
+            folders.append(arguments.out / f"seed{seed}" / name)
+            run_once(config, folders[-1])
+        compare(folders, arguments.out / f"seed{seed}")
+
+
+def run_once(config: RunConfig, folder: Path) -> None:
+    """Starts the run, resumes it where it was cut, or leaves it when it is done."""
+    if (folder / "summary.json").is_file():
+        return
+    with watch_run(config, folder) as watch:
+        if (folder / "config.json").is_file():
+            resume(folder, watch, Console(stderr=True).print)
+        else:
+            start(config, folder, watch)
+    write_page(folder / "report.html", run_page(read_run(folder)))
+
+
+def compare(folders: Sequence[Path], out: Path) -> None:
+    """`compare.html` and `results.json` in `out`, and the table on the terminal."""
+    loaded = [read_run(folder) for folder in folders]
+    write_page(out / "compare.html", comparison_page(loaded))
+    results = {folder.name: reported(folder) for folder in folders}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(cost_table(loaded))
+
+
+def reported(folder: Path) -> dict[str, Any]:
+    """The figures of a run that do not depend on the machine, for `expected.json`."""
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines]
+    before = [row["simulated_seconds"] for row in rounds if row["round"] == 0]
+    training = sorted(row["simulated_seconds"] for row in rounds if row["round"] > 0)
+    return {
+        **{key: summary[key] for key in REPORTED},
+        "seconds_before_round_1": sum(before),
+        "median_round_seconds": training[len(training) // 2],
+    }

@@ -1,0 +1,337 @@
+"""The merge against a naive oracle, coordinate by coordinate, and by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlean.core import ClientUpdate, Statistic, SubModel
+from fedlean.tree import Fold, apply_mask, fold, num_kept
+
+
+def floats(*values):
+    return np.array(values, np.float32)
+
+
+def update(client, weight, params, *, masks=None, index=None, frozen=(), statistics=None):
+    sub_model = SubModel(masks or {}, index or {}, frozenset(frozen))
+    return ClientUpdate(client, weight, params, sub_model, statistics or {})
+
+
+def bits(array):
+    return array.dtype, array.shape, array.tobytes()
+
+
+@dataclass
+class Scene:
+    """A base model and the updates that come in."""
+
+    base: dict[str, np.ndarray]
+    updates: list[ClientUpdate] = field(default_factory=list)
+
+
+@st.composite
+def scenes(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    sides = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+    shapes = draw(st.lists(sides, min_size=1, max_size=3))
+    base = {
+        f"t{i}": rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)
+    }
+    next(iter(base.values())).flat[0] = -0.0  # bit for bit: -0 is not +0
+    shared = {name: rng.random(value.shape) < 0.6 for name, value in base.items()}
+    scene = Scene(base)
+    for client in range(draw(st.integers(1, 5))):
+        params, masks, index, frozen = {}, {}, {}, set()
+        for name, value in base.items():
+            if draw(st.booleans()) and draw(st.booleans()):
+                continue  # not sent
+            kind = draw(st.sampled_from(["dense", "shared", "private", "index", "index+mask"]))
+            shape = value.shape
+            if kind.startswith("index"):
+                index[name] = tuple(
+                    rng.permutation(side)[: rng.integers(1, side + 1)] for side in shape
+                )
+                shape = tuple(map(len, index[name]))
+            if kind == "shared":
+                masks[name] = shared[name]
+            elif kind in ("private", "index+mask"):
+                masks[name] = rng.random(shape) < 0.5
+            params[name] = rng.standard_normal(shape).astype(np.float32)
+            if draw(st.integers(0, 4)) == 0:
+                frozen.add(name)
+        weight = draw(st.integers(1, 10**9))
+        scene.updates.append(
+            update(client, weight, params, masks=masks, index=index, frozen=frozen)
+        )
+    return scene
+
+
+def oracle(scene):
+    """One coordinate at a time, in Python's own floats."""
+    merged = {}
+    for name, base in scene.base.items():
+        total, weight = np.zeros(base.shape), np.zeros(base.shape)
+        for one in scene.updates:
+            if name not in one.params or name in one.sub_model.frozen:
+                continue
+            values = one.params[name]
+            axes = one.sub_model.index.get(name, [range(side) for side in base.shape])
+            mask = one.sub_model.masks.get(name, np.ones(values.shape, bool))
+            for local in product(*map(range, values.shape)):
+                if not mask[local]:
+                    continue
+                where = tuple(axis[i] for axis, i in zip(axes, local, strict=True))
+                total[where] += one.num_examples * float(values[local])
+                weight[where] += one.num_examples
+        merged[name] = (total, weight)
+    return merged
+
+
+@settings(deadline=None, max_examples=150)
+@given(scenes())
+def test_fold_is_the_covered_mean(scene):
+    before = {name: bits(value) for name, value in scene.base.items()}
+    result = fold(scene.base, scene.updates)
+    assert result.count == len(scene.updates)
+    merged = result.params()
+    assert list(merged) == list(scene.base)
+    for name, (total, weight) in oracle(scene).items():
+        base, got = scene.base[name], merged[name]
+        assert got.dtype == np.float32 and got.shape == base.shape
+        covered = weight > 0
+        assert got[~covered].tobytes() == base[~covered].tobytes()  # bit for bit
+        np.testing.assert_allclose(got[covered], (total / np.where(covered, weight, 1))[covered],
+                                   rtol=1e-6, atol=1e-7)  # fmt: skip
+    assert {name: bits(value) for name, value in scene.base.items()} == before
+
+
+@settings(deadline=None, max_examples=60)
+@given(scenes(), st.integers(1, 10**9))
+def test_one_client_gets_its_own_values_back(scene, weight):
+    """Exact: a float32 times a count below 2^29 fits float64."""
+    only = scene.updates[0]
+    only = ClientUpdate(0, weight, only.params, only.sub_model)
+    merged = fold(scene.base, [only]).params()
+    for name, values in only.params.items():
+        if name in only.sub_model.frozen:
+            assert bits(merged[name]) == bits(scene.base[name])
+            continue
+        index = only.sub_model.index.get(name)
+        got = merged[name] if index is None else merged[name][np.ix_(*index)]
+        mask = only.sub_model.masks.get(name, np.ones(values.shape, bool))
+        if weight < 2**29:
+            assert got[mask].tobytes() == values[mask].tobytes()
+        else:
+            np.testing.assert_allclose(got[mask], values[mask], rtol=2e-7)
+
+
+def test_one_client_extremes_come_back():
+    tiny, huge = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
+    values = np.array([tiny, -tiny, huge, -huge, 0, 1 / 3], np.float32)
+    merged = fold({"w": np.ones(6, np.float32)}, [update(0, 12345677, {"w": values})]).params()
+    assert bits(merged["w"]) == bits(values)
+
+
+def test_weighted_mean_by_hand():
+    base = {"w": floats(9, 9)}
+    merged = fold(base, [update(0, 1, {"w": floats(0, 4)}), update(1, 3, {"w": floats(4, 0)})])
+    np.testing.assert_array_equal(merged.params()["w"], floats(3, 1))
+
+
+def test_masks_and_slices_mixed_by_hand():
+    """(2, 3) tensor.  A (weight 1): all.  B (3): row 1, columns 2 and 0.  C (2): column 0 masked."""
+    base = {"w": np.full((2, 3), 100, np.float32)}
+    a = update(0, 1, {"w": np.full((2, 3), 8, np.float32)})
+    b = update(
+        1,
+        3,
+        {"w": np.array([[4, 16]], np.float32)},
+        index={"w": (np.array([1]), np.array([2, 0]))},
+    )
+    mask = np.array([[False, True, True], [False, True, True]])
+    c = update(2, 2, {"w": np.full((2, 3), 2, np.float32)}, masks={"w": mask})
+    merged = fold(base, [a, b, c]).params()["w"]
+    # (0,1): (8 + 2*2)/3; (1,0): (8 + 3*16)/4; (1,2): (8 + 3*4 + 2*2)/6
+    np.testing.assert_array_equal(merged, floats(8, 4, 4, 14, 4, 4).reshape(2, 3))
+    merged = fold(base, [b]).params()["w"]
+    np.testing.assert_array_equal(merged, floats(100, 100, 100, 16, 100, 4).reshape(2, 3))
+
+
+def test_slice_of_a_mask_covers_only_what_it_keeps():
+    base = {"w": floats(1, 2, 3)}
+    sliced = update(
+        0,
+        2,
+        {"w": floats(10, 0)},
+        masks={"w": np.array([True, False])},
+        index={"w": (np.array([2, 0]),)},
+    )
+    merged = fold(base, [sliced]).params()["w"]
+    np.testing.assert_array_equal(merged, floats(1, 2, 10))
+
+
+def test_shared_mask_and_equal_masks_give_the_same_bits():
+    """One mask object for all is a fast path; equal masks in different objects are not."""
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((5, 4)).astype(np.float32)}
+    mask = rng.random((5, 4)) < 0.5
+
+    def updates(copied):
+        drawn = np.random.default_rng(1)
+        for client in range(4):
+            held = mask.copy() if copied else mask
+            values = drawn.standard_normal((5, 4)).astype(np.float32)
+            yield update(client, client + 1, {"w": values * held}, masks={"w": held})
+
+    shared, private = (fold(base, updates(copied)).params()["w"] for copied in (False, True))
+    assert bits(shared) == bits(private)
+    assert shared[~mask].tobytes() == base["w"][~mask].tobytes()
+
+
+def test_what_a_mask_excludes_cannot_poison_the_mean():
+    base = {"w": floats(1, 2)}
+    first = update(0, 1, {"w": floats(np.nan, 4)}, masks={"w": np.array([False, True])})
+    second = update(1, 1, {"w": floats(6, np.inf)}, masks={"w": np.array([True, False])})
+    for updates in ([first, second], [second, first]):
+        np.testing.assert_array_equal(fold(base, updates).params()["w"], floats(6, 4))
+    np.testing.assert_array_equal(fold(base, [first]).params()["w"], floats(1, 4))
+
+
+def test_nobody_answered_keeps_the_base():
+    base = {"w": floats(-0.0, np.pi), "bn.running_mean": floats(2), "bn.running_var": floats(3)}
+    variances = {"bn.running_var": "bn.running_mean"}
+    frozen = update(0, 1, {"w": floats(1, 1)}, frozen={"w"})
+    for updates in ([], [frozen]):
+        merged = fold(base, updates, variances=variances).params()
+        assert {k: bits(v) for k, v in merged.items()} == {k: bits(v) for k, v in base.items()}
+
+
+@pytest.mark.parametrize(
+    ("params", "index"),
+    [
+        ({"other": floats(1)}, {}),
+        ({"w": floats(1, 2)}, {}),
+        ({"w": np.zeros((2, 2), np.float32)}, {}),
+        ({"w": floats(1, 2, 3)}, {"w": (np.array([0, 2]),)}),
+    ],
+)
+def test_misfits_name_client_and_tensor(params, index):
+    (name,) = params
+    bad = update(73, 1, params, index=index)
+    with pytest.raises(ValueError, match=f"client 73 .*{name}") as error:
+        Fold({"w": floats(1, 2, 3)}).add(bad)
+    assert "\n" not in str(error.value)
+
+
+def test_shape_message_gives_both_shapes():
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+        Fold({"w": floats(1, 2, 3)}).add(update(0, 1, {"w": floats(1, 2)}))
+
+
+def test_statistics_by_hand():
+    """mean: weighted by examples; sum: plain.  (1*1 + 3*5)/4 = 4 and 1 + 5 = 6."""
+
+    def sent(client, weight, value):
+        tensors = {"a": floats(value)}
+        statistics = {"avg": Statistic(tensors, "mean"), "all": Statistic(tensors, "sum")}
+        return update(client, weight, {}, statistics=statistics)
+
+    folded = fold({}, [sent(0, 1, 1), sent(1, 3, 5)])
+    assert folded.statistic("avg")["a"].tolist() == [4]
+    assert folded.statistic("all")["a"].tolist() == [6]
+    assert folded.statistic("avg")["a"].dtype == np.float32
+    assert folded.statistic("none") == {}
+    assert folded.params() == {}
+
+
+def test_statistics_mean_over_those_who_sent_them():
+    with_it = update(0, 2, {}, statistics={"s": Statistic({"a": floats(3)}, "mean")})
+    folded = fold({}, [with_it, update(1, 1000, {})])
+    assert folded.statistic("s")["a"].tolist() == [3]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 2)])
+def test_statistics_of_another_shape_name_client_and_statistic(shape):
+    """Also those which NumPy would broadcast."""
+    folded = Fold({})
+    first = Statistic({"a": np.ones(2, np.float32)}, "mean")
+    folded.add(update(0, 1, {}, statistics={"sums": first}))
+    bad = Statistic({"a": np.ones(shape, np.float32)}, "mean")
+    with pytest.raises(ValueError, match=r"client 73 .*sums.*a"):
+        folded.add(update(73, 1, {}, statistics={"sums": bad}))
+
+
+NORM = {"bn.running_mean": floats(7), "bn.running_var": floats(5)}
+OF = {"bn.running_var": "bn.running_mean"}
+
+
+def norm(client, weight, mean, var, *, order=1):
+    sent = {"bn.running_mean": floats(mean), "bn.running_var": floats(var)}
+    return update(client, weight, dict(list(sent.items())[::order]))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_variance_merge_by_hand(order):
+    """Means 0 and 2, variances 1: second moments 1 and 5, so 3 - 1 = 2."""
+    clients = [norm(0, 10, 0, 1, order=order), norm(1, 10, 2, 1, order=order)]
+    merged = fold(NORM, clients, variances=OF).params()
+    assert merged["bn.running_mean"].tolist() == [1]
+    assert merged["bn.running_var"].tolist() == [2]
+    assert merged["bn.running_var"].dtype == np.float32
+
+
+def test_variance_merge_is_that_of_the_pooled_data():
+    rng = np.random.default_rng(0)
+    data = [rng.normal(loc, 1 + loc, size).astype(np.float64) for loc, size in ((0, 40), (3, 90))]
+    clients = [norm(i, x.size, x.mean(), x.var()) for i, x in enumerate(data)]
+    merged = fold(NORM, clients, variances=OF).params()
+    pooled = np.concatenate(data)
+    np.testing.assert_allclose(merged["bn.running_mean"], pooled.mean(), rtol=1e-6)
+    np.testing.assert_allclose(merged["bn.running_var"], pooled.var(), rtol=1e-6)
+
+
+def test_variance_survives_a_large_mean():
+    """Moments in float32 would lose 1e-3 beside 1e4."""
+    merged = fold(NORM, [norm(0, 7, 100, 1e-3)], variances=OF).params()
+    np.testing.assert_allclose(merged["bn.running_var"], [1e-3], rtol=1e-5)
+    merged = fold(NORM, [norm(0, 1, 100.1, 1e-3), norm(1, 2, 100.1, 1e-3)], variances=OF).params()
+    np.testing.assert_allclose(merged["bn.running_var"], [1e-3], rtol=1e-5)
+
+
+def test_variance_is_never_negative():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mean = float(rng.normal(0, 1000))
+        merged = fold(NORM, [norm(i, i + 1, mean, 0) for i in range(3)], variances=OF).params()
+        assert merged["bn.running_var"] >= 0
+
+
+def test_uncovered_variance_keeps_the_base():
+    """Channel 1 is in no client's slice."""
+    base = {"bn.running_mean": floats(3, 3), "bn.running_var": floats(5, 5)}
+    index = {name: (np.array([0]),) for name in base}
+    sent = {"bn.running_mean": floats(1), "bn.running_var": floats(2)}
+    merged = fold(base, [update(0, 4, sent, index=index)], variances=OF).params()
+    np.testing.assert_array_equal(merged["bn.running_mean"], floats(1, 3))
+    np.testing.assert_array_equal(merged["bn.running_var"], floats(2, 5))
+
+
+def test_apply_mask_prunes_to_positive_zero():
+    params = {"w": floats(-1, -0.0, np.nan, 5, -0.0), "b": floats(-0.0)}
+    masked = apply_mask(params, {"w": np.array([False, False, False, True, True])})
+    assert bits(masked["w"]) == bits(floats(0.0, 0.0, 0.0, 5, -0.0))
+    assert bits(masked["b"]) == bits(params["b"])
+    assert bits(params["w"]) == bits(floats(-1, -0.0, np.nan, 5, -0.0))
+
+
+def test_num_kept():
+    assert num_kept({}) == 0
+    masks = {"a": np.array([[True, False], [True, True]]), "b": np.zeros(3, bool)}
+    assert num_kept(masks) == 3
+    assert type(num_kept(masks)) is int
