@@ -133,8 +133,8 @@ def test_one_client_gets_its_own_values_back(scene, weight):
 
 def test_one_client_extremes_come_back():
     tiny, huge = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
-    values = np.array([tiny, -tiny, huge, -huge, 0, 1 / 3], np.float32)
-    merged = fold({"w": np.ones(6, np.float32)}, [update(0, 12345677, {"w": values})]).params()
+    values = np.array([tiny, -tiny, huge, -huge, 0, -0.0, 1 / 3], np.float32)
+    merged = fold({"w": np.ones(7, np.float32)}, [update(0, 12345677, {"w": values})]).params()
     assert bits(merged["w"]) == bits(values)
 
 
@@ -145,7 +145,7 @@ def test_weighted_mean_by_hand():
 
 
 def test_masks_and_slices_mixed_by_hand():
-    """(2, 3) tensor.  A (weight 1): all.  B (3): row 1, columns 2 and 0.  C (2): column 0 masked."""
+    """A (weight 1) has all, B (3) row 1 of columns 2 and 0, C (2) all but column 0."""
     base = {"w": np.full((2, 3), 100, np.float32)}
     a = update(0, 1, {"w": np.full((2, 3), 8, np.float32)})
     b = update(

@@ -35,7 +35,8 @@ class _Coverage:
     """
 
     def __init__(self, shape: tuple[int, ...]):
-        self.total = np.zeros(shape, np.float64)
+        # -0, the neutral element of addition: a lone client's -0 comes back as it was sent
+        self.total = np.full(shape, -0.0)
         self.weight: float | np.ndarray = 0.0
         self.mask: np.ndarray | None = None
 
@@ -67,17 +68,21 @@ class _Coverage:
         self.total = np.where(covered, self.total, 0.0)
         self.weight = np.where(covered, self.weight, 0.0)
 
-    def mean(self, base: np.ndarray) -> np.ndarray:
-        """The covered mean; `base` where nobody trained."""
+    def mean(self) -> np.ndarray:
+        """The covered mean in float64; 0 where nobody trained."""
         if isinstance(self.weight, np.ndarray):
-            weight, covered = self.weight, self.weight > 0
-            mean = np.divide(self.total, weight, out=np.zeros_like(self.total), where=covered)
-        elif self.weight == 0.0:
+            covered = self.weight > 0
+            return np.divide(self.total, self.weight, out=np.zeros_like(self.total), where=covered)
+        return self.total / self.weight if self.weight else self.total
+
+    def onto(self, base: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """`mean` in the base's type where somebody trained, `base` bit for bit elsewhere."""
+        if isinstance(self.weight, np.ndarray):
+            return np.where(self.weight > 0, mean.astype(base.dtype), base)
+        if self.weight == 0.0:
             return base
-        else:
-            mean, covered = self.total / self.weight, self.mask
         mean = mean.astype(base.dtype)
-        return mean if covered is None else np.where(covered, mean, base)
+        return mean if self.mask is None else np.where(self.mask, mean, base)
 
 
 class Fold:
@@ -113,7 +118,8 @@ class Fold:
                     f"expected {expected}"
                 )
             if name in self._variances:
-                values = values + update.params[self._variances[name]] ** 2
+                center = update.params[self._variances[name]].astype(np.float64)
+                values = values + center**2
             coverage = self._tensors.setdefault(name, _Coverage(self._base[name].shape))
             coverage.add(values, weight, sub.masks.get(name), index)
         self._add_statistics(update, weight)
@@ -124,23 +130,25 @@ class Fold:
             scale = weight if statistic.reduction == "mean" else 1.0
             sums = self._statistics.setdefault(key, {})
             for name, values in statistic.tensors.items():
+                if name in sums and sums[name].shape != values.shape:
+                    raise ValueError(
+                        f"client {update.client} sent {key} of {name!r} with shape "
+                        f"{values.shape}, expected {sums[name].shape}"
+                    )
                 term = np.multiply(values, scale, dtype=np.float64)
-                if name in sums:
-                    sums[name] += term
-                else:
-                    sums[name] = term
+                sums[name] = sums[name] + term if name in sums else term
             mean_weight = weight if statistic.reduction == "mean" else 0.0
             self._statistic_weight[key] = self._statistic_weight.get(key, 0.0) + mean_weight
 
     def params(self) -> dict[str, np.ndarray]:
-        merged = {
-            name: self._tensors[name].mean(value) if name in self._tensors else value
-            for name, value in self._base.items()
-        }
-        for variance, mean in self._variances.items():
-            if variance in self._tensors:
-                spread = merged[variance] - merged[mean] ** 2
-                merged[variance] = np.maximum(spread, np.float32(0))
+        merged = dict(self._base)
+        for name, coverage in self._tensors.items():
+            mean = coverage.mean()
+            if name in self._variances:
+                # in float64: E[x²] - E[x]² loses the variance beside a large mean
+                mean -= self._tensors[self._variances[name]].mean() ** 2
+                np.maximum(mean, 0.0, out=mean)
+            merged[name] = coverage.onto(self._base[name], mean)
         return merged
 
     def statistic(self, key: str) -> dict[str, np.ndarray]:

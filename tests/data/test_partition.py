@@ -33,7 +33,7 @@ def test_every_example_has_exactly_one_client(
     assert same(shares, partition(scheme, balanced, clients, seed))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "natural"])
 def test_the_seed_changes_the_partition(balanced: Dataset, scheme: str):
     assert not same(partition(scheme, balanced, 8, 0), partition(scheme, balanced, 8, 1))
 
@@ -98,15 +98,13 @@ def test_natural_gives_each_id_its_examples(make):
         assert [share.tolist() for share in shares] == [[1, 4], [3], [0, 2, 5]]
 
 
-def test_merged_writers_stay_whole_and_balanced(balanced: Dataset):
+def test_merged_writers_are_consecutive(balanced: Dataset):
+    """40 writers on 6 clients: six each, and the last four more."""
     ids = balanced.clients
     assert ids is not None
-    shares = partition("natural", balanced, 8, 0)
-    owners = [set(ids[share].tolist()) for share in shares]
-    assert sum(len(each) for each in owners) == 40 and len(set().union(*owners)) == 40
-    largest_group = np.bincount(ids).max()
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= largest_group  # what greedy filling guarantees
+    owners = [np.unique(ids[share]).tolist() for share in partition("natural", balanced, 6, 0)]
+    assert [len(each) for each in owners] == [6, 6, 6, 6, 6, 10]
+    assert sum(owners, []) == sorted(set(ids.tolist()))
 
 
 def test_natural_limits(make, balanced: Dataset):

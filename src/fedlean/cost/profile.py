@@ -6,8 +6,8 @@ import json
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from importlib import resources
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,12 @@ class Profile:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             may_be_zero = field.name.startswith("sparse_")
-            if not number or not isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+            if (
+                not number
+                or not abs(value) <= float_info.max
+                or value < 0
+                or (value == 0 and not may_be_zero)
+            ):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
 
 
@@ -61,7 +66,10 @@ def load_profile(name: str) -> Profile:
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"device profile {name!r}: no such file")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"device profile {name!r}: {error}") from None
     else:
         names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")]
         if name not in names:

@@ -51,16 +51,19 @@ class TorchEngine:
             )
         if loss not in ("ce", "bce"):
             raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
-        _check_shapes(spec, params, sub_model)
+        _check_masks(spec, sub_model)
         return TorchSession(spec, params, sub_model, batch_size, optimizer, loss)
 
 
-def _check_shapes(spec: ModelSpec, params: Params, sub_model: SubModel) -> None:
+def _check_params(spec: ModelSpec, params: Params) -> None:
     for name, shape in spec.tensor_shapes.items():
         if name not in params:
             raise ValueError(f"parameter {name!r} of shape {shape} is missing")
         if params[name].shape != shape:
             raise ValueError(f"parameter {name!r} has shape {params[name].shape}, expected {shape}")
+
+
+def _check_masks(spec: ModelSpec, sub_model: SubModel) -> None:
     for name, mask in sub_model.masks.items():
         if name not in spec.param_shapes or mask.shape != spec.param_shapes[name]:
             raise ValueError(f"mask {name!r} of shape {mask.shape} does not fit the model")
@@ -82,6 +85,7 @@ class TorchSession:
         self._optimizer = optimizer
         self._loss_name = loss
         self._trainable = [name for name in spec.param_shapes if name not in sub_model.frozen]
+        self._frozen = sub_model.frozen
         self._masks = {
             name: torch.from_numpy(np.ascontiguousarray(mask, np.float32))
             for name, mask in sub_model.masks.items()
@@ -103,11 +107,12 @@ class TorchSession:
 
     def load(self, params: Params) -> None:
         """Takes a copy; masked coordinates become 0.  Optimiser state is kept."""
+        _check_params(self._spec, params)
         for name in self._spec.tensor_shapes:
             tensor = torch.tensor(params[name], dtype=torch.float32)
             if name in self._masks:
                 # not a multiplication: NaN·0 is NaN and -1·0 is -0
-                tensor[self._masks[name] == 0] = 0
+                tensor = torch.where(self._masks[name] != 0, tensor, 0.0)
             self._state[name] = tensor.requires_grad_(name in self._trainable)
 
     def params(self) -> dict[str, np.ndarray]:
@@ -116,7 +121,12 @@ class TorchSession:
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
         logits = self._run(x, training=True)[self._output]
         loss = self._loss(logits, y)
-        gradients = torch.autograd.grad(loss, [self._state[name] for name in self._trainable])
+        gradients = torch.autograd.grad(
+            loss,
+            [self._state[name] for name in self._trainable],
+            allow_unused=True,
+            materialize_grads=True,
+        )
         named = dict(zip(self._trainable, gradients, strict=True))
         if importance:
             self._accumulate(named)
@@ -172,7 +182,7 @@ class TorchSession:
         gradients = torch.autograd.grad(
             [self._kept_graph[name] for name in output_gradients],
             [self._state[name] for name in self._trainable],
-            [torch.from_numpy(np.ascontiguousarray(g)) for g in output_gradients.values()],
+            [_tensor(g, np.float32) for g in output_gradients.values()],
             allow_unused=True,
             materialize_grads=True,
         )
@@ -210,7 +220,7 @@ class TorchSession:
         for name, gradient in gradients.items():
             weight = self._state[name]
             if name in self._masks:
-                gradient.mul_(self._masks[name])
+                gradient.masked_fill_(self._masks[name] == 0, 0)  # NaN·0 is NaN
             if self._optimizer.weight_decay:
                 gradient.add_(weight, alpha=self._optimizer.weight_decay)
             if momentum:
@@ -220,7 +230,7 @@ class TorchSession:
             weight.sub_(gradient, alpha=lr)
 
     def _loss(self, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-        target = torch.from_numpy(np.ascontiguousarray(labels, np.int64))
+        target = _tensor(labels, np.int64)
         if self._loss_name == "ce":
             return F.cross_entropy(logits, target)
         one_hot = F.one_hot(target, logits.shape[1]).to(logits.dtype)
@@ -236,7 +246,7 @@ class TorchSession:
     ) -> dict[str, torch.Tensor]:
         """Activations still needed: those in `keep` and the output."""
         state = self._state if state is None else state
-        values = {INPUT: torch.from_numpy(np.ascontiguousarray(x, np.float32))}
+        values = {INPUT: _tensor(x, np.float32)}
         keep = (keep or set()) | {self._output}
         readers = dict.fromkeys((INPUT, *self._spec.by_name), 0)
         for node in self._spec.nodes:
@@ -244,12 +254,19 @@ class TorchSession:
                 readers[source] += 1
         for node in self._spec.nodes:
             inputs = [values[source] for source in node.inputs]
-            values[node.name] = _layer(node, inputs, state, training)
+            moves = training and f"{node.name}.running_mean" not in self._frozen
+            values[node.name] = _layer(node, inputs, state, moves)
             for source in node.inputs:
                 readers[source] -= 1
                 if readers[source] == 0 and source not in keep:
                     values.pop(source, None)
         return values
+
+
+def _tensor(array: np.ndarray, dtype: type) -> torch.Tensor:
+    """Shares memory where it can; torch has no read-only tensors, so those are copied."""
+    array = np.ascontiguousarray(array, dtype)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: bool) -> torch.Tensor:

@@ -87,6 +87,7 @@ def prunefl(
     lr_half_life_rounds: float = 0.0,
     initial_pruning: bool = True,
     initial_client: int = 0,
+    initial_batches: int = 10,
     initial_examples: int = 200,
     initial_passes: int = 1,
     initial_max_passes: int = 1000,
@@ -105,7 +106,8 @@ def prunefl(
     Args:
       lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
         `fedavg`; `cohort` is the paper's random client selection.
-      initial_pruning: prune at `initial_client` on `initial_examples` of its examples first.
+      initial_pruning: prune at `initial_client` first, in passes of `initial_batches` batches from
+        `initial_examples` of its examples (paper: 10 batches of 200 examples); 0: from all it has.
       initial_passes: passes between two initial reconfigurations (paper's code: 50);
         initial_stable: initial pruning ends after so many reconfigurations in a row that change
         the size by at most 10% (paper's code: 5); initial_max_passes: passes after which it ends
@@ -131,7 +133,8 @@ def prunefl(
         loss=loss,
     )
     at_least("initial_client", initial_client, 0)
-    at_least("initial_examples", initial_examples, 1)
+    at_least("initial_batches", initial_batches, 1)
+    at_least("initial_examples", initial_examples, 0)
     at_least("initial_passes", initial_passes, 1)
     at_least("initial_max_passes", initial_max_passes, 1)
     at_least("initial_stable", initial_stable, 1)
@@ -190,6 +193,7 @@ def prunefl(
             **sgd,
             **pruner(0).to_hparams(),
             "lr": lr,
+            "initial_batches": initial_batches,
             "initial_examples": initial_examples,
             "initial_passes": initial_passes,
             "initial_max_passes": initial_max_passes,
@@ -430,8 +434,7 @@ def _passes(
     """Trains until a reconfiguration is due or the chunk is full; (local, work, mean loss)."""
     h = task.hparams
     batch_size = int(h["batch_size"])
-    examples = min(int(h["initial_examples"]), batches.num_examples)
-    steps = -(-examples // batch_size)
+    examples, steps = int(h["initial_examples"]) or None, int(h["initial_batches"])
     session = _open(task, engine, local.params, local.masks)
     losses: list[float] = []
     importance_steps = forward_examples = 0
@@ -477,7 +480,7 @@ def _passes(
 
 
 def _accuracy(
-    session: Session, batches: Batches, batch_size: int, steps: int, seed: int, examples: int
+    session: Session, batches: Batches, batch_size: int, steps: int, seed: int, examples: int | None
 ) -> float:
     """Training accuracy on the examples of initial pruning."""
     hits = total = 0

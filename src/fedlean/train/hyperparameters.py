@@ -15,7 +15,7 @@ def in_range(
 ) -> None:
     """Raises ValueError unless low <= value <= high (low < value if `open_low`)."""
     above = value > low if open_low else value >= low
-    if not isfinite(value) or not above or value > high:
+    if isinstance(value, bool) or not isfinite(value) or not above or value > high:
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value!r}")
 

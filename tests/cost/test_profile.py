@@ -1,0 +1,146 @@
+"""Profiles: the built-in ones, where the Raspberry Pi's numbers come from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from importlib import resources
+from math import prod
+
+import pytest
+
+from fedlean.cost.flops import layer_flops, step_flops
+from fedlean.cost.profile import Profile, available, load_profile
+from fedlean.cost.time import activations
+from fedlean.models.conv2 import conv2
+
+BUILT_IN = ["generic", "raspberry_pi_4"]
+NUMBERS = [field.name for field in fields(Profile) if field.type == "float"] + ["memory_bytes"]
+
+
+def document(**changes):
+    return {**asdict(load_profile("generic")), **changes}
+
+
+def written(tmp_path, content):
+    path = tmp_path / "board.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_built_in_profiles():
+    assert list(available()) == BUILT_IN
+    for name, description in available().items():
+        profile = load_profile(name)
+        assert profile.name == name
+        assert profile.description == description and description
+        assert profile.source
+
+
+def test_the_raspberry_pi_is_derived_from_published_numbers():
+    """From the derivation block: the link is taken out, then seconds per FLOP and activation."""
+    text = (resources.files("fedlean.cost") / "profiles" / "raspberry_pi_4.json").read_text()
+    published = json.loads(text)["derivation"]["published"]
+    coefficients = published["seconds_per_coefficient_per_round"]
+    link = published["link_seconds_per_parameter_up_plus_down"]
+    spec, batch, steps = conv2((1, 28, 28), 62), 20, 5
+    profile = load_profile("raspberry_pi_4")
+
+    dense = steps * step_flops(spec, {}, batch) / published["dense_compute_seconds_per_round"]
+    assert profile.dense_flops_per_s == pytest.approx(dense, rel=1e-9)
+
+    def flops(name):
+        return steps * layer_flops(spec, spec.by_name[name], {}, batch).step
+
+    def seconds(name):
+        return (coefficients[name] - link) * prod(spec.param_shapes[f"{name}.weight"])
+
+    conv = seconds("conv2") / flops("conv2")
+    assert profile.sparse_conv_seconds_per_flop == pytest.approx(conv, rel=1e-9)
+    linear = (seconds("fc1") + seconds("fc2")) / (flops("fc1") + flops("fc2"))
+    assert profile.sparse_linear_seconds_per_flop == pytest.approx(linear, rel=1e-9)
+    spread = published["constant_seconds_per_round"] / (activations(spec) * batch * steps)
+    assert profile.sparse_seconds_per_activation == pytest.approx(spread, rel=1e-9)
+    # 4 bytes up and 4 down at one rate
+    assert profile.uplink_bytes_per_s == profile.downlink_bytes_per_s
+    assert profile.uplink_bytes_per_s == pytest.approx(8 / link, rel=1e-9)
+    # conv1's published coefficient is all link
+    assert abs(coefficients["conv1"] - link) < 1e-3 * link
+
+
+@pytest.mark.parametrize("name", ["raspberry_pi_5", "Generic", "nothing of the kind", ""])
+def test_unknown_name_lists_the_nearest(name):
+    with pytest.raises(ValueError, match="no device profile named") as error:
+        load_profile(name)
+    message = str(error.value)
+    assert repr(name) in message and "\n" not in message
+    assert any(known in message for known in BUILT_IN)
+    if name == "raspberry_pi_5":
+        assert "nearest: raspberry_pi_4 (" in message
+
+
+def test_a_file_of_the_user(tmp_path):
+    profile = load_profile(written(tmp_path, document(name="mine", uplink_bytes_per_s=5)))
+    assert profile.name == "mine" and profile.uplink_bytes_per_s == 5
+
+
+def test_a_derivation_is_ignored(tmp_path):
+    path = written(tmp_path, document(derivation={"anything": 1}))
+    assert load_profile(path) == load_profile("generic")
+
+
+def refused(path):
+    with pytest.raises(ValueError) as error:
+        load_profile(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert repr(path) in message
+    return message
+
+
+def test_missing_file(tmp_path):
+    assert "no such file" in refused(str(tmp_path / "absent.json"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '"generic"', '{"name": }'])
+def test_bad_json(tmp_path, content):
+    refused(written(tmp_path, content))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "board.json"
+    path.write_bytes(b"\xff\xfe{}")
+    refused(str(path))
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize(
+    "value", [-1, float("nan"), float("inf"), True, None, "5", [1], pytest.param(10**400, id="big")]
+)
+def test_bad_number_names_the_field(tmp_path, field, value):
+    assert field in refused(written(tmp_path, document(**{field: value})))
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_only_sparse_costs_may_be_zero(tmp_path, field):
+    path = written(tmp_path, document(**{field: 0}))
+    if field.startswith("sparse_"):
+        assert getattr(load_profile(path), field) == 0
+    else:
+        assert field in refused(path)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Profile)])
+def test_missing_field_is_named(tmp_path, field):
+    rest = document()
+    del rest[field]
+    assert f"missing ['{field}']" in refused(written(tmp_path, rest))
+
+
+def test_unknown_field_is_named(tmp_path):
+    assert "dense_flop_per_s" in refused(written(tmp_path, document(dense_flop_per_s=1)))
+
+
+@pytest.mark.parametrize("field", ["name", "description", "source"])
+def test_text_must_be_text(tmp_path, field):
+    assert field in refused(written(tmp_path, document(**{field: 3})))

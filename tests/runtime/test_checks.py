@@ -1,0 +1,224 @@
+"""Updates that the server must not take: each refused with its reason, and the round goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from federation import SPEC, Around, fresh_dispatch, params, run, same, server
+
+from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Statistic, SubModel, Work
+from fedlean.methods import fedavg, prunefl
+from fedlean.runtime.checks import MAX_EXAMPLES, refusal
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.rounds import Progress, StepRecord
+from fedlean.tree import apply_mask
+
+POISONED = 1
+MASKS = {
+    name: np.arange(params()[name].size).reshape(params()[name].shape) % 3 > 0
+    for name in ("conv.weight", "fc1.weight")
+}
+OTHER = {name: ~mask for name, mask in MASKS.items()}
+Poison = Callable[[ClientUpdate], ClientUpdate]
+
+
+def with_value(name: str, value: float) -> Poison:
+    def poison(update: ClientUpdate) -> ClientUpdate:
+        values = update.params[name].copy()
+        values.flat[-1] = value
+        return replace(update, params={**update.params, name: values})
+
+    return poison
+
+
+def with_tensor(name: str, values: np.ndarray) -> Poison:
+    return lambda update: replace(update, params={**update.params, name: values})
+
+
+def with_statistic(name: str, values: np.ndarray) -> Poison:
+    statistic = {"importance": Statistic({name: values}, "mean")}
+    return lambda update: replace(update, statistics=statistic)
+
+
+def claiming(examples: int) -> Poison:
+    return lambda update: replace(update, num_examples=examples)
+
+
+def other_pattern(update: ClientUpdate) -> ClientUpdate:
+    return replace(update, params=apply_mask(params(), OTHER), sub_model=SubModel(masks=OTHER))
+
+
+def no_pattern(update: ClientUpdate) -> ClientUpdate:
+    return replace(update, params=params(), sub_model=SubModel())
+
+
+def outside_mask(update: ClientUpdate) -> ClientUpdate:
+    values = update.params["fc1.weight"].copy()
+    values[~MASKS["fc1.weight"]] = 1e-3
+    return replace(update, params={**update.params, "fc1.weight": values})
+
+
+BIAS = np.zeros(12, np.float32)
+INFINITE = np.full(12, np.inf, np.float32)
+# what is wrong -> (how, what the reason says); these go for every method
+PLAIN: dict[str, tuple[Poison, str]] = {
+    "nan": (with_value("fc2.weight", np.nan), "'fc2.weight' with values that are not finite"),
+    "inf": (with_value("fc1.bias", np.inf), "'fc1.bias' with values that are not finite"),
+    "-inf": (with_value("conv.bias", -np.inf), "'conv.bias' with values that are not finite"),
+    "shorter": (with_tensor("fc1.bias", BIAS[:-1]), "'fc1.bias' with shape (11,), expected (12,)"),
+    "flat": (with_tensor("fc2.weight", np.zeros(36, np.float32)), "expected (3, 12)"),
+    "scalar": (with_tensor("fc1.bias", np.zeros((), np.float32)), "expected (12,)"),
+    "unknown": (with_tensor("fc9.bias", BIAS), "'fc9.bias', which the model lacks"),
+    "no examples": (claiming(0), "claims 0 examples"),
+    "negative": (claiming(-5), "claims -5 examples"),
+    "absurd": (claiming(10**10), "claims 10000000000 examples"),
+    "beyond the header": (claiming(10**30), f"expected 1 to {MAX_EXAMPLES}"),
+    "statistic": (with_statistic("fc1.bias", INFINITE), "importance of 'fc1.bias'"),
+}
+MASKED: dict[str, tuple[Poison, str]] = {
+    "outside its mask": (outside_mask, "'fc1.weight' with values outside its mask"),
+    "other pattern": (other_pattern, "trained the pattern"),
+    "no pattern": (no_pattern, "trained the pattern"),
+}
+# what cannot even travel; in this process it must not stop the run either
+UNSENDABLE: dict[str, Poison] = {
+    "double precision": with_tensor("fc1.bias", BIAS.astype(np.float64)),
+    "metric": lambda update: replace(update, metrics={"train_loss": float("nan")}),
+    "work": lambda update: replace(update, work=(Work(steps=-3),)),
+    "statistic's shape": with_statistic("fc1.weight", np.zeros(3, np.float32)),
+}
+EVERY = {name: poison for name, (poison, _) in {**PLAIN, **MASKED}.items()} | UNSENDABLE
+
+
+def task(masks) -> ClientTask:
+    return ClientTask(
+        1, "train", POISONED, 5, SPEC, apply_mask(params(), masks), SubModel(masks=masks), {}
+    )
+
+
+def answer(masks) -> ClientUpdate:
+    asked = task(masks)
+    return ClientUpdate(POISONED, 40, asked.params, asked.sub_model)
+
+
+@pytest.mark.parametrize("masks", [{}, MASKS], ids=["dense", "masked"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_reason(name, masks):
+    poison, reason = PLAIN[name]
+    assert refusal(answer(masks), task(masks)) is None
+    assert reason in (refusal(poison(answer(masks)), task(masks)) or "")
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_reason_under_a_mask(name):
+    poison, reason = MASKED[name]
+    assert reason in (refusal(poison(answer(MASKS)), task(MASKS)) or "")
+
+
+def test_statistic_of_another_shape():
+    poison = UNSENDABLE["statistic's shape"]
+    assert "importance of 'fc1.weight'" in (refusal(poison(answer({})), task({})) or "")
+
+
+@pytest.mark.parametrize("examples", [1, MAX_EXAMPLES])
+def test_bounds_of_the_example_count(examples):
+    assert refusal(claiming(examples)(answer({})), task({})) is None
+
+
+def test_an_equal_pattern_in_another_object_is_taken():
+    copied = {name: mask.copy() for name, mask in reversed(MASKS.items())}
+    update = replace(answer(MASKS), sub_model=SubModel(masks=copied))
+    assert refusal(update, task(MASKS)) is None
+
+
+def test_negative_zero_outside_the_mask_is_zero():
+    values = np.where(MASKS["fc1.weight"], params()["fc1.weight"], np.float32(-0.0))
+    assert refusal(with_tensor("fc1.weight", values)(answer(MASKS)), task(MASKS)) is None
+
+
+# In a round
+
+
+def algorithm() -> FederatedAlgorithm:
+    return prunefl.prunefl(
+        server(2), local_steps=2, initial_pruning=False, reconfigure_every=2, importance_rounds=1
+    )
+
+
+def one_step(change) -> tuple[object, StepRecord]:
+    records: list[StepRecord] = []
+    method = algorithm()
+    state = replace(method.init(params()), params=apply_mask(params(), MASKS), masks=MASKS)
+    state = run(
+        method,
+        dispatch=Around(fresh_dispatch(method), change),
+        progress=Progress(replace(state, round=1), ClientStore()),
+        watch=lambda progress, record: records.append(record),
+    )
+    (record,) = records
+    return state, record
+
+
+@pytest.fixture(scope="module")
+def without():
+    """The step in which the poisoned client does not answer."""
+    return one_step(lambda tasks, updates: [u for u in updates if u.client != POISONED])
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in order", "others early"])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_round_goes_on_without_it(name, late, without):
+    expected, _ = without
+
+    def change(tasks, updates):
+        changed = [EVERY[name](u) if u.client == POISONED else u for u in updates]
+        return reversed(changed) if late else changed
+
+    state, record = one_step(change)
+    assert list(record.refused) == [POISONED]
+    assert record.answered == [0, 2, 3]
+    assert record.attempts == 1
+    reason = {**PLAIN, **MASKED}.get(name, (None, ""))[1]
+    assert reason in record.refused[POISONED] and "\n" not in record.refused[POISONED]
+    assert all(np.isfinite(value).all() for value in state.params.values())
+    assert same(state, expected)
+    assert set(record.metrics) == {"train_loss"} and np.isfinite(record.metrics["train_loss"])
+
+
+def test_a_refused_client_keeps_its_committed_state(without):
+    """What it holds between rounds is not moved on by an update that was not taken."""
+    method = fedavg.fedavg(server(1))
+    taken: list[list[int]] = []
+    dispatch = Around(
+        fresh_dispatch(method),
+        lambda tasks, updates: [claiming(0)(u) if u.client == POISONED else u for u in updates],
+    )
+    dispatch.acknowledge = lambda clients: taken.append(list(clients))
+    store = ClientStore()
+    run(method, dispatch=dispatch, rounds=1, progress=Progress(method.init(params()), store))
+    assert taken == [[0, 2, 3]]
+    assert not store.known(POISONED).specs and store.known(0).specs == {SPEC.hash}
+
+
+def test_everybody_refused_is_asked_again():
+    records: list[StepRecord] = []
+    calls = []
+
+    def change(tasks, updates):
+        calls.append(len(tasks))
+        poison = EVERY["nan"]
+        return [poison(u) for u in updates] if len(calls) < 3 else updates
+
+    method = fedavg.fedavg(server(1), local_steps=2)
+    state = run(
+        method,
+        dispatch=Around(fresh_dispatch(method), change),
+        rounds=1,
+        watch=lambda progress, record: records.append(record),
+    )
+    assert calls == [4, 4, 4] and records[0].attempts == 3
+    assert records[0].answered == [0, 1, 2, 3]
+    assert same(state, run(fedavg.fedavg(server(1), local_steps=2), rounds=1))

@@ -1,0 +1,66 @@
+"""What the server remembers that each client holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+from federation import SPEC, params
+
+from fedlean import wire
+from fedlean.core import ClientTask, ClientUpdate, SubModel
+from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint
+from fedlean.runtime.clientstore import ClientStore
+
+MASKS = {"fc1.weight": np.indices(SPEC.tensor_shapes["fc1.weight"]).sum(0) % 2 == 0}
+GROWN = {"fc1.weight": np.indices(SPEC.tensor_shapes["fc1.weight"]).sum(0) % 3 == 0}
+TASK = ClientTask(3, "train", 5, 1, SPEC, params(), SubModel(masks=MASKS), {})
+UPDATE = ClientUpdate(5, 10, params(), SubModel(masks=MASKS))
+
+
+def filled() -> ClientStore:
+    store = ClientStore()
+    store.acknowledge(TASK, UPDATE)
+    dense = replace(TASK, client=12, sub_model=SubModel(), round=4)
+    store.acknowledge(dense, replace(UPDATE, client=12, sub_model=SubModel()))
+    return store
+
+
+def test_holds_nothing_at_first():
+    assert ClientStore().known(5) == wire.Known()
+    assert filled().known(6) == wire.Known()
+
+
+def test_holds_what_it_answered_with():
+    known = filled().known(5)
+    assert known == wire.Known(frozenset({SPEC.hash}), frozenset({wire.pattern_hash(MASKS)}))
+
+
+def test_the_pattern_is_that_of_the_answer():
+    """A client that pruned by itself holds the new pattern, no longer the one it was sent."""
+    store = filled()
+    store.acknowledge(TASK, replace(UPDATE, sub_model=SubModel(masks=GROWN)))
+    assert store.known(5).patterns == {wire.pattern_hash(GROWN)}
+
+
+def test_round_trip(tmp_path):
+    store = filled()
+    tree = store.to_tree()
+    save_checkpoint(tmp_path, 1, {"store": tree})
+    for back in (load_checkpoint(tmp_path)[0]["store"], json.loads(json.dumps(tree))):
+        again = ClientStore(back)
+        assert all(again.known(client) == store.known(client) for client in range(15))
+        assert {key: tuple(entry) for key, entry in again.to_tree().items()} == tree
+
+
+def test_what_is_held_is_not_charged_again():
+    store = ClientStore()
+    first = wire.task_bytes(TASK, store.known(5))
+    store.acknowledge(TASK, UPDATE)
+    second = wire.task_bytes(TASK, store.known(5))
+    assert second == len(wire.encode_task(TASK, store.known(5)))
+    assert first - second > wire.pattern_payload_bytes(MASKS)  # the spec as well
+    changed = replace(TASK, sub_model=SubModel(masks=GROWN))
+    kept = (int(GROWN["fc1.weight"].sum()) - int(MASKS["fc1.weight"].sum())) * 4
+    assert wire.task_bytes(changed, store.known(5)) - kept > second

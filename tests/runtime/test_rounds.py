@@ -1,0 +1,318 @@
+"""The round loop: silence, server-only steps, failing clients, and what is charged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from conformance import case_of
+from federation import (
+    CLIENTS,
+    SPEC,
+    Around,
+    client_data,
+    fresh_dispatch,
+    params,
+    run,
+    same,
+    server,
+)
+
+from fedlean import wire
+from fedlean.core import ClientTask, FederatedAlgorithm, Masks, Params
+from fedlean.cost.profile import load_profile
+from fedlean.cost.time import link_seconds
+from fedlean.engine.torch import TorchEngine
+from fedlean.methods.fedavg import fedavg
+from fedlean.methods.prunefl import prunefl
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.ledger import StepCost
+from fedlean.runtime.local import ClientError, LocalDispatch
+from fedlean.runtime.rounds import ATTEMPTS, EMPTY_STEPS, Progress, RunFailed, StepRecord
+
+
+def recorded(algorithm: FederatedAlgorithm, **rest: Any) -> tuple[Any, list[StepRecord]]:
+    records: list[StepRecord] = []
+    rest.setdefault("watch", lambda progress, record: records.append(record))
+    return run(algorithm, **rest), records
+
+
+def quick(rounds: int, **settings: Any) -> FederatedAlgorithm:
+    return fedavg(server(rounds), local_steps=1, batch_size=4, **settings)
+
+
+# Silence
+
+
+def test_silence_is_asked_again_then_the_round_advances():
+    """Round 2 is never answered: the same tasks ATTEMPTS times, then round 3, same model."""
+    asked: list[tuple[int, ...]] = []
+
+    def change(tasks, updates):
+        asked.append((tasks[0].round, *(task.seed for task in tasks)))
+        return [] if tasks[0].round == 2 else updates
+
+    algorithm, seen = quick(3), []
+    state, _ = recorded(
+        algorithm,
+        rounds=3,
+        dispatch=Around(fresh_dispatch(algorithm), change),
+        watch=lambda progress, record: seen.append((progress, record)),
+    )
+    assert [round for round, *_ in asked] == [1] + [2] * ATTEMPTS + [3]
+    assert len(set(asked)) == 3  # the same tasks each time
+    (first, _), (second, silent), (third, _) = seen
+    assert same(dict(first.state.params), dict(second.state.params))
+    assert (first.state.round, second.state.round, third.state.round) == (1, 2, 3)
+    assert (silent.attempts, silent.answered, silent.refused, silent.metrics) == (
+        ATTEMPTS,
+        [],
+        {},
+        {},
+    )
+    assert (second.empty_steps, third.empty_steps) == (1, 0)
+    assert state.round == 3
+
+
+def test_one_answer_is_enough():
+    def change(tasks, updates):
+        return [update for update in updates if update.client == 2]
+
+    algorithm = quick(2)
+    _, records = recorded(algorithm, rounds=2, dispatch=Around(fresh_dispatch(algorithm), change))
+    assert [(record.attempts, record.answered) for record in records] == [(1, [2])] * 2
+
+
+def test_gives_up_after_so_many_silent_rounds():
+    algorithm, seen = quick(EMPTY_STEPS + 5), []
+    with pytest.raises(RunFailed) as failed:
+        run(
+            algorithm,
+            rounds=EMPTY_STEPS + 5,
+            dispatch=Around(fresh_dispatch(algorithm), lambda tasks, updates: []),
+            watch=lambda progress, record: seen.append(progress),
+        )
+    message = str(failed.value)
+    assert f"{EMPTY_STEPS} rounds in a row" in message and f"round {EMPTY_STEPS} " in message
+    assert str(list(range(CLIENTS))) in message and "refused: none" in message
+    assert [progress.empty_steps for progress in seen] == list(range(1, EMPTY_STEPS + 1))
+    assert same(dict(seen[-1].state.params), dict(params()))
+
+
+def test_giving_up_names_why_the_last_updates_were_refused():
+    algorithm = quick(EMPTY_STEPS)
+
+    def change(tasks, updates):
+        return [replace(update, num_examples=0) for update in updates]
+
+    with pytest.raises(RunFailed, match="claims 0 examples"):
+        run(
+            algorithm,
+            rounds=EMPTY_STEPS + 1,
+            dispatch=Around(fresh_dispatch(algorithm), change),
+        )
+
+
+def test_an_answer_in_between_starts_the_count_again():
+    rounds = 2 * EMPTY_STEPS + 3
+
+    def change(tasks, updates):
+        return updates if tasks[0].round == EMPTY_STEPS else []
+
+    algorithm, seen = quick(rounds), []
+    with pytest.raises(RunFailed):
+        run(
+            algorithm,
+            rounds=rounds,
+            dispatch=Around(fresh_dispatch(algorithm), change),
+            watch=lambda progress, record: seen.append(progress.empty_steps),
+        )
+    assert seen == [*range(1, EMPTY_STEPS), 0, *range(1, EMPTY_STEPS + 1)]
+
+
+# Server-only steps
+
+
+@dataclass(frozen=True)
+class Counting:
+    round: int
+    phase: str
+    params: Params
+    masks: Masks = field(default_factory=dict)
+    alone: int = 0
+
+
+def thinking(steps: int) -> FederatedAlgorithm:
+    """FedAvg that first takes `steps` steps at the server alone."""
+    inner = quick(1)
+
+    def configure(state: Counting, devices: Sequence[Any]) -> list[ClientTask]:
+        return [] if state.alone < steps else inner.configure(state, devices)
+
+    def server_update(state: Counting, updates: Any) -> Counting:
+        if state.alone < steps:
+            assert not list(updates)
+            return replace(state, alone=state.alone + 1)
+        return inner.server_update(state, updates)
+
+    return FederatedAlgorithm(
+        lambda start: Counting(0, "train", start),
+        configure,
+        inner.client_update,
+        server_update,
+        inner.done,
+    )
+
+
+def test_an_empty_task_list_is_a_step_of_the_server_alone():
+    """No dispatch, no cost, and however many in a row they are not silence."""
+    calls = []
+
+    def change(tasks, updates):
+        calls.append(len(tasks))
+        return updates
+
+    algorithm, steps = thinking(EMPTY_STEPS + 2), []
+    state, _ = recorded(
+        algorithm,
+        rounds=1,
+        dispatch=Around(fresh_dispatch(algorithm), change),
+        watch=lambda progress, record: steps.append((progress, record)),
+    )
+    assert (state.alone, state.round) == (EMPTY_STEPS + 2, 1)
+    assert calls == [CLIENTS]
+    for at, (progress, record) in enumerate(steps[:-1], start=1):
+        assert (progress.step, progress.empty_steps, progress.state.alone) == (at, 0, at)
+        assert (list(record.tasks), record.attempts, record.cost) == ([], 0, StepCost())
+    assert same(dict(state.params), dict(run(quick(1), rounds=1).params))
+
+
+# Failing clients
+
+
+def test_a_failing_client_is_named():
+    algorithm = quick(3)
+    seeds = {}
+
+    def client_update(task, batches, engine, held):
+        seeds[task.round, task.client] = task.seed
+        if (task.round, task.client) == (2, 3):
+            raise ZeroDivisionError("float division by zero")
+        return algorithm.client_update(task, batches, engine, held)
+
+    dispatch = LocalDispatch(client_update, TorchEngine(1), client_data())
+    with pytest.raises(ClientError) as failed:
+        run(algorithm, rounds=3, dispatch=dispatch)
+    assert str(failed.value) == (
+        f"round 2 (train), client 3, seed {seeds[2, 3]}: ZeroDivisionError: float division by zero"
+    )
+    assert isinstance(failed.value.__cause__, ZeroDivisionError)
+
+
+def test_ctrl_c_in_a_client_is_no_client_error():
+    def client_update(task, batches, engine, held):
+        raise KeyboardInterrupt
+
+    dispatch = LocalDispatch(client_update, TorchEngine(1), client_data())
+    with pytest.raises(KeyboardInterrupt):
+        run(quick(1), rounds=1, dispatch=dispatch)
+
+
+# What is charged
+
+
+@pytest.mark.parametrize("name", ["fedavg", "prunefl"])
+def test_bytes_are_those_of_the_messages(name):
+    """Every step: the sum of len(encode) over all messages, with what the store says is held."""
+    algorithm = case_of(name).method(server(), **case_of(name).settings)
+    store = ClientStore()
+    down, up = [], []
+
+    def change(tasks, updates):
+        down.append(sum(len(wire.encode_task(task, store.known(task.client))) for task in tasks))
+        asked = {task.client: task for task in tasks}
+        answers = list(updates)
+        up.append(sum(len(wire.encode_update(each, asked[each.client])) for each in answers))
+        return answers
+
+    _, records = recorded(
+        algorithm,
+        dispatch=Around(fresh_dispatch(algorithm), change),
+        progress=Progress(algorithm.init(params()), store),
+    )
+    assert [record.cost.downlink_bytes for record in records] == down
+    assert [record.cost.uplink_bytes for record in records] == up
+    assert all(record.cost.flops > 0 for record in records)
+
+
+def test_every_attempt_is_charged():
+    """Two silent attempts and one that is answered: three downlinks, and time for each."""
+    profile = load_profile("generic")
+    _, (plain,) = recorded(quick(1), rounds=1)
+    calls = []
+
+    def change(tasks, updates):
+        calls.append(max(wire.task_bytes(task) for task in tasks))
+        return updates if len(calls) == ATTEMPTS else []
+
+    algorithm = quick(1)
+    _, (record,) = recorded(algorithm, rounds=1, dispatch=Around(fresh_dispatch(algorithm), change))
+    silent = ATTEMPTS - 1
+    assert record.attempts == ATTEMPTS
+    assert record.cost.downlink_bytes == ATTEMPTS * plain.cost.downlink_bytes
+    assert record.cost.uplink_bytes == plain.cost.uplink_bytes
+    assert record.cost.flops == plain.cost.flops
+    waited = silent * link_seconds(calls[0], 0, profile)
+    assert record.cost.simulated_seconds == pytest.approx(
+        plain.cost.simulated_seconds + waited, rel=1e-12
+    )
+
+
+def test_refused_updates_are_charged():
+    def change(tasks, updates):
+        return [replace(update, num_examples=0) if update.client else update for update in updates]
+
+    algorithm = quick(1)
+    _, (record,) = recorded(algorithm, rounds=1, dispatch=Around(fresh_dispatch(algorithm), change))
+    _, (plain,) = recorded(quick(1), rounds=1)
+    assert record.answered == [0] and len(record.refused) == CLIENTS - 1
+    assert record.cost.uplink_bytes == plain.cost.uplink_bytes
+    assert record.cost.flops == plain.cost.flops
+
+
+def test_answers_that_the_method_does_not_read_are_charged():
+    inner = quick(1)
+    algorithm = inner._replace(server_update=lambda state, updates: replace(state, round=1))
+    _, (record,) = recorded(algorithm, rounds=1)
+    _, (plain,) = recorded(quick(1), rounds=1)
+    assert record.answered == list(range(CLIENTS))
+    assert record.cost == plain.cost
+
+
+def test_pattern_and_spec_travel_once():
+    """Nothing changes after round 1, so its downlink is dearer by both, and only its."""
+    algorithm = prunefl(server(3), local_steps=1, initial_pruning=False, reconfigure_every=0)
+    _, records = recorded(algorithm, rounds=3)
+    first, second, third = (record.cost.downlink_bytes for record in records)
+    task = records[0].tasks[0]
+    known = wire.Known(frozenset({SPEC.hash}), frozenset({wire.pattern_hash(task.sub_model.masks)}))
+    once = wire.task_bytes(task) - wire.task_bytes(task, known)
+    assert once > wire.pattern_payload_bytes(task.sub_model.masks) > 0
+    assert first - second == CLIENTS * once
+    assert second == third
+
+
+def test_metrics_are_weighted_by_examples():
+    sizes = {client: data.num_examples for client, data in enumerate(client_data())}
+
+    def change(tasks, updates):
+        for update in updates:
+            extra = {"odd": 1.0} if update.client % 2 else {}
+            yield replace(update, metrics={"id": float(update.client), **extra})
+
+    algorithm = quick(1)
+    _, (record,) = recorded(algorithm, rounds=1, dispatch=Around(fresh_dispatch(algorithm), change))
+    mean = sum(client * n for client, n in sizes.items()) / sum(sizes.values())
+    assert record.metrics == {"id": pytest.approx(mean), "odd": 1.0}

@@ -1,0 +1,512 @@
+"""The command line: one clear line for whatever is wrong, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import fedlean
+from fedlean import cli
+from fedlean.cost import profile
+from fedlean.models import catalog
+from fedlean.runtime import method as methods
+
+QUICK = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch", "4"]
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys) -> Fails:
+    """Runs a command line that must end with exit code 2 and one line; gives the line."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert "Traceback" not in err
+        assert err.startswith("fedlean: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert not out
+        return err
+
+    return run
+
+
+@pytest.fixture
+def refuses(fails, tmp_path, monkeypatch) -> Fails:
+    """`fails` for `run`: adds --out, and checks that nothing at all was written."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*arguments: str) -> str:
+        line = fails("run", *arguments, "--out", "result")
+        assert not list(work.iterdir())
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    cli.main(["run", "fedavg", *QUICK, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def listed(capsys, command: str) -> list[str]:
+    capsys.readouterr()
+    cli.main([command])
+    out, err = capsys.readouterr()
+    assert not err
+    return out.splitlines()
+
+
+# What there is
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("methods", methods.available),
+        ("models", catalog.available),
+        ("devices", profile.available),
+    ],
+)
+def test_lists_one_line_each(capsys, command, what):
+    lines, entries = listed(capsys, command), what()
+    assert len(lines) == len(entries) > 1
+    for line, (name, text) in zip(lines, entries.items(), strict=True):
+        assert line.split()[0] == name
+        assert line.rstrip().endswith(text)
+
+
+def test_datasets_lists_every_form_one_line_each(capsys):
+    lines = listed(capsys, "datasets")
+    assert lines[0].startswith("digits ")
+    for form in ("IDX", "LEAF", ".npz", "FOLDER:NAME"):
+        assert any(form in line for line in lines), form
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["resume", "--help"]])
+def test_help(capsys, arguments):
+    try:
+        cli.main(arguments)
+    except SystemExit as stopped:
+        assert not stopped.code
+    out, err = capsys.readouterr()
+    assert "Usage" in out and not err
+
+
+def test_help_names_every_option(capsys):
+    try:
+        cli.main(["run", "--help"])
+    except SystemExit as stopped:
+        assert not stopped.code
+    out = capsys.readouterr().out
+    for option in ("dataset", "cohort", "local-steps", "target-accuracy", "set", "out"):
+        assert f"--{option}" in out
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    def code(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "fedlean.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stderr
+
+    assert code("--help") == (0, "")
+    assert code("methods") == (0, "")
+    status, said = code("run", "prunfl")
+    assert status == 2 and said.count("\n") == 1 and "prunefl" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == fedlean.__version__
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prunfl"], ("'prunfl'", "prunefl")),
+        (["nosuch.module:method"], ("nosuch.module:method",)),
+        (["fedavg", "--model", "lenet30"], ("'lenet30'", "lenet300")),
+        (["fedavg", "--model", "resnet"], ("'resnet'", "resnet8")),
+        (["fedavg", "--partition", "dirichlett:0.5"], ("dirichlett", "dirichlet:A")),
+        (["fedavg", "--partition", "dirichlet"], ("dirichlet:A",)),
+        (["fedavg", "--partition", "dirichlet:-1"], ("'-1'",)),
+        (["fedavg", "--partition", "natural"], ("client ids", "iid")),
+        (["fedavg", "--partition", "shards:1000"], ("1000 shards",)),
+        (["prunefl", "--set", "size_limt=0.5"], ("size_limt", "size_limit")),
+        (["fedavg", "--set", "local_step=5"], ("local_step", "local_steps")),
+        (["fedavg", "--set", "local_steps"], ("key=value",)),
+        (["fedavg", "--engine", "torhc"], ("'torhc'", "torch")),
+        (["fedavg", "--device", "raspbery"], ("'raspbery'", "raspberry_pi_4")),
+        (["fedavg", "--device", "nosuch.json"], ("nosuch.json",)),
+        (["fedavg", "--dataset", "digit"], ("'digit'", "digits")),
+        (["fedavg", "--dataset", "no/such/folder"], ("no/such/folder", "no such folder")),
+        (["fedavg", "--round", "3"], ("--round",)),
+        (["fedavg", "extra"], ("extra",)),
+        ([], ("METHOD",)),
+    ],
+)
+def test_unknown_names(refuses, arguments, said):
+    line = refuses(*arguments)
+    assert all(part in line for part in said), line
+
+
+def test_unknown_command(fails):
+    assert "rum" in fails("rum", "fedavg")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "0"], "rounds"),
+        (["--rounds", "-3"], "rounds"),
+        (["--rounds", "many"], "many"),
+        (["--clients", "0"], "clients"),
+        (["--clients", "5000"], "5000"),
+        (["--cohort", "11"], "11"),
+        (["--cohort", "0"], "cohort"),
+        (["--set", "cohort=11"], "11"),
+        (["--lr", "0"], "lr"),
+        (["--lr", "-1"], "lr"),
+        (["--lr", "nan"], "lr"),
+        (["--lr", "inf"], "lr"),
+        (["--lr", "fast"], "fast"),
+        (["--local-steps", "0"], "local_steps"),
+        (["--batch", "0"], "batch_size"),
+        (["--threads", "0"], "threads"),
+        (["--eval-every", "0"], "eval_every"),
+        (["--eval-examples", "0"], "eval_examples"),
+        (["--target-accuracy", "1.2"], "1.2"),
+        (["--target-accuracy", "0"], "target accuracy"),
+        (["--target-accuracy", "nan"], "nan"),
+        (["--target-accuracy", "0.5", "80%"], "80%"),
+        (["--set", "momentum=1.5"], "momentum"),
+        (["--set", "loss=mse"], "ce, bce"),
+        (["--set", "lr_half_life_rounds=-1"], "lr_half_life_rounds"),
+        (["--set", "lr_half_life_rounds=nan"], "lr_half_life_rounds"),
+    ],
+)
+@pytest.mark.parametrize("method", ["fedavg", "prunefl"])
+def test_values_out_of_range(refuses, method, arguments, said):
+    assert said in refuses(method, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("size_limit=1.5", "(0, 1]"),
+        ("size_limit=0", "size_limit"),
+        ("size_limit=nan", "size_limit"),
+        ("size_limit=half", "number"),
+        ("size_target=0.5", "size_limit"),
+        ("prunable_fraction=-0.1", "prunable_fraction"),
+        ("initial_pruning=maybe", "true or false"),
+        ("initial_client=10", "initial_client"),
+        ("initial_examples=0", "initial_examples"),
+        ("time_model=quadratic", "linear, device"),
+        ("reconfigure_every=-1", "reconfigure_every"),
+        ("readd_scale=nan", "readd_scale"),
+    ],
+)
+def test_prunefl_settings_out_of_range(refuses, setting, said):
+    assert said in refuses("prunefl", "--set", setting)
+
+
+# Data
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
+    return head + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path) -> Path:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("t10k", 8)):
+        images = rng.integers(0, 256, (count, 8, 8), np.uint8)
+        labels = (np.arange(count) % 4).astype(np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return folder
+
+
+def test_a_folder_of_idx_files_runs(mnist, tmp_path):
+    cli.main(["run", "fedavg", *QUICK, "--dataset", str(mnist), "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["dataset"] == str(mnist)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("left", [0, 3, 11, -1])
+def test_truncated_idx(refuses, mnist, name, left):
+    path = mnist / name
+    path.write_bytes(path.read_bytes()[:left])
+    assert name in refuses("fedavg", "--dataset", str(mnist))
+
+
+def test_missing_idx(refuses, mnist):
+    (mnist / "train-labels-idx1-ubyte").unlink()
+    assert "train-labels" in refuses("fedavg", "--dataset", str(mnist))
+
+
+def test_a_test_label_that_training_lacks(refuses, mnist):
+    labels = np.array([0, 1, 2, 3, 0, 1, 2, 9], np.uint8)
+    (mnist / "t10k-labels-idx1-ubyte").write_bytes(idx(labels))
+    line = refuses("fedavg", "--dataset", str(mnist))
+    assert "t10k-labels" in line and "[9]" in line
+
+
+def test_an_empty_folder(refuses, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "IDX" in refuses("fedavg", "--dataset", str(tmp_path / "empty"))
+
+
+def test_a_file_as_data_set(refuses, tmp_path):
+    (tmp_path / "data.bin").write_bytes(b"x")
+    assert "is a file" in refuses("fedavg", "--dataset", str(tmp_path / "data.bin"))
+
+
+def test_a_model_that_does_not_take_the_data(refuses):
+    assert "larger images" in refuses("fedavg", "--model", "vgg11")
+
+
+def test_a_damaged_device_profile(refuses, tmp_path):
+    path = tmp_path / "board.json"
+    for text in ("{", "[]", '{"name": "board"}'):
+        path.write_text(text)
+        assert "board.json" in refuses("fedavg", "--device", str(path))
+
+
+# Where it goes
+
+
+def test_out_already_holds_a_run(fails, copied):
+    before = content(copied)
+    line = fails("run", "fedavg", *QUICK, "--out", str(copied))
+    assert "already holds a run" in line and f"fedlean resume {copied}" in line
+    assert content(copied) == before
+
+
+def test_out_holds_something_else(fails, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert str(tmp_path) in fails("run", "fedavg", *QUICK, "--out", str(tmp_path))
+    assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_out_is_a_file(fails, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    line = fails("run", "fedavg", *QUICK, "--out", str(path))
+    assert str(path) in line and "resume" not in line  # there is nothing to resume
+    assert content(tmp_path) == {"file": b"mine"}
+
+
+def test_out_below_a_file(fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "file" in fails("run", "fedavg", *QUICK, "--out", str(tmp_path / "file" / "run"))
+    assert content(tmp_path) == {"file": b"mine"}
+
+
+def test_out_may_be_an_empty_folder(tmp_path):
+    cli.main(["run", "fedavg", *QUICK, "--out", str(tmp_path)])
+    assert (tmp_path / "summary.json").is_file()
+
+
+def test_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["run", "fedavg", *QUICK, "--seed", "3"])
+    assert (tmp_path / "runs" / "fedavg-digits-lenet300-s3" / "summary.json").is_file()
+
+
+def test_a_folder_name_is_shown_as_it_is(tmp_path, capsys):
+    """No markup, and on one line however long, so that it can be copied."""
+    folder = tmp_path / ("long" * 30) / "[bold]run[/x]:smile:"
+    cli.main(["run", "fedavg", *QUICK, "--out", str(folder)])
+    assert f"report: {folder / 'report.html'}\n" in capsys.readouterr().out
+
+
+# Resume and compare
+
+
+@pytest.mark.parametrize("name", ["absent", "."])
+def test_resume_of_a_folder_without_a_run(fails, tmp_path, name):
+    assert "holds no run" in fails("resume", str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{", b"[]", b"3", b"null", b'"text"', b"\xff\xfe", b"{}", b'{"format": 1}']
+)
+def test_resume_with_a_damaged_config(fails, copied, damaged):
+    (copied / "config.json").write_bytes(damaged)
+    before = content(copied)
+    assert "config.json" in fails("resume", str(copied))
+    assert content(copied) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clients": "ten"},
+        {"rounds": None},
+        {"rounds": 1.5},
+        {"method": 3},
+        {"dataset": ["digits"]},
+        {"settings": None},
+        {"settings": {"lr": "fast"}},
+        {"settings": {"nosuch": 1}},
+        {"settings": ["lr"]},
+        {"target_accuracy": 0.5},
+        {"target_accuracy": ["high"]},
+        {"format": 99},
+        {"nosuch": 1},
+        {"eval_every": "x"},
+    ],
+)
+def test_resume_with_a_config_of_wrong_values(fails, copied, change):
+    path = copied / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = content(copied)
+    fails("resume", str(copied))
+    assert content(copied) == before
+
+
+def test_resume_of_a_finished_run(copied, capsys):
+    before = content(copied)
+    cli.main(["resume", str(copied)])
+    after = content(copied)
+    assert {name for name in after if after[name] != before.get(name)} <= {"report.html"}
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_resume_with_every_checkpoint_damaged(fails, copied):
+    for path in (copied / "checkpoint").glob("*.safetensors"):
+        path.write_bytes(b"")
+    before = content(copied)
+    assert "no usable checkpoint" in fails("resume", str(copied))
+    assert content(copied) == before
+
+
+def test_resume_with_a_log_cut_behind_the_checkpoint(copied, capsys):
+    (copied / "rounds.jsonl").write_bytes(b"")
+    before = content(copied)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["resume", str(copied)])
+    assert stopped.value.code == 2
+    assert "rounds.jsonl has 0 bytes" in capsys.readouterr().err.splitlines()[-1]
+    assert content(copied) == before
+
+
+def test_compare(finished, copied, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    cli.main(
+        ["compare", str(finished), str(copied), "--target-accuracy", "0.05", "--out", str(page)]
+    )
+    assert "finished" in page.read_text() and "copied" in page.read_text()
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["absent", "."])
+def test_compare_with_a_folder_without_a_run(fails, finished, tmp_path, missing):
+    page = tmp_path / "page.html"
+    fails("compare", str(finished), str(tmp_path / missing), "--out", str(page))
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_without_folders(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails("compare")
+    assert not list(tmp_path.iterdir())
+
+
+# Methods of one's own
+
+
+OWN = '''
+from fedlean.methods.fedavg import fedavg
+
+
+def gentle(server, *, strength: int = 1, lr: float = 0.1, local_steps: int = 1):
+    """FedAvg at a fraction of the learning rate."""
+    if strength < 1:
+        raise ValueError(f"strength must be at least 1, got {strength}")
+    return fedavg(server, lr=lr / strength, local_steps=local_steps, batch_size=4)
+
+
+def broken(server, *, local_steps: int = 1):
+    """Every client fails."""
+
+    def fail(task, batches, engine, held):
+        raise IndexError("no such layer")
+
+    return gentle(server)._replace(client_update=fail)
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> str:
+    (tmp_path / "own_methods_of_a_test.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_methods_of_a_test", raising=False)
+    return "own_methods_of_a_test"
+
+
+def test_a_method_of_ones_own(own, tmp_path):
+    few = ["--clients", "2", "--rounds", "1"]
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    cli.main(["run", f"{own}:gentle", *few, "--set", "strength=4", "--out", str(mine)])
+    same = ["--lr", "0.025", "--local-steps", "1", "--batch", "4"]
+    cli.main(["run", "fedavg", *few, *same, "--out", str(theirs)])
+    left, right = (load_file(each / "model.safetensors") for each in (mine, theirs))
+    assert left.keys() == right.keys()
+    assert all(left[name].tobytes() == right[name].tobytes() for name in left)
+    config = json.loads((mine / "config.json").read_text())
+    assert (config["method"], config["settings"]) == (f"{own}:gentle", {"strength": 4})
+    cli.main(["resume", str(mine)])
+
+
+def test_settings_of_ones_own_method(own, refuses):
+    assert "strength" in refuses(f"{own}:gentle", "--set", "strenght=4")
+    assert "at least 1" in refuses(f"{own}:gentle", "--set", "strength=0")
+    assert "batch_size" in refuses(f"{own}:gentle", "--batch", "3")
+    assert "nosuch" in refuses(f"{own}:nosuch")
+
+
+def test_a_failing_client_is_one_line(own, fails, tmp_path):
+    line = fails("run", f"{own}:broken", "--out", str(tmp_path / "run"))
+    assert "round 1 (train), client 0, seed " in line and "IndexError: no such layer" in line

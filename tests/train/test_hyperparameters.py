@@ -1,0 +1,101 @@
+"""Ranges of hyper-parameters, and the learning rate by hand."""
+
+from __future__ import annotations
+
+from math import inf, nan
+
+import pytest
+
+from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
+
+GOOD = {
+    "lr": 0.1,
+    "local_steps": 5,
+    "batch_size": 20,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "loss": "ce",
+}
+
+
+@pytest.mark.parametrize("value", [0.0, 0, 0.5, 1, 1.0, 5e-324])
+def test_in_range(value):
+    in_range("x", value, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.0000001, nan, inf, -inf, True, False])
+def test_out_of_range(value):
+    with pytest.raises(ValueError, match=r"x must lie in \[0, 1\], got") as error:
+        in_range("x", value, 0.0, 1.0)
+    assert repr(value) in str(error.value)
+
+
+def test_open_low():
+    in_range("x", 1e-300, 0.0, 1.0, open_low=True)
+    with pytest.raises(ValueError, match=r"x must lie in \(0, 1\], got 0.0"):
+        in_range("x", 0.0, 0.0, 1.0, open_low=True)
+
+
+@pytest.mark.parametrize("value", [1, 2, 10**30])
+def test_at_least(value):
+    at_least("n", value, 1)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, 2.5, nan, inf, "3", None])
+def test_not_at_least(value):
+    with pytest.raises(ValueError, match="n must be an integer of at least 1, got"):
+        at_least("n", value, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"lr": 100.0},
+        {"lr": 1},
+        {"local_steps": 1},
+        {"batch_size": 1},
+        {"momentum": 0.0},
+        {"momentum": 0.9999},
+        {"weight_decay": 0.0},
+        {"weight_decay": 10.0},
+        {"loss": "bce"},
+    ],
+)
+def test_good_sgd(change):
+    check_sgd(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, bad) for name in ("lr", "momentum", "weight_decay") for bad in (nan, inf, -inf, True)]
+    + [(name, bad) for name in ("local_steps", "batch_size") for bad in (0, -3, 1.5, nan, True)]
+    + [
+        ("lr", 0.0),
+        ("lr", -0.1),
+        ("lr", 100.1),
+        ("momentum", -0.1),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-9),
+        ("weight_decay", 10.1),
+        ("loss", "mse"),
+        ("loss", "CE"),
+        ("loss", ""),
+    ],
+)
+def test_bad_sgd_names_the_setting(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must ") as error:
+        check_sgd(**{**GOOD, name: value})
+    assert repr(value) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_learning_rate_by_hand():
+    """Halved every 10 rounds: at round 5 it is 0.8/√2."""
+    rates = [learning_rate(0.8, round, 10) for round in (0, 10, 20, 30)]
+    assert rates == [0.8, 0.4, 0.2, 0.1]
+    assert learning_rate(0.8, 5, 10) == pytest.approx(0.8 / 2**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("round", [0, 1, 10_000])
+def test_learning_rate_without_half_life_is_constant(round):
+    assert learning_rate(0.25, round, 0) == 0.25
