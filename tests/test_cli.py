@@ -234,7 +234,7 @@ def test_values_out_of_range(refuses, method, arguments, said):
         ("prunable_fraction=-0.1", "prunable_fraction"),
         ("initial_pruning=maybe", "true or false"),
         ("initial_client=10", "initial_client"),
-        ("initial_examples=0", "initial_examples"),
+        ("initial_examples=-1", "initial_examples"),
         ("time_model=quadratic", "linear, device"),
         ("reconfigure_every=-1", "reconfigure_every"),
         ("readd_scale=nan", "readd_scale"),

@@ -1,7 +1,7 @@
 """PruneFL and FedAvg, Conv-2 on MNIST by writer: the stand-in for the paper's FEMNIST.
 
-539 writers merged into 10 clients, all of them in every round, as in the paper (there: 193 writers).
-Emulated Raspberry Pi 4.  README.md is the card.
+539 writers merged into 10 clients, all of them in every round, as in the paper (there: 193
+writers).  Emulated Raspberry Pi 4.  README.md is the card.
 """
 
 from fedlean.recipe import main
@@ -9,9 +9,11 @@ from fedlean.runtime.run import RunConfig
 
 ROUNDS = 150
 TARGETS = (0.9, 0.95, 0.97)
+WARMUP_STEPS = 70  # as many as PruneFL's initial pruning takes here
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
-PRUNEFL = {**COMMON, "size_limit": 0.1, "initial_examples": 200, "reconfigure_every": 50}
-WARMUP_STEPS = 120  # PruneFL's initial pruning takes 12 passes over 10 batches
+# Initial pruning from all data of its client, five batches a pass; otherwise the defaults.
+PRUNEFL = {**COMMON, "initial_examples": 0, "initial_batches": 5}
+WARMUP = {"warmup_steps": WARMUP_STEPS, "warmup_examples": 0}
 
 
 def config(method: str, settings: dict, **changes) -> RunConfig:
@@ -30,8 +32,11 @@ def config(method: str, settings: dict, **changes) -> RunConfig:
 
 RUNS = {
     "fedavg": config("fedavg", COMMON),
-    "fedavg_warmup": config("fedavg", {**COMMON, "warmup_steps": WARMUP_STEPS}),
+    "fedavg_warmup": config("fedavg", {**COMMON, **WARMUP}),
     "prunefl": config("prunefl", PRUNEFL),
+    "prunefl_limit": config("prunefl", {**PRUNEFL, "size_limit": 0.1}),
+    "prunefl_all_importance": config("prunefl", {**PRUNEFL, "importance_rounds": 0}),
+    "prunefl_200_examples": config("prunefl", {**PRUNEFL, "initial_examples": 200}),
 }
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.table import Table
 
 import fedlean
 from fedlean.core import Scalar
@@ -122,7 +122,13 @@ def resume(folder: Path, /) -> None:
     """
     config = runs.read_config(folder)
     with watch_run(config, folder) as watch:
-        summary = runs.resume(folder, watch, lambda line: err.print(line, highlight=False))
+        summary = runs.resume(
+            folder,
+            watch,
+            lambda line: err.print(
+                line, highlight=False, markup=False, emoji=False, soft_wrap=True
+            ),
+        )
     _finish(folder, summary)
 
 
@@ -151,36 +157,35 @@ def compare(
 @app.command(name="methods")
 def list_methods() -> None:
     """What can be run, one line each."""
-    _list(methods.available())
+    _list([*methods.available().items()])
 
 
 @app.command(name="models")
 def list_models() -> None:
     """Built-in models, one line each."""
-    _list(catalog.available())
+    _list([*catalog.available().items()])
 
 
 @app.command(name="datasets")
 def list_datasets() -> None:
     """Data sets and the folder layouts that are recognised."""
-    _list(dict(datasets.available()))
+    _list(datasets.available())
 
 
 @app.command(name="devices")
 def list_devices() -> None:
     """Device profiles for the emulated clock."""
-    _list(profiles.available())
+    _list([*profiles.available().items()])
 
 
-def _list(entries: dict[str, str]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in entries.items():
-        table.add_row(f"[bold]{name}[/bold]", text)
-    _print(table)
+def _list(entries: Iterable[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in entries)
+    for name, text in entries:
+        _print(f"{name:{width}}  {text}")
 
 
 def _print(what: Any) -> None:
-    out.print(what, highlight=False)
+    out.print(what, highlight=False, markup=False, emoji=False, soft_wrap=isinstance(what, str))
 
 
 def _folder_name(config: runs.RunConfig) -> str:

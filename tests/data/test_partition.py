@@ -104,7 +104,7 @@ def test_merged_writers_are_consecutive(balanced: Dataset):
     assert ids is not None
     owners = [np.unique(ids[share]).tolist() for share in partition("natural", balanced, 6, 0)]
     assert [len(each) for each in owners] == [6, 6, 6, 6, 6, 10]
-    assert sum(owners, []) == sorted(set(ids.tolist()))
+    assert [one for each in owners for one in each] == sorted(set(ids.tolist()))
 
 
 def test_natural_limits(make, balanced: Dataset):

@@ -191,7 +191,7 @@ def test_importance_of_several_rounds_is_summed_and_stale_sums_are_dropped():
 
 
 def test_initial_pruning_shrinks_and_the_model_stays_at_its_client():
-    """One client works; between its tasks no parameters travel, at the end the pruned model does."""
+    """One client works; no parameters travel between its tasks, the pruned model at the end."""
     algorithm = prunefl(server(), **SMALL)
     seen = []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -133,8 +134,7 @@ def natural(dataset: Dataset, clients: int | None) -> Parts:
 def _merge(groups: Sequence[np.ndarray], clients: int) -> Parts:
     each = len(groups) // clients
     cuts = [each * client for client in range(clients)] + [len(groups)]
-    pairs = zip(cuts, cuts[1:], strict=False)
-    return [np.sort(np.concatenate(groups[low:high])) for low, high in pairs]
+    return [np.sort(np.concatenate(groups[low:high])) for low, high in pairwise(cuts)]
 
 
 def _cuts(proportions: np.ndarray, sizes: np.ndarray) -> np.ndarray:

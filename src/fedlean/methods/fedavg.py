@@ -68,8 +68,8 @@ def fedavg(
       cohort: clients a round, drawn anew each round; None: all.
       momentum, weight_decay: of local SGD; the momentum buffer starts at 0 each round.
       loss: "ce" or "bce" (BCE-with-logits on one-hot labels).
-      warmup_steps: local steps of `warmup_client` on `warmup_examples` of its examples before
-        the first round.
+      warmup_steps: local steps of `warmup_client` before the first round, on `warmup_examples` of
+        its examples (0: all).
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
@@ -80,9 +80,10 @@ def fedavg(
         momentum=momentum,
         weight_decay=weight_decay,
         loss=loss,
+        lr_half_life_rounds=lr_half_life_rounds,
     )
     at_least("warmup_steps", warmup_steps, 0)
-    at_least("warmup_examples", warmup_examples, 1)
+    at_least("warmup_examples", warmup_examples, 0)
 
     def init(params: Params) -> State:
         return State(round=0, phase="warmup" if warmup_steps else "train", params=params)

@@ -131,6 +131,7 @@ def prunefl(
         momentum=momentum,
         weight_decay=weight_decay,
         loss=loss,
+        lr_half_life_rounds=lr_half_life_rounds,
     )
     at_least("initial_client", initial_client, 0)
     at_least("initial_batches", initial_batches, 1)

@@ -52,9 +52,11 @@ def save_checkpoint(folder: Path, step: int, tree: Mapping[str, Any]) -> None:
     write_atomically(folder / f"{step:08d}.safetensors", data)
     sidecar = json.dumps({"step": step, "blake2b": digest, "bytes": len(data)})
     write_atomically(folder / f"{step:08d}.json", sidecar.encode())
-    for old in sorted(folder.glob("*.json"))[:-KEPT]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    whole = sorted(path.stem for path in folder.glob("*.json"))
+    kept = [stem for stem in whole if int(stem) <= step][-KEPT:]
+    for path in folder.iterdir():  # leftovers of a killed writer as well
+        if path.name.split(".")[0] not in kept:
+            path.unlink()
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -66,7 +68,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             return _read(path), skipped
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             skipped.append(f"checkpoint {path.name} is unusable ({error}); using the one before it")
     raise ValueError(
         f"no usable checkpoint in {folder}: the run had not begun, or its files are damaged"
@@ -93,6 +95,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     """JSON skeleton of `value`; arrays go to `tensors` under their path."""
     if isinstance(value, np.ndarray):
         # safetensors needs a dimension and contiguous memory
+        path = f"{len(tensors)}{path}"  # keys may hold slashes
         tensors[path] = np.ascontiguousarray(value).reshape(value.shape or (1,))
         return {"array": path, "scalar": value.shape == ()}
     if isinstance(value, Mapping):

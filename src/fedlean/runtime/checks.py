@@ -32,6 +32,9 @@ def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
             return f"sent {name!r} with values outside its mask"
     for key, statistic in update.statistics.items():
         for name, values in statistic.tensors.items():
+            sliced = name in update.sub_model.index
+            if name in shapes and not sliced and values.shape != shapes[name]:
+                return f"sent {key} of {name!r} with shape {values.shape}, expected {shapes[name]}"
             if not np.isfinite(values).all():
                 return f"sent {key} of {name!r} with values that are not finite"
     return None

@@ -75,7 +75,6 @@ def parse_settings(method_name: str, method: Method, settings: list[str]) -> dic
     Raises ValueError naming the key with the nearest valid ones, or the value and its type.
     """
     known = hyperparameters(method)
-    hints = typing.get_type_hints(method)
     out: dict[str, Scalar] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -85,9 +84,7 @@ def parse_settings(method_name: str, method: Method, settings: list[str]) -> dic
             raise ValueError(
                 f"{method_name} has no hyper-parameter {key!r}; {nearest(key, sorted(known))}"
             )
-        value = _parse(key, text, hints.get(key, str))
-        if value is not None:
-            out[key] = value
+        out[key] = _parse(key, text, _hint(method, known[key]))
     return out
 
 
@@ -99,9 +96,10 @@ def _parse(key: str, text: str, hint: Any) -> Scalar | None:
         hint = options[0]
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
-        if text not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {text!r}")
-        return text
+        for choice in choices:
+            if text == str(choice):
+                return choice
+        raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {text!r}")
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{key} must be true or false, got {text!r}")
@@ -125,3 +123,11 @@ def build(method_name: str, server: Server, settings: Mapping[str, Scalar]) -> F
                 f"{method_name} has no hyper-parameter {key!r}; {nearest(key, sorted(known))}"
             )
     return method(server, **settings)
+
+
+def _hint(method: Method, parameter: inspect.Parameter) -> Any:
+    """The type of one parameter; of the others, names may exist for type checkers only."""
+    hint = parameter.annotation
+    if isinstance(hint, str):
+        hint = eval(hint, getattr(method, "__globals__", {}))
+    return str if hint is inspect.Parameter.empty else hint

@@ -27,7 +27,13 @@ def watch_run(config: RunConfig, folder: Path) -> Iterator[Callable[[dict[str, A
             yield _plain(config, console)
     except KeyboardInterrupt:
         if (folder / "config.json").is_file():
-            console.print(f"interrupted; continue with: fedlean resume {folder}", highlight=False)
+            console.print(
+                f"interrupted; continue with: fedlean resume {folder}",
+                highlight=False,
+                markup=False,
+                emoji=False,
+                soft_wrap=True,
+            )
         raise
 
 

@@ -8,10 +8,11 @@ times, and then given up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server
 from fedlean.runtime.checks import refusal
 from fedlean.runtime.clientstore import ClientStore
@@ -113,15 +114,11 @@ def _taken(
 ) -> Iterator[ClientUpdate]:
     """The updates that pass the checks, in cohort order, charged and noted as they pass."""
     asked = {task.client: task for task in record.tasks}
+    usable = _usable(updates, asked, record, ledger)
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
-    for update in in_cohort_order(updates, record.tasks):
+    for update in in_cohort_order(usable, record.tasks):
         task = asked[update.client]
-        ledger.answer(task, update)
-        reason = refusal(update, task)
-        if reason is not None:
-            record.refused[update.client] = reason
-            continue
         record.answered.append(update.client)
         store.acknowledge(task, update)
         for key, value in update.metrics.items():
@@ -129,3 +126,30 @@ def _taken(
             weights[key] = weights.get(key, 0.0) + update.num_examples
         yield update
     record.metrics = {key: total / weights[key] for key, total in sums.items()}
+
+
+def _usable(
+    updates: Iterable[ClientUpdate],
+    asked: Mapping[int, ClientTask],
+    record: StepRecord,
+    ledger: Ledger,
+) -> Iterator[ClientUpdate]:
+    """The first answer of each client asked, charged; refused ones are noted and left out.
+
+    Before the ordering, which encodes: what cannot travel is refused, not an error.
+    """
+    seen: set[int] = set()
+    for update in updates:
+        task = asked.get(update.client)
+        if task is None or update.client in seen:
+            continue
+        seen.add(update.client)
+        reason = refusal(update, task)
+        try:
+            ledger.answer(task, update)
+        except wire.WireError as error:
+            reason = reason or str(error)
+        if reason is None:
+            yield update
+        else:
+            record.refused[update.client] = reason

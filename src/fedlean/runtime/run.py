@@ -11,6 +11,8 @@ import json
 import math
 import platform
 import time
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -87,7 +89,10 @@ class _Run:
 
 def start(config: RunConfig, folder: Path, watch: Watch) -> dict[str, Any]:
     """Runs to the end; the summary.  Raises ValueError before anything is written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder")
+    # a kill before config.json was whole leaves its .tmp only: nothing was done yet
+    if folder.exists() and any(path.name != "config.json.tmp" for path in folder.iterdir()):
         what = "already holds a run" if (folder / "config.json").is_file() else "is not empty"
         raise ValueError(
             f"--out {folder} {what}: name another folder, or continue with "
@@ -112,7 +117,7 @@ def resume(folder: Path, watch: Watch, say: Callable[[str], None]) -> dict[str, 
     config = read_config(folder)
     run = _prepare(config, folder)
     initial = run.algorithm.init(init_params(run.server.spec, config.seed))
-    if not (folder / "checkpoint").is_dir():
+    if not any((folder / "checkpoint").glob("*.json")):
         say("no checkpoint yet: starting from the beginning")
         progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
     else:
@@ -133,16 +138,32 @@ def read_config(folder: Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: {path} does not exist")
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict):
+            raise TypeError(f"expected an object, got {type(document).__name__}")
         if document.pop("format") != FORMAT:
             raise ValueError(
                 f"{path} has another format than {FORMAT}: use the version that wrote it"
             )
         del document["environment"], document["spec"]
         document["target_accuracy"] = tuple(document["target_accuracy"])
-        return RunConfig(**document)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return _typed(RunConfig(**document))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _typed(config: RunConfig) -> RunConfig:
+    """Raises TypeError naming the first value of another type than declared."""
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        value = getattr(config, name)
+        wanted = typing.get_origin(hint) or hint
+        if isinstance(value, bool) or not isinstance(
+            value, wanted if wanted is not types.UnionType else hint
+        ):
+            raise TypeError(f"{name} is {value!r}")
+    if not all(type(target) in (int, float) for target in config.target_accuracy):
+        raise TypeError(f"target_accuracy is {config.target_accuracy!r}")
+    return config
 
 
 def environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -75,6 +76,11 @@ def model_density(spec: ModelSpec, masks: Masks) -> float:
     return kept / sum(sizes.values()) if sizes else 1.0
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def log_entry(
     *,
     round: int,
@@ -95,17 +101,17 @@ def log_entry(
         "phase": phase,
         "cohort": cohort,
         "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
-        "refused": {str(client): reason for client, reason in record.refused.items()},
+        "refused": {str(client): reason for client, reason in sorted(record.refused.items())},
         "attempts": record.attempts,
         "accuracy": None if score is None else score.accuracy,
-        "loss": None if score is None else score.loss,
-        "train_loss": record.metrics.get("train_loss"),
+        "loss": None if score is None else _finite(score.loss),
+        "train_loss": _finite(record.metrics.get("train_loss")),
         "density": model_density(spec, masks),
         "layer_density": layer_density(spec, masks),
         **cost,
         "flops_per_client": flops / clients,
         "wall_seconds": record.wall_seconds,
-        "metrics": record.metrics,
+        "metrics": {key: _finite(value) for key, value in record.metrics.items()},
         "total": {
             "downlink_bytes": totals.downlink_bytes,
             "uplink_bytes": totals.uplink_bytes,

@@ -14,8 +14,9 @@ def in_range(
     open_low: bool = False,
 ) -> None:
     """Raises ValueError unless low <= value <= high (low < value if `open_low`)."""
-    above = value > low if open_low else value >= low
-    if isinstance(value, bool) or not isfinite(value) or not above or value > high:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    above = number and (value > low if open_low else value >= low)
+    if not number or not isfinite(value) or not above or value > high:
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value!r}")
 
@@ -27,12 +28,20 @@ def at_least(name: str, value: int, low: int) -> None:
 
 
 def check_sgd(
-    *, lr: float, local_steps: int, batch_size: int, momentum: float, weight_decay: float, loss: str
+    *,
+    lr: float,
+    local_steps: int,
+    batch_size: int,
+    momentum: float,
+    weight_decay: float,
+    loss: str,
+    lr_half_life_rounds: float = 0.0,
 ) -> None:
     """The hyper-parameters of local SGD.  Raises ValueError naming the one that is wrong."""
     in_range("lr", lr, 0.0, 100.0, open_low=True)
     at_least("local_steps", local_steps, 1)
     at_least("batch_size", batch_size, 1)
+    in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
     in_range("momentum", momentum, 0.0, 0.9999)
     in_range("weight_decay", weight_decay, 0.0, 10.0)
     if loss not in ("ce", "bce"):
