@@ -40,4 +40,4 @@ RUNS = {
 }
 
 if __name__ == "__main__":
-    main(RUNS, default_out="runs/prunefl_mnist_by_writer")
+    main({"natural": RUNS}, default_out="runs/prunefl_mnist_by_writer")

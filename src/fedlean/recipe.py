@@ -35,26 +35,30 @@ REPORTED = (
 )
 
 
-def main(runs: Mapping[str, RunConfig], *, default_out: str, needs_data: bool = True) -> None:
-    """Command line of a recipe; the first of `runs` is the baseline of the comparison."""
-    parser = argparse.ArgumentParser(description=f"Runs {', '.join(runs)} and compares them.")
-    parser.add_argument("--data", required=needs_data, help="folder of the data set")
+def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> None:
+    """Command line of a recipe: each group of runs is compared, its first run the baseline.
+
+    Results go to OUT/<group>/seed<S>/<run>; what is there already is not run again.
+    """
+    names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
+    parser = argparse.ArgumentParser(description=f"Runs {', '.join(names)} and compares them.")
+    parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=list(runs), default=list(runs))
+    parser.add_argument("--groups", nargs="+", choices=list(groups), default=list(groups))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_ROUNDS} rounds, to try it")
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        folders = []
-        for name in arguments.only:
-            config = replace(runs[name], seed=seed)
-            if arguments.data:
-                config = replace(config, dataset=arguments.data)
-            if arguments.smoke:
-                config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
-            folders.append(arguments.out / f"seed{seed}" / name)
-            run_once(config, folders[-1])
-        compare(folders, arguments.out / f"seed{seed}")
+    for group in arguments.groups:
+        for seed in arguments.seeds:
+            folder = arguments.out / group / f"seed{seed}"
+            chosen = [name for name in groups[group] if name in arguments.only]
+            for name in chosen:
+                config = replace(groups[group][name], seed=seed, dataset=arguments.data)
+                if arguments.smoke:
+                    config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
+                run_once(config, folder / name)
+            compare([folder / name for name in chosen], folder)
 
 
 def run_once(config: RunConfig, folder: Path) -> None:

@@ -23,9 +23,18 @@ def apply_mask(params: Params, masks: Masks) -> dict[str, np.ndarray]:
     }
 
 
+def kept_counts(masks: Masks) -> dict[str, int]:
+    """Kept coordinates by masked tensor, as `Work.kept` wants them.
+
+    >>> kept_counts({"fc.weight": np.array([True, False, True])})
+    {'fc.weight': 2}
+    """
+    return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+
+
 def num_kept(masks: Masks) -> int:
     """Kept coordinates over all masked tensors."""
-    return sum(int(np.count_nonzero(mask)) for mask in masks.values())
+    return sum(kept_counts(masks).values())
 
 
 class _Coverage:

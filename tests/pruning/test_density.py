@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fedlean.layers import Conv2d, Flatten, Linear
-from fedlean.pruning.density import density, full_masks, kept_counts, layer_density
+from fedlean.pruning.density import density, full_masks, layer_density
 from fedlean.spec import sequential
+from fedlean.tree import kept_counts
 
 
 def test_full_masks_cover_the_prunable_weights_and_nothing_else() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlean.cost.time import LinearTime
-from fedlean.pruning.density import kept_counts
 from fedlean.pruning.empirical_risk import gamma, maximise_linear
 from fedlean.pruning.general_time import maximise_general
+from fedlean.tree import kept_counts
 
 TIMES: dict[str, Callable[[Mapping[str, int]], float]] = {
     "linear": lambda kept: 2.0 + sum(kept.values()),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedlean import wire
 from fedlean.core import SubModel, Work
 from fedlean.cost.flops import work_flops
@@ -14,6 +12,7 @@ from fedlean.cost.time import link_seconds, work_seconds
 from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import SGD
 from fedlean.spec import ModelSpec
+from fedlean.tree import kept_counts
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def cost(
     masks travel down.
     """
     floats = 1 if optimizer.momentum else 0
-    kept = kept_counts(sub_model)
+    kept = kept_counts(sub_model.masks)
     work = Work(local_steps, batch_size, importance_steps, kept=kept, optimizer_floats=floats)
     values = wire.params_payload_bytes(spec, sub_model.masks, value_dtype=value_dtype)
     down = values + (0 if pattern_known else wire.pattern_payload_bytes(sub_model.masks))
@@ -58,11 +57,6 @@ def cost(
     memory = work_memory_bytes(spec, work, frozen=sub_model.frozen)
     seconds = work_seconds(spec, work, device) + link_seconds(down, up, device)
     return Cost(work_flops(spec, work), memory, up, down, seconds)
-
-
-def kept_counts(sub_model: SubModel) -> dict[str, int]:
-    """Kept coordinates per masked tensor, as `Work` wants them."""
-    return {name: int(np.count_nonzero(mask)) for name, mask in sub_model.masks.items()}
 
 
 def work_memory_bytes(spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset()) -> int:

@@ -46,7 +46,6 @@ from fedlean.core import (
     Work,
     derive_seed,
 )
-from fedlean.cost.price import kept_counts
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
 from fedlean.pruning.budget import density_limit, max_kept
 from fedlean.pruning.density import density, full_masks
@@ -55,7 +54,7 @@ from fedlean.pruning.reconfigure import Pruner
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import fold
+from fedlean.tree import fold, kept_counts
 
 CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
 START_ACCURACY = 1.5  # initial pruning starts at this over the number of classes (authors' code)
@@ -328,7 +327,7 @@ def _train(
                 steps,
                 batch_size,
                 importance_steps=steps if importance else 0,
-                kept=kept_counts(task.sub_model),
+                kept=kept_counts(masks),
                 optimizer_floats=1 if h["momentum"] else 0,
             ),
         ),
@@ -474,7 +473,7 @@ def _passes(
         batch_size,
         importance_steps,
         forward_examples,
-        kept_counts(SubModel(masks=local.masks)),
+        kept_counts(local.masks),
         1 if h["momentum"] else 0,
     )
     return replace(local, params=session.params()), work, float(np.mean(losses))

@@ -6,20 +6,12 @@ import numpy as np
 
 from fedlean.core import Masks
 from fedlean.spec import ModelSpec
+from fedlean.tree import num_kept
 
 
 def full_masks(spec: ModelSpec) -> Masks:
     """A mask that keeps everything for each prunable weight of `spec`."""
     return {name: np.ones(spec.param_shapes[name], dtype=bool) for name in spec.prunable}
-
-
-def kept_counts(masks: Masks) -> dict[str, int]:
-    """Kept coordinates by tensor, as `Work.kept` wants them.
-
-    >>> kept_counts({"fc.weight": np.array([True, False, True])})
-    {'fc.weight': 2}
-    """
-    return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
 
 
 def density(masks: Masks) -> float:
@@ -29,7 +21,7 @@ def density(masks: Masks) -> float:
     0.75
     """
     total = sum(mask.size for mask in masks.values())
-    return sum(kept_counts(masks).values()) / total if total else 1.0
+    return num_kept(masks) / total if total else 1.0
 
 
 def layer_density(masks: Masks) -> dict[str, float]:
