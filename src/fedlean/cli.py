@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,18 @@ from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def _whole(type_: Any, tokens: Sequence[Any]) -> int:
+    """An integer as written: 2.5 rounds are a mistake, not 2."""
+    del type_
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 out, err = Console(), Console(stderr=True)
 app = App(
     name="fedlean",
@@ -44,46 +56,68 @@ def run(
     model: str = "lenet300",
     inputs: str = "standardised",
     partition: str = "iid",
-    clients: int = 10,
-    cohort: int | None = None,
-    rounds: int = 100,
-    local_steps: int | None = None,
-    batch: int | None = None,
+    clients: Whole = 10,
+    cohort: Whole | None = None,
+    rounds: Whole = 100,
+    local_steps: Whole | None = None,
+    batch: Whole | None = None,
     lr: float | None = None,
-    seed: int = 0,
+    seed: Whole = 0,
     engine: str = "torch",
-    threads: int = 1,
+    threads: Whole = 1,
     device: str = "raspberry_pi_4",
-    target_accuracy: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
-    eval_every: int = 1,
-    eval_examples: int | None = None,
-    set: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    target_accuracy: Annotated[
+        list[float] | None, Parameter(consume_multiple=True, negative=())
+    ] = None,
+    eval_every: Whole = 1,
+    eval_examples: Whole | None = None,
+    set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Path | None = None,
 ) -> None:
     """Train one model across simulated clients and write a run folder with a report.
 
     Parameters
     ----------
-    method: a name from 'fedlean methods', or package.module:function
-    dataset: digits, or a folder (see 'fedlean datasets')
-    model: a name from 'fedlean models', or package.module:function
-    inputs: standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)
-    partition: iid, dirichlet:A, natural or shards:K
-    clients: devices in the federation
-    cohort: clients a round, drawn anew each round (default: all)
-    rounds: training rounds
-    local_steps: local steps a round (default: the method's)
-    batch: examples a step (default: the method's)
-    lr: learning rate (default: the method's)
-    seed: everything random follows from it
-    engine: torch
-    threads: threads of the engine; results are bit-equal only at the same number
-    device: profile of the emulated devices, from 'fedlean devices' or a .json file
-    target_accuracy: accuracies in (0, 1) whose cost is reported
-    eval_every: rounds between evaluations
-    eval_examples: test examples used during the run (default: all; the last round takes all)
-    set: further hyper-parameters of the method, key=value
-    out: run folder (default: runs/METHOD-DATASET-MODEL-sSEED)
+    method
+        a name from 'fedlean methods', or package.module:function
+    dataset
+        digits, or a folder (see 'fedlean datasets')
+    model
+        a name from 'fedlean models', or package.module:function
+    inputs
+        standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)
+    partition
+        iid, dirichlet:A, natural or shards:K
+    clients
+        devices in the federation
+    cohort
+        clients a round, drawn anew each round (default: all)
+    rounds
+        training rounds
+    local_steps
+        local steps a round (default: the method's)
+    batch
+        examples a step (default: the method's)
+    lr
+        learning rate (default: the method's)
+    seed
+        everything random follows from it
+    engine
+        torch
+    threads
+        threads of the engine; results are bit-equal only at the same number
+    device
+        profile of the emulated devices, from 'fedlean devices' or a .json file
+    target_accuracy
+        accuracies in (0, 1) whose cost is reported
+    eval_every
+        rounds between evaluations
+    eval_examples
+        test examples used during the run (default: all; the last round takes all)
+    set
+        further hyper-parameters of the method, key=value
+    out
+        run folder (default: runs/METHOD-DATASET-MODEL-sSEED)
     """
     found = methods.find_method(method)
     settings: dict[str, Scalar] = methods.parse_settings(method, found, set or [])
@@ -118,7 +152,8 @@ def resume(folder: Path, /) -> None:
 
     Parameters
     ----------
-    folder: a run folder
+    folder
+        a run folder
     """
     config = runs.read_config(folder)
     with watch_run(config, folder) as watch:
@@ -134,19 +169,24 @@ def resume(folder: Path, /) -> None:
 
 @app.command
 def compare(
-    folders: Annotated[list[Path], Parameter(consume_multiple=True)],
+    folders: Annotated[list[Path], Parameter(consume_multiple=True, negative=())],
     /,
     *,
     out: Path = Path("compare.html"),
-    target_accuracy: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
+    target_accuracy: Annotated[
+        list[float] | None, Parameter(consume_multiple=True, negative=())
+    ] = None,
 ) -> None:
     """One page over several runs; the first is the baseline.
 
     Parameters
     ----------
-    folders: run folders
-    out: the page to write
-    target_accuracy: accuracies to compare at (default: those of the runs)
+    folders
+        run folders
+    out
+        the page to write
+    target_accuracy
+        accuracies to compare at (default: those of the runs)
     """
     loaded = [read_run(folder) for folder in folders]
     write_page(out, comparison_page(loaded, target_accuracy or None))
