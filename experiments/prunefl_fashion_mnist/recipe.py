@@ -10,7 +10,7 @@ ROUNDS = 150
 TARGETS = {"iid": (0.75, 0.8, 0.85), "dirichlet": (0.7, 0.75, 0.8)}
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.5"}
 WARMUP_STEPS = 70  # about as many as PruneFL's initial pruning takes
-COMMON = {"lr": 0.1, "local_steps": 5, "batch_size": 20}
+COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
 # Initial pruning from all data of its client, five batches a pass; otherwise the defaults.
 PRUNEFL = {**COMMON, "initial_examples": 0, "initial_batches": 5}
 WARMUP = {"warmup_steps": WARMUP_STEPS, "warmup_examples": 0}

@@ -234,7 +234,12 @@ def _folder_name(config: runs.RunConfig) -> str:
 
 
 def _finish(folder: Path, summary: dict[str, Any]) -> None:
-    write_page(folder / "report.html", run_page(read_run(folder)))
+    page = folder / "report.html"
+    try:
+        write_page(page, run_page(read_run(folder)))
+        report = f"report: {page}"
+    except ValueError as error:  # matplotlib is optional: the run is whole without its page
+        report = f"no report: {error}"
     sent = summary["downlink_bytes"] + summary["uplink_bytes"]
     _print(
         f"{summary['method']}: accuracy {summary['final_accuracy']:.2%} "
@@ -242,7 +247,7 @@ def _finish(folder: Path, summary: dict[str, Any]) -> None:
         f"{sent / 1e6:.1f} MB sent, {summary['simulated_seconds']:.0f} simulated seconds on "
         f"{summary['device']}, {summary['wall_seconds']:.1f} s here"
     )
-    _print(f"report: {folder / 'report.html'}")
+    _print(report)
 
 
 def main(arguments: list[str] | None = None) -> None:
