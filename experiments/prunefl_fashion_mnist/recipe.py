@@ -6,13 +6,11 @@ Not in the paper.  All clients in every round, emulated Raspberry Pi 4.  README.
 from fedlean.recipe import main
 from fedlean.runtime.run import RunConfig
 
-ROUNDS = 150
+ROUNDS = 120
 TARGETS = {"iid": (0.75, 0.8, 0.85), "dirichlet": (0.7, 0.75, 0.8)}
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.5"}
 WARMUP_STEPS = 70  # about as many as PruneFL's initial pruning takes
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
-# Initial pruning from all data of its client, five batches a pass; otherwise the defaults.
-PRUNEFL = {**COMMON, "initial_examples": 0, "initial_batches": 5}
 WARMUP = {"warmup_steps": WARMUP_STEPS, "warmup_examples": 0}
 
 
@@ -35,8 +33,8 @@ GROUPS = {
     group: {
         "fedavg": config(group, "fedavg", COMMON),
         "fedavg_warmup": config(group, "fedavg", {**COMMON, **WARMUP}),
-        "prunefl": config(group, "prunefl", PRUNEFL),
-        "prunefl_limit": config(group, "prunefl", {**PRUNEFL, "size_limit": 0.1}),
+        "prunefl": config(group, "prunefl", COMMON),
+        "prunefl_limit": config(group, "prunefl", {**COMMON, "size_limit": 0.1}),
     }
     for group in PARTITIONS
 }

@@ -11,8 +11,7 @@ ROUNDS = 150
 TARGETS = (0.9, 0.95, 0.97)
 WARMUP_STEPS = 70  # as many as PruneFL's initial pruning takes here
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
-# Initial pruning from all data of its client, five batches a pass; otherwise the defaults.
-PRUNEFL = {**COMMON, "initial_examples": 0, "initial_batches": 5}
+PAPER_EXAMPLES = {"initial_examples": 200, "initial_batches": 10}  # as the authors' code
 WARMUP = {"warmup_steps": WARMUP_STEPS, "warmup_examples": 0}
 
 
@@ -33,10 +32,10 @@ def config(method: str, settings: dict, **changes) -> RunConfig:
 RUNS = {
     "fedavg": config("fedavg", COMMON),
     "fedavg_warmup": config("fedavg", {**COMMON, **WARMUP}),
-    "prunefl": config("prunefl", PRUNEFL),
-    "prunefl_limit": config("prunefl", {**PRUNEFL, "size_limit": 0.1}),
-    "prunefl_all_importance": config("prunefl", {**PRUNEFL, "importance_rounds": 0}),
-    "prunefl_200_examples": config("prunefl", {**PRUNEFL, "initial_examples": 200}),
+    "prunefl": config("prunefl", COMMON),
+    "prunefl_limit": config("prunefl", {**COMMON, "size_limit": 0.1}),
+    "prunefl_all_importance": config("prunefl", {**COMMON, "importance_rounds": 0}),
+    "prunefl_paper_examples": config("prunefl", {**COMMON, **PAPER_EXAMPLES}),
 }
 
 if __name__ == "__main__":

@@ -27,10 +27,9 @@ Reduction = Literal["mean", "sum"]  # mean: weighted by num_examples, as p_n in 
 
 @dataclass(frozen=True)
 class Device:
-    """One client of the federation, as the server knows it; `profile` names its cost model."""
+    """One client of the federation, as the server knows it."""
 
     id: int
-    profile: str = "generic"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
 from fedlean.runtime.progress import watch_run
-from fedlean.runtime.run import RunConfig, resume, start
+from fedlean.runtime.run import RunConfig, read_config, resume, start
 
 SMOKE_ROUNDS = 3
 SMOKE_EXAMPLES = 500
@@ -62,7 +62,15 @@ def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> 
 
 
 def run_once(config: RunConfig, folder: Path) -> None:
-    """Starts the run, resumes it where it was cut, or leaves it when it is done."""
+    """Starts the run, resumes it where it was cut, or leaves it when it is done.
+
+    Raises ValueError when the folder holds a run of another configuration.
+    """
+    if (folder / "config.json").is_file() and read_config(folder) != config:
+        raise ValueError(
+            f"{folder} holds a run of another configuration than the recipe's: remove it or "
+            "choose another --out"
+        )
     if (folder / "summary.json").is_file():
         return
     with watch_run(config, folder) as watch:

@@ -8,7 +8,7 @@ from fedlean import wire
 from fedlean.core import SubModel, Work
 from fedlean.cost.flops import work_flops
 from fedlean.cost.profile import Profile
-from fedlean.cost.time import link_seconds, work_seconds
+from fedlean.cost.time import as_done, link_seconds, work_seconds
 from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import SGD
 from fedlean.spec import ModelSpec
@@ -50,7 +50,8 @@ def cost(
     """
     floats = 1 if optimizer.momentum else 0
     kept = kept_counts(sub_model.masks)
-    work = Work(local_steps, batch_size, importance_steps, kept=kept, optimizer_floats=floats)
+    asked = Work(local_steps, batch_size, importance_steps, kept=kept, optimizer_floats=floats)
+    work = as_done(spec, asked, device)
     values = wire.params_payload_bytes(spec, sub_model.masks, value_dtype=value_dtype)
     down = values + (0 if pattern_known else wire.pattern_payload_bytes(sub_model.masks))
     up = values + (4 * spec.num_params if upload_importance else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from fedlean.core import Work
@@ -47,8 +47,8 @@ def step_seconds(
 ) -> float:
     """One training step, the shorter of the sparse and the dense way.
 
-    A model without masks runs densely.  With `importance` the sparse way pays the whole dense
-    weight gradient on top; the dense way has it already.
+    A model without masks runs densely.  With `importance` the sparse way takes the weight gradient
+    densely, at the dense rate; the dense way has it already.
     """
     dense = step_flops(spec, {}, batch_size) / profile.dense_flops_per_s
     if not kept:
@@ -56,9 +56,11 @@ def step_seconds(
     sparse = profile.sparse_seconds_per_activation * activations(spec) * batch_size
     for node in spec.weighted:
         flops = layer_flops(spec, node, kept, batch_size)
-        sparse += flops.step * _seconds_per_flop(profile, node)
         if importance:
+            sparse += (flops.step - flops.grad_weight) * _seconds_per_flop(profile, node)
             sparse += flops.dense_grad_weight / profile.dense_flops_per_s
+        else:
+            sparse += flops.step * _seconds_per_flop(profile, node)
     return min(sparse, dense)
 
 
@@ -81,6 +83,16 @@ def work_seconds(spec: ModelSpec, work: Work, profile: Profile) -> float:
     with_importance = step_seconds(spec, work.kept, work.batch_size, profile, importance=True)
     steps = (work.steps - work.importance_steps) * plain + work.importance_steps * with_importance
     return steps + forward_seconds(spec, work.kept, work.forward_examples, profile)
+
+
+def as_done(spec: ModelSpec, work: Work, profile: Profile) -> Work:
+    """The work as the device does it: without masks where the dense way is the shorter.
+
+    FLOPs, memory and seconds are priced on this, so that they are of one and the same execution.
+    """
+    dense = replace(work, kept={})
+    sparse_wins = work_seconds(spec, work, profile) < work_seconds(spec, dense, profile)
+    return work if sparse_wins else dense
 
 
 def link_seconds(downlink_bytes: int, uplink_bytes: int, profile: Profile) -> float:

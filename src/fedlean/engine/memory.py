@@ -19,6 +19,7 @@ from fedlean.layers import (
     Conv2d,
     Flatten,
     GlobalAvgPool,
+    Linear,
     MaxPool2d,
     ReLU,
 )
@@ -79,17 +80,17 @@ def _trained_bytes(
     """(held all the time, dense gradient) of one trainable tensor."""
     size = prod(spec.param_shapes[name])
     state = FLOAT_BYTES * optimizer_floats
+    layer = spec.by_name[name.split(".")[0]].layer
+    # a Linear layer can be updated in place as its gradient is made
+    gradient = 0 if sparse and isinstance(layer, Linear) else FLOAT_BYTES * size
     dense = size * (FLOAT_BYTES + state)
     if kept is None:
-        return dense, FLOAT_BYTES * size
+        return dense, gradient
     if not sparse:
-        return dense + FLOAT_BYTES * size, FLOAT_BYTES * size  # the mask, as a float factor
-    layer = spec.by_name[name.split(".")[0]].layer
+        return dense + FLOAT_BYTES * size, gradient  # the mask, as a float factor
     extra = CONV_EXTRA_BYTES if isinstance(layer, Conv2d) else LINEAR_INDEX_BYTES
     in_storage = kept * (FLOAT_BYTES + state + extra)
-    if in_storage < dense + FLOAT_BYTES * size:
-        return in_storage, 0  # updated in place, as its gradient is made
-    return dense, FLOAT_BYTES * size
+    return (in_storage, 0) if in_storage < dense + gradient else (dense, gradient)
 
 
 def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:

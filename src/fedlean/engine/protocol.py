@@ -84,6 +84,7 @@ class Engine(Protocol):
 
     name: str
     arithmetic: Literal["masked", "sparse"]
+    instruction_set: str  # results are bit-equal on the same one only
 
     def open(
         self,

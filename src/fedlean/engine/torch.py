@@ -28,6 +28,7 @@ class TorchEngine:
 
     name = "torch"
     arithmetic: Literal["masked", "sparse"] = "masked"
+    instruction_set = torch.backends.cpu.get_cpu_capability()
 
     def __init__(self, threads: int | None = None):
         if threads is not None:
@@ -92,7 +93,6 @@ class TorchSession:
         }
         self._velocity: dict[str, torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
-        self._importance_steps = 0
         self._kept_graph: dict[str, torch.Tensor] = {}
         self._state: dict[str, torch.Tensor] = {}
         self.load(params)

@@ -82,6 +82,9 @@ def fedavg(
         loss=loss,
         lr_half_life_rounds=lr_half_life_rounds,
     )
+    if cohort is not None:
+        at_least("cohort", cohort, 1)
+    at_least("warmup_client", warmup_client, 0)
     at_least("warmup_steps", warmup_steps, 0)
     at_least("warmup_examples", warmup_examples, 0)
 
@@ -113,7 +116,8 @@ def fedavg(
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         merged = fold(state.params, updates, variances=server.spec.variances)
         if state.phase == "warmup":
-            return replace(state, phase="train", params=merged.params())
+            # without an answer it is asked again
+            return replace(state, phase="train", params=merged.params()) if merged.count else state
         return replace(state, round=state.round + 1, params=merged.params())
 
     def done(state: State) -> bool:

@@ -11,14 +11,18 @@ coordinates, from which the server decides what to drop and what to grow back (p
 **Deviations**, each by a parameter where the paper's way is available:
 - `importance_rounds=1`: g² is accumulated in the last round before a reconfiguration only, since
   the dense weight gradient costs more than the sparse step; 0 is the paper (all rounds).
-- `initial_passes=1`: passes over the `initial_examples` between two initial reconfigurations; the
-  authors' code takes 50, which on an easy task costs more than the training that follows.
+- Initial pruning draws 5 batches a pass from all data of its client, and reconfigures after every
+  pass (`initial_batches`, `initial_examples`, `initial_passes`); the authors' code takes 10
+  batches of the same 200 examples and 50 passes, which on an easy task costs more than the
+  training that follows.
 - Initial pruning can grow back weights, as the paper says; the authors' code can only shrink.
 - Re-added weights start at N(0, (0.1·RMS of the layer's kept weights)²); the paper says "a small
   perturbation" and gives no size.
 - Under a size limit a reconfiguration keeps the most important weight of every living unit, and
   the limit is that of the tightest round until the next one.
 - Each client weighs p_n · Σ g_n², not (Σ p_n g_n)², which no client can compute.
+- With client selection a client uploads g² of the rounds in which it was drawn since the last
+  reconfiguration; the paper does not say.
 - No reconfiguration after the last round: nothing would train it.
 """
 
@@ -54,10 +58,11 @@ from fedlean.pruning.reconfigure import Pruner
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import fold, kept_counts
+from fedlean.tree import fold, kept_counts, num_kept
 
 CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
 START_ACCURACY = 1.5  # initial pruning starts at this over the number of classes (authors' code)
+MAX_LOST = 3  # times that the initial client may lose its model and start again
 STABLE_CHANGE = 0.1  # a reconfiguration that changes the size by at most this share is stable
 
 
@@ -71,6 +76,7 @@ class State:
     masks: Masks = field(default_factory=dict)  # empty until initial pruning is done
     reconfigurations: int = 0  # of further pruning; names the span over which g² accumulates
     initial_sent: bool = False  # the initial client holds the model and goes on from it
+    initial_lost: int = 0  # how often it has lost it
 
 
 def prunefl(
@@ -86,8 +92,8 @@ def prunefl(
     lr_half_life_rounds: float = 0.0,
     initial_pruning: bool = True,
     initial_client: int = 0,
-    initial_batches: int = 10,
-    initial_examples: int = 200,
+    initial_batches: int = 5,
+    initial_examples: int = 0,
     initial_passes: int = 1,
     initial_max_passes: int = 1000,
     initial_stable: int = 5,
@@ -104,9 +110,10 @@ def prunefl(
 
     Args:
       lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`; `cohort` is the paper's random client selection.
+        `fedavg`; `cohort` is the paper's random client selection.  In initial pruning the momentum
+        buffer starts at 0 with every task (a reconfiguration or 10 passes).
       initial_pruning: prune at `initial_client` first, in passes of `initial_batches` batches from
-        `initial_examples` of its examples (paper: 10 batches of 200 examples); 0: from all it has.
+        `initial_examples` of its examples, 0: from all it has (paper: 10 batches of 200 examples).
       initial_passes: passes between two initial reconfigurations (paper's code: 50);
         initial_stable: initial pruning ends after so many reconfigurations in a row that change
         the size by at most 10% (paper's code: 5); initial_max_passes: passes after which it ends
@@ -116,7 +123,9 @@ def prunefl(
       prunable_fraction: φ, share of a layer's smallest weights that may be dropped at once, halved
         every `prunable_half_life_rounds` rounds (paper's code: 0.3, 10000).
       size_limit, size_target: D_lim and D_tgt of Sec. VI-E, densities in (0, 1]; None: no limit;
-        the target defaults to the limit.
+        the target defaults to the limit.  The limit acts at reconfigurations, each of which drops
+        at most φ of a layer and never a unit's last weight: without initial pruning, or far below
+        what the units need, it is exceeded until then.
       readd_scale: standard deviation of re-added weights over the RMS of the layer's kept ones.
       time_model: "linear", T(M) = c + Σ t_j with Algorithm 2; "device", the device's whole round
         time with its dense fall-back (monotone, not linear) with Algorithm 3.
@@ -132,12 +141,19 @@ def prunefl(
         loss=loss,
         lr_half_life_rounds=lr_half_life_rounds,
     )
+    if cohort is not None:
+        at_least("cohort", cohort, 1)
     at_least("initial_client", initial_client, 0)
     at_least("initial_batches", initial_batches, 1)
     at_least("initial_examples", initial_examples, 0)
     at_least("initial_passes", initial_passes, 1)
     at_least("initial_max_passes", initial_max_passes, 1)
     at_least("initial_stable", initial_stable, 1)
+    if initial_passes > initial_max_passes:
+        raise ValueError(
+            f"initial_passes must be at most initial_max_passes ({initial_max_passes}), got "
+            f"{initial_passes}: nothing would be pruned"
+        )
     at_least("reconfigure_every", reconfigure_every, 0)
     at_least("importance_rounds", importance_rounds, 0)
     in_range("prunable_fraction", prunable_fraction, 0.0, 1.0)
@@ -245,7 +261,7 @@ def prunefl(
         merged = fold(state.params, updates, variances=spec.variances)
         round = state.round + 1
         state = replace(state, round=round, params=merged.params())
-        importance = merged.statistic("importance")
+        importance = merged.statistic("importance") if reconfigures(round) else {}
         if not importance:  # no reconfiguration due, or nobody answered
             return state
         params, masks = pruner(round).reconfigure(
@@ -265,7 +281,14 @@ def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
     for update in updates:
         if update.params:
             return replace(state, phase="train", params=update.params, masks=update.sub_model.masks)
-        return replace(state, initial_sent=not update.metrics.get("lost_state", 0.0))
+        if not update.metrics.get("lost_state", 0.0):
+            return replace(state, initial_sent=True)
+        if state.initial_lost >= MAX_LOST:
+            raise ValueError(
+                f"client {update.client} lost its model {MAX_LOST + 1} times during initial "
+                "pruning: choose another with initial_client"
+            )
+        return replace(state, initial_sent=False, initial_lost=state.initial_lost + 1)
     return state
 
 
@@ -498,12 +521,14 @@ def _reconfigure_initial(task: ClientTask, local: _Local) -> _Local:
     )
     before, after = density(local.masks), density(masks)
     change = abs(after - before) / before if before else 0.0
+    limit = int(task.hparams["limit"])
+    on_its_way = 0 <= limit < num_kept(masks) and after < before  # to the size limit
     return replace(
         local,
         params=params,
         masks=masks,
         importance={},
         since=0,
-        stable=local.stable + 1 if change <= STABLE_CHANGE else 0,
+        stable=local.stable + 1 if change <= STABLE_CHANGE and not on_its_way else 0,
         reconfigurations=local.reconfigurations + 1,
     )

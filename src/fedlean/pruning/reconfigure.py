@@ -97,7 +97,9 @@ class Pruner:
     def from_hparams(h: Mapping[str, Scalar]) -> Pruner:
         texts = {"name": "task", "description": "", "source": ""}
         device = {
-            key.removeprefix("device/"): value for key, value in h.items() if "device/" in key
+            key.removeprefix("device/"): value
+            for key, value in h.items()
+            if key.startswith("device/")
         }
         return Pruner(
             time_model=str(h["time_model"]),

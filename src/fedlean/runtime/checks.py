@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate
+from fedlean.core import ClientTask, ClientUpdate, Statistic
 from fedlean.tree import num_kept
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
@@ -21,6 +21,14 @@ def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
         sent, held = wire.pattern_hash(masks), wire.pattern_hash(task.sub_model.masks)
         if sent != held:
             return f"trained the pattern {sent[:8]}, expected {held[:8]} ({num_kept(masks)} kept)"
+    for name, mask in masks.items():
+        if name not in task.spec.prunable or (
+            name not in update.sub_model.index and mask.shape != shapes[name]
+        ):
+            return f"holds a mask of {name!r} with shape {mask.shape}, which the model lacks"
+    missing = sorted(shapes.keys() - update.params.keys() - update.sub_model.frozen)
+    if update.params and missing and not update.sub_model.index:
+        return f"lacks {', '.join(missing[:3])}"
     for name, values in update.params.items():
         if name not in shapes:
             return f"sent {name!r}, which the model lacks"
@@ -31,10 +39,24 @@ def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
         if name in masks and bool(((values != 0) > masks[name]).any()):
             return f"sent {name!r} with values outside its mask"
     for key, statistic in update.statistics.items():
+        if key == "importance" and (reason := _bad_importance(statistic, task)):
+            return reason
         for name, values in statistic.tensors.items():
             sliced = name in update.sub_model.index
             if name in shapes and not sliced and values.shape != shapes[name]:
                 return f"sent {key} of {name!r} with shape {values.shape}, expected {shapes[name]}"
             if not np.isfinite(values).all():
                 return f"sent {key} of {name!r} with values that are not finite"
+    return None
+
+
+def _bad_importance(statistic: Statistic, task: ClientTask) -> str | None:
+    """Σ g² is a mean over clients, of every trainable tensor, and never negative."""
+    if statistic.reduction != "mean" or statistic.tensors.keys() != task.spec.param_shapes.keys():
+        return (
+            f"sent importance as a {statistic.reduction} of {len(statistic.tensors)} tensors, "
+            f"expected a mean of all {len(task.spec.param_shapes)}"
+        )
+    if any(bool((values < 0).any()) for values in statistic.tensors.values()):
+        return "sent importance below 0, expected sums of squares"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +106,7 @@ def _step(
             pass
         record.cost = record.cost.plus(ledger.cost)
         dispatch.acknowledge(record.answered)
+    record.refused = {c: why for c, why in record.refused.items() if c not in record.answered}
     record.wall_seconds = time.perf_counter() - began
     return state, record
 
@@ -149,6 +151,8 @@ def _usable(
             ledger.answer(task, update)
         except wire.WireError as error:
             reason = reason or str(error)
+            with suppress(wire.WireError):  # what can be priced is charged all the same
+                ledger.answer(task, replace(update, metrics={}))
         if reason is None:
             yield update
         else:

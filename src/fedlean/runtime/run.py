@@ -30,8 +30,11 @@ from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import load_dataset
 from fedlean.data.partition import partition
 from fedlean.engine.open import open_engine
+from fedlean.engine.protocol import Engine
 from fedlean.models.catalog import build as build_model
 from fedlean.models.initialise import init_params
+from fedlean.pruning.density import density
+from fedlean.pruning.units import dead_units
 from fedlean.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -43,7 +46,7 @@ from fedlean.runtime.evaluate import Evaluate, evaluator
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.method import build as build_method
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
-from fedlean.runtime.runlog import RunLog, Totals, log_entry, model_density
+from fedlean.runtime.runlog import RunLog, Totals, held_masks, log_entry
 
 FORMAT = 1  # of the run folder
 CHECKPOINT_SECONDS = 5.0
@@ -101,7 +104,7 @@ def start(config: RunConfig, folder: Path, watch: Watch) -> dict[str, Any]:
     run = _prepare(config, folder)
     state = run.algorithm.init(init_params(run.server.spec, config.seed))
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, **asdict(config), "environment": environment()}
+    document = {"format": FORMAT, **asdict(config), "environment": environment(run.server.engine)}
     document["spec"] = json.loads(run.server.spec.to_json())
     write_atomically(folder / "config.json", json.dumps(document, indent=1).encode())
     return _go(
@@ -116,6 +119,9 @@ def resume(folder: Path, watch: Watch, say: Callable[[str], None]) -> dict[str, 
     """
     config = read_config(folder)
     run = _prepare(config, folder)
+    written = json.loads((folder / "config.json").read_bytes())["environment"]
+    if written != environment(run.server.engine):
+        say("made with other versions or on another machine: the last bits may differ")
     initial = run.algorithm.init(init_params(run.server.spec, config.seed))
     if not any((folder / "checkpoint").glob("*.json")):
         say("no checkpoint yet: starting from the beginning")
@@ -166,7 +172,7 @@ def _typed(config: RunConfig) -> RunConfig:
     return config
 
 
-def environment() -> dict[str, Any]:
+def environment(engine: Engine) -> dict[str, Any]:
     """Where the run was made: results are bit-equal only on the same versions and processor."""
     versions = {"fedlean": fedlean.__version__, "python": platform.python_version()}
     for package in ("numpy", "torch"):
@@ -174,7 +180,8 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {**versions, "machine": platform.machine(), "system": platform.system()}
+    where = {"machine": platform.machine(), "system": platform.system()}
+    return {**versions, **where, "instruction_set": engine.instruction_set}
 
 
 def _check(config: RunConfig) -> None:
@@ -218,7 +225,7 @@ def _prepare(config: RunConfig, folder: Path) -> _Run:
         server,
         algorithm,
         LocalDispatch(algorithm.client_update, engine, data),
-        tuple(Device(client, config.device) for client in range(config.clients)),
+        tuple(Device(client) for client in range(config.clients)),
         evaluator(spec, engine, dataset, subset),
     )
 
@@ -313,7 +320,11 @@ def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
         "arithmetic": run.server.engine.arithmetic,
         "final_accuracy": final,
         "best_accuracy": max(totals.best_accuracy, final),
-        "density": model_density(run.server.spec, state.masks),
+        "density": density(held_masks(run.server.spec, state.masks)),
+        "dead_units": {
+            name: {"outputs": rows, "inputs": columns}
+            for name, (rows, columns) in dead_units(state.masks).items()
+        },
         "downlink_bytes": totals.downlink_bytes,
         "uplink_bytes": totals.uplink_bytes,
         "flops_per_client": totals.flops_per_client,

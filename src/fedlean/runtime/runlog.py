@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlean.core import Masks
+from fedlean.pruning.density import density, full_masks, layer_density
 from fedlean.runtime.evaluate import Score
 from fedlean.runtime.rounds import StepRecord
 from fedlean.spec import ModelSpec
@@ -58,22 +57,9 @@ class Totals:
         return replace(self, best_accuracy=best, targets=reached)
 
 
-def layer_density(spec: ModelSpec, masks: Masks) -> dict[str, float]:
-    """Kept fraction per prunable tensor; 1 where there is no mask."""
-    return {
-        name: float(np.count_nonzero(masks[name]) / masks[name].size) if name in masks else 1.0
-        for name in spec.prunable
-    }
-
-
-def model_density(spec: ModelSpec, masks: Masks) -> float:
-    """Kept fraction of all prunable weights."""
-    sizes = {name: int(np.prod(spec.param_shapes[name])) for name in spec.prunable}
-    kept = sum(
-        int(np.count_nonzero(masks[name])) if name in masks else size
-        for name, size in sizes.items()
-    )
-    return kept / sum(sizes.values()) if sizes else 1.0
+def held_masks(spec: ModelSpec, masks: Masks) -> Masks:
+    """A mask for every prunable weight: `masks`, and all kept where there is none."""
+    return {**full_masks(spec), **masks}
 
 
 def _finite(value: float | None) -> float | None:
@@ -106,8 +92,8 @@ def log_entry(
         "accuracy": None if score is None else score.accuracy,
         "loss": None if score is None else _finite(score.loss),
         "train_loss": _finite(record.metrics.get("train_loss")),
-        "density": model_density(spec, masks),
-        "layer_density": layer_density(spec, masks),
+        "density": density(held_masks(spec, masks)),
+        "layer_density": layer_density(held_masks(spec, masks)),
         **cost,
         "flops_per_client": flops / clients,
         "wall_seconds": record.wall_seconds,
