@@ -12,7 +12,6 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import fedlean
-from fedlean.core import Scalar
 from fedlean.cost import profile as profiles
 from fedlean.data import load as datasets
 from fedlean.models import catalog
@@ -120,7 +119,7 @@ def run(
         run folder (default: runs/METHOD-DATASET-MODEL-sSEED)
     """
     found = methods.find_method(method)
-    settings: dict[str, Scalar] = methods.parse_settings(method, found, set or [])
+    settings = dict(methods.parse_settings(method, found, set or []))
     flags = {"cohort": cohort, "local_steps": local_steps, "batch_size": batch, "lr": lr}
     settings |= {key: value for key, value in flags.items() if value is not None}
     config = runs.RunConfig(

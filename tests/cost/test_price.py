@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,7 @@ SPEC = sequential(
     ],
 )
 PI = load_profile("raspberry_pi_4")
+SPARSE = replace(PI, dense_flops_per_s=1.0)  # a device on which the sparse way always wins
 SETTING = {"batch_size": 4, "local_steps": 3, "optimizer": SGD(0.1)}
 NAMES_BYTES = (len(SPEC.tensor_shapes) + 7) // 8  # one bit per tensor: which ones follow
 
@@ -114,13 +117,25 @@ def test_dense_bytes_by_hand():
 def test_seconds_and_flops_are_those_of_the_work():
     sub_model = masked(0.1)
     kept = kept_counts(sub_model.masks)
-    priced = cost(SPEC, sub_model, PI, importance_steps=2, upload_importance=True, **SETTING)
+    priced = cost(SPEC, sub_model, SPARSE, importance_steps=2, upload_importance=True, **SETTING)
     work = Work(3, 4, 2, kept=kept)
-    link = link_seconds(priced.downlink_bytes, priced.uplink_bytes, PI)
+    link = link_seconds(priced.downlink_bytes, priced.uplink_bytes, SPARSE)
     assert priced.flops == work_flops(SPEC, work)
     plain, dense = (step_flops(SPEC, kept, 4, importance=flag) for flag in (False, True))
     assert priced.flops == plain + 2 * dense
-    assert priced.seconds == pytest.approx(work_seconds(SPEC, work, PI) + link)
+    assert priced.seconds == pytest.approx(work_seconds(SPEC, work, SPARSE) + link)
+
+
+def test_flops_and_memory_are_of_the_execution_that_is_timed():
+    """Where the dense way is faster, its operations and its memory are charged with its time."""
+    fast = replace(PI, dense_flops_per_s=1e15)
+    masked_price = cost(SPEC, masked(0.1), fast, **SETTING)
+    dense_price = cost(SPEC, SubModel(), fast, **SETTING)
+    assert masked_price.flops == dense_price.flops
+    assert masked_price.peak_memory_bytes == dense_price.peak_memory_bytes
+    assert masked_price.uplink_bytes < dense_price.uplink_bytes
+    slow = cost(SPEC, masked(0.1), SPARSE, **SETTING)
+    assert slow.flops < dense_price.flops
 
 
 @pytest.mark.parametrize("sub_model", SUB_MODELS)
@@ -141,13 +156,13 @@ def test_kept_counts():
 def test_memory_is_that_of_the_model():
     sub_model = masked(0.3)
     kept = kept_counts(sub_model.masks)
-    plain = cost(SPEC, sub_model, PI, **SETTING).peak_memory_bytes
+    plain = cost(SPEC, sub_model, SPARSE, **SETTING).peak_memory_bytes
     assert plain == step_memory(SPEC, kept, batch_size=4).peak_bytes
     momentum = {**SETTING, "optimizer": SGD(0.1, momentum=0.9)}
     frozen = SubModel(sub_model.masks, frozen=frozenset({"fc1.weight"}))
-    assert cost(SPEC, sub_model, PI, **momentum).peak_memory_bytes > plain
-    assert cost(SPEC, sub_model, PI, importance_steps=1, **SETTING).peak_memory_bytes > plain
-    assert cost(SPEC, frozen, PI, **SETTING).peak_memory_bytes != plain
+    assert cost(SPEC, sub_model, SPARSE, **momentum).peak_memory_bytes > plain
+    assert cost(SPEC, sub_model, SPARSE, importance_steps=1, **SETTING).peak_memory_bytes > plain
+    assert cost(SPEC, frozen, SPARSE, **SETTING).peak_memory_bytes != plain
     work = Work(3, 4, 1, kept=kept, optimizer_floats=1)
-    expected = cost(SPEC, sub_model, PI, importance_steps=1, **momentum).peak_memory_bytes
+    expected = cost(SPEC, sub_model, SPARSE, importance_steps=1, **momentum).peak_memory_bytes
     assert work_memory_bytes(SPEC, work) == expected

@@ -68,5 +68,5 @@ def test_sparse_storage_by_hand():
 def test_sparse_storage_is_never_worse_than_dense():
     spec = sequential((100,), [("flat", Flatten()), ("fc", Linear(10, bias=False))])
     dense = step_memory(spec, {}, batch_size=1).parameter_bytes
-    assert dense == 8000
+    assert dense == 4000, "a Linear layer is updated in place"
     assert step_memory(spec, {"fc.weight": 1000}, batch_size=1).parameter_bytes <= dense

@@ -62,7 +62,9 @@ def test_warm_up_is_one_client_alone_before_round_one():
     tasks = algorithm.configure(state, devices())
     assert [(task.client, task.round, task.phase) for task in tasks] == [(2, 0, "warmup")]
     assert tasks[0].hparams["local_steps"] == 3
-    after = algorithm.server_update(state, [])
+    assert algorithm.server_update(state, []) == state, "unanswered, it is asked again"
+    answer = ClientUpdate(2, 50, dict(params()), SubModel())
+    after = algorithm.server_update(state, [answer])
     assert (after.phase, after.round) == ("train", 0)
     assert not same(run(algorithm).params, run(fedavg(server())).params)
 
@@ -78,6 +80,8 @@ def test_warm_up_is_one_client_alone_before_round_one():
         {"weight_decay": -0.1},
         {"loss": "mse"},
         {"warmup_steps": -1},
+        {"warmup_client": -1},
+        {"cohort": 0},
     ],
 )
 def test_bad_hyperparameters_are_named(setting):

@@ -247,8 +247,27 @@ def test_a_client_that_lost_its_model_gets_it_again():
             dispatch.restore({})
             forgot.append(progress.state.phase)
 
-    assert same(run(algorithm, dispatch=dispatch, watch=forget), run(prunefl(server(), **SMALL)))
-    assert forgot == ["initial"]
+    state = run(algorithm, dispatch=dispatch, watch=forget)
+    assert forgot == ["initial"] and state.initial_lost == 1
+    undisturbed = run(prunefl(server(), **SMALL))
+    assert same(state.params, undisturbed.params) and same(state.masks, undisturbed.masks)
+
+
+def test_a_client_that_always_loses_its_model_ends_the_run():
+    algorithm = prunefl(server(), **SMALL)
+    dispatch = fresh_dispatch(algorithm)
+    with pytest.raises(ValueError, match="client 0 lost its model 4 times"):
+        run(algorithm, dispatch=dispatch, watch=lambda *_: dispatch.restore({}))
+
+
+def test_importance_that_was_not_asked_for_changes_nothing():
+    algorithm = prunefl(server(), reconfigure_every=0, initial_pruning=False)
+    state = algorithm.init(params())
+    g2 = {name: np.ones(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
+    update = ClientUpdate(
+        0, 5, dict(params()), SubModel(masks=state.masks), {"importance": Statistic(g2, "mean")}
+    )
+    assert same(algorithm.server_update(state, [update]).masks, state.masks)
 
 
 def test_size_limit_binds_initial_pruning_and_every_round():
@@ -307,6 +326,8 @@ def test_values_only_rounds_are_as_small_as_their_density():
         {"readd_scale": -0.1},
         {"time_model": "quadratic"},
         {"lr": -1.0},
+        {"cohort": 0},
+        {"initial_passes": 1001},
     ],
 )
 def test_bad_hyperparameters_are_named(setting):

@@ -39,8 +39,20 @@ def with_tensor(name: str, values: np.ndarray) -> Poison:
 
 
 def with_statistic(name: str, values: np.ndarray) -> Poison:
-    statistic = {"importance": Statistic({name: values}, "mean")}
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
+    statistic = {"importance": Statistic({**zeros, name: values}, "mean")}
     return lambda update: replace(update, statistics=statistic)
+
+
+def importance_of_one_tensor(update: ClientUpdate) -> ClientUpdate:
+    statistic = Statistic({"fc1.bias": np.zeros(12, np.float32)}, "mean")
+    return replace(update, statistics={"importance": statistic})
+
+
+def without(name: str) -> Poison:
+    return lambda update: replace(
+        update, params={key: value for key, value in update.params.items() if key != name}
+    )
 
 
 def claiming(examples: int) -> Poison:
@@ -77,6 +89,9 @@ PLAIN: dict[str, tuple[Poison, str]] = {
     "absurd": (claiming(10**10), "claims 10000000000 examples"),
     "beyond the header": (claiming(10**30), f"expected 1 to {MAX_EXAMPLES}"),
     "statistic": (with_statistic("fc1.bias", INFINITE), "importance of 'fc1.bias'"),
+    "negative importance": (with_statistic("fc1.bias", BIAS - 1), "importance below 0"),
+    "partial importance": (importance_of_one_tensor, "of 1 tensors, expected a mean of all 6"),
+    "lacks a tensor": (without("fc2.bias"), "lacks fc2.bias"),
 }
 MASKED: dict[str, tuple[Poison, str]] = {
     "outside its mask": (outside_mask, "'fc1.weight' with values outside its mask"),

@@ -19,6 +19,7 @@ import fedlean.methods
 from fedlean.core import FederatedAlgorithm, Scalar, Server
 
 Method = Callable[..., FederatedAlgorithm]
+Settings = Mapping[str, Scalar | None]  # keyword arguments of a method
 
 
 def available() -> dict[str, str]:
@@ -69,13 +70,15 @@ def hyperparameters(method: Method) -> Mapping[str, inspect.Parameter]:
     }
 
 
-def parse_settings(method_name: str, method: Method, settings: list[str]) -> dict[str, Scalar]:
+def parse_settings(
+    method_name: str, method: Method, settings: list[str]
+) -> dict[str, Scalar | None]:
     """`key=value` texts as typed keyword arguments.
 
     Raises ValueError naming the key with the nearest valid ones, or the value and its type.
     """
     known = hyperparameters(method)
-    out: dict[str, Scalar] = {}
+    out: dict[str, Scalar | None] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -113,7 +116,9 @@ def _parse(key: str, text: str, hint: Any) -> Scalar | None:
     return text
 
 
-def build(method_name: str, server: Server, settings: Mapping[str, Scalar]) -> FederatedAlgorithm:
+def build(
+    method_name: str, server: Server, settings: Mapping[str, Scalar | None]
+) -> FederatedAlgorithm:
     """The algorithm; a setting that the method lacks is an error that names it."""
     method = find_method(method_name)
     known = hyperparameters(method)

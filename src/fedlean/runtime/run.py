@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save
 
 import fedlean
-from fedlean.core import Device, FederatedAlgorithm, Params, Scalar, Server
+from fedlean.core import Device, FederatedAlgorithm, Params, Server
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
@@ -70,7 +70,9 @@ class RunConfig:
     target_accuracy: tuple[float, ...] = ()
     eval_every: int = 1
     eval_examples: int | None = None  # of the test set, during the run; None: all
-    settings: Mapping[str, Scalar] = field(default_factory=dict)  # the method's keyword arguments
+    settings: Mapping[str, Scalar | None] = field(
+        default_factory=dict
+    )  # the method's keyword arguments
 
 
 Watch = Callable[[dict[str, Any]], None]  # called with every log entry
