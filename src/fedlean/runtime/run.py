@@ -13,7 +13,7 @@ import platform
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -70,9 +70,7 @@ class RunConfig:
     target_accuracy: tuple[float, ...] = ()
     eval_every: int = 1
     eval_examples: int | None = None  # of the test set, during the run; None: all
-    settings: Mapping[str, Scalar | None] = field(
-        default_factory=dict
-    )  # the method's keyword arguments
+    settings: Settings = field(default_factory=dict)
 
 
 Watch = Callable[[dict[str, Any]], None]  # called with every log entry
