@@ -44,6 +44,7 @@ from fedlean.runtime.checkpoint import (
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.evaluate import Evaluate, evaluator
 from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.method import Settings
 from fedlean.runtime.method import build as build_method
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, held_masks, log_entry
