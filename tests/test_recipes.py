@@ -70,3 +70,29 @@ def test_a_round_of_each_run_and_the_comparison(path, small_set, tmp_path):
     recipe.compare(folders, tmp_path)
     assert (tmp_path / "compare.html").stat().st_size > 10_000
     assert set(recipe.reported(folders[1])) > {"median_round_seconds", "density"}
+
+
+def test_card_table_by_hand():
+    """1,000 s against 400 s is 2.50 times sooner; 1 + 1 GB against 0.4 + 0.1 GB is a quarter."""
+
+    def run(seconds: float | None, gigabytes: float) -> dict:
+        reached = None if seconds is None else {"simulated_seconds": seconds, "round": 7}
+        return {
+            "time_to_accuracy": {"0.95": reached},
+            "downlink_bytes": gigabytes * 5e8,
+            "uplink_bytes": gigabytes * 5e8,
+            "flops_per_client": 2e12,
+            "seconds_before_round_1": 0.0,
+            "median_round_seconds": 12.34,
+            "density": 0.5,
+            "final_accuracy": 0.987,
+            "median_round_memory_bytes": 1e6,
+            "peak_memory_bytes": 2e6,
+        }
+
+    table = recipe.card_table({"a": run(1000, 2), "b": run(400, 0.5), "c": run(None, 2)})
+    head, _, a, b, c = table.splitlines()
+    assert head.startswith("| run | 95% |")
+    assert a.startswith("| a | 1000 s (round 7) |")
+    assert b.startswith("| b | 400 s (round 7), **2.50×** |") and "0.5 GB (0.25)" in b
+    assert c.startswith("| c | not reached |")

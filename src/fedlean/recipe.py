@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -31,6 +32,7 @@ REPORTED = (
     "uplink_bytes",
     "flops_per_client",
     "simulated_seconds",
+    "peak_memory_bytes",
     "time_to_accuracy",
 )
 
@@ -82,11 +84,12 @@ def run_once(config: RunConfig, folder: Path) -> None:
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:
-    """`compare.html` and `results.json` in `out`, and the table on the terminal."""
+    """`compare.html`, `results.json` and the card's `table.md` in `out`; a table on screen."""
     loaded = [read_run(folder) for folder in folders]
     write_page(out / "compare.html", comparison_page(loaded))
     results = {folder.name: reported(folder) for folder in folders}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.md").write_text(card_table(results))
     Console().print(cost_table(loaded))
 
 
@@ -95,10 +98,51 @@ def reported(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
-    before = [row["simulated_seconds"] for row in rounds if row["round"] == 0]
-    training = sorted(row["simulated_seconds"] for row in rounds if row["round"] > 0)
+    training = [row for row in rounds if row["round"] > 0]
     return {
         **{key: summary[key] for key in REPORTED},
-        "seconds_before_round_1": sum(before),
-        "median_round_seconds": training[len(training) // 2],
+        "seconds_before_round_1": sum(
+            row["simulated_seconds"] for row in rounds if row["round"] == 0
+        ),
+        "median_round_seconds": median(row["simulated_seconds"] for row in training),
+        "median_round_memory_bytes": median(row["peak_memory_bytes"] for row in training),
     }
+
+
+def card_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a row per run, ratios to the first."""
+    baseline = next(iter(results.values()))
+    targets = list(baseline["time_to_accuracy"])
+    heads = ["run", *(f"{float(target):.0%}" for target in targets), "before round 1"]
+    heads += ["median round", "density", "at the end", "bytes", "FLOPs per client"]
+    heads += ["memory, median round / peak"]
+    lines = [heads, ["---"] * len(heads)]
+    lines += [
+        [name, *(_reached(run, baseline, target) for target in targets), *_totals(run, baseline)]
+        for name, run in results.items()
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _reached(run: Mapping[str, Any], baseline: Mapping[str, Any], target: str) -> str:
+    first, of = (one["time_to_accuracy"].get(target) for one in (run, baseline))
+    if first is None:
+        return "not reached"
+    text = f"{first['simulated_seconds']:.0f} s (round {first['round']})"
+    if run is baseline or of is None:
+        return text
+    return f"{text}, **{of['simulated_seconds'] / first['simulated_seconds']:.2f}×**"
+
+
+def _totals(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    sent, of = (one["downlink_bytes"] + one["uplink_bytes"] for one in (run, baseline))
+    flops = run["flops_per_client"]
+    return [
+        f"{run['seconds_before_round_1']:.0f} s",
+        f"{run['median_round_seconds']:.1f} s",
+        f"{run['density']:.1%}",
+        f"{run['final_accuracy']:.2%}",
+        f"{sent / 1e9:.1f} GB ({sent / of:.2f})",
+        f"{flops / 1e12:.2f} T ({flops / baseline['flops_per_client']:.2f})",
+        f"{run['median_round_memory_bytes'] / 1e6:.0f} / {run['peak_memory_bytes'] / 1e6:.0f} MB",
+    ]
