@@ -35,6 +35,7 @@ GROUPS = {
         "fedavg_warmup": config(group, "fedavg", {**COMMON, **WARMUP}),
         "prunefl": config(group, "prunefl", COMMON),
         "prunefl_limit": config(group, "prunefl", {**COMMON, "size_limit": 0.1}),
+        "prunefl_initial_only": config(group, "prunefl", {**COMMON, "reconfigure_every": 0}),
     }
     for group in PARTITIONS
 }
