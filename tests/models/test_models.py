@@ -27,6 +27,22 @@ MODELS = {
     "resnet8": ((3, 32, 32), 10, 464 + 4_672 + 14_528 + 57_728 + 650),
     # two more blocks per stage: 2 * (4,672 + 2 * (9,216 + 64) + 2 * (36,864 + 128))
     "resnet20": ((3, 32, 32), 10, 78_042 + 2 * (4_672 + 18_560 + 73_984)),
+    # PruneFL's, 11.23M.  Stem 64 * 3 * 49 + 128; stage 1: 4 * (36,864 + 128); stages 2 to 4, with
+    # c = 128, 256, 512: 9 c²/2 + 3 * 9 c² + c²/2 in convolutions, 5 * 2 c in norms; head 513 * 100
+    "resnet18": (
+        (3, 168, 168),
+        100,
+        9_536 + 147_968 + 525_568 + 2_099_712 + 8_393_728 + 51_300,
+    ),
+    # PruneFL's, 927,008 + 592,898.  Stem, 11 units (the sum of each in test_residual_models), last
+    # convolution, fully connected layers
+    "mobilenetv3_small": (
+        (3, 84, 84),
+        2,
+        (464 + 744 + 3_864 + 5_416 + 13_736 + 2 * 57_264 + 21_968 + 29_800)
+        + (91_848 + 2 * 294_096 + 56_448)
+        + (576 * 1024 + 1024 + 1024 * 2 + 2),
+    ),
 }
 
 
@@ -119,11 +135,11 @@ def test_bad_input_shapes(shape: tuple):
 
 
 def test_unknown_names_propose_the_nearest():
-    with pytest.raises(ValueError, match="unknown model 'resnet18': did you mean resnet"):
-        catalog.build("resnet18", (3, 32, 32), 10)
+    with pytest.raises(ValueError, match="unknown model 'resnet34': did you mean resnet"):
+        catalog.build("resnet34", (3, 32, 32), 10)
     with pytest.raises(ValueError, match="'Conv-2': did you mean conv2"):
         catalog.build("Conv-2", (3, 32, 32), 10)
-    with pytest.raises(ValueError, match="there are conv2, lenet300, resnet20, resnet8, vgg11"):
+    with pytest.raises(ValueError, match="there are conv2, lenet300, mobilenetv3_small, resnet18"):
         catalog.build("zzz", (3, 32, 32), 10)
 
 
