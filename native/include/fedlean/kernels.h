@@ -1,0 +1,162 @@
+// The arithmetic of one thread on one panel, as a table of functions per instruction set.
+//
+// Everything above (layers, plans, threads) is the same for all tables.  `reference` is written
+// naively, in plain scalar code, and is the oracle of the others.  Results of one table do not
+// depend on how callers cut ranges of channels, rows or non-zeros: every output is computed whole,
+// in one order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "fedlean/layout.h"
+#include "fedlean/pattern.h"
+
+namespace fedlean {
+
+// Output geometry of a convolution of stride 1 and where its operands are.  All in pixels but
+// `lanes`.  Output pixel (y, x) of channel o is out[(o*out_plane + y*out_row + x) * lanes]; a
+// non-zero with offset f reads in[(chunk + f + y*in_row + x) * lanes].
+struct ConvShape {
+  int lanes, height, width;
+  int in_row, out_row, out_plane;
+};
+
+struct GatherArgs {
+  ConvShape shape;
+  const GatherPattern* pattern;
+  const float* value;  // per non-zero
+  const float* in;
+  float* out;  // interior pixel (0, 0) of channel 0
+  const float* bias;  // per output channel, or null
+  bool accumulate;  // add to what `out` holds (bias must be null)
+  int out_begin, out_end;  // output channels to compute
+};
+
+struct SampleArgs {
+  ConvShape shape;
+  const GatherPattern* pattern;
+  const float* in;
+  const float* grad;  // of the output; interior pixel (0, 0) of channel 0
+  int chunk;
+  std::uint32_t row_begin, row_end;  // rows of `row_start`, all within the chunk
+  float* partial;  // 4 floats per non-zero from row_start[row_begin] on; added to
+};
+
+// A dense convolution as one of stride 1: `taps` reads per input channel, tap t at pixel
+// tap_offset[t] with the weight at out*weight_out + in*weight_in + tap_weight[t].
+struct DenseConv {
+  int in_channels, in_plane, taps;
+  const std::int32_t* tap_offset;
+  const std::int32_t* tap_weight;
+  std::ptrdiff_t weight_out, weight_in;
+};
+
+struct DenseConvArgs {
+  ConvShape shape;
+  DenseConv conv;
+  const float* weight;
+  const float* in;
+  float* out;
+  const float* bias;
+  bool accumulate;
+  int out_begin, out_end;
+};
+
+struct DenseGradArgs {
+  ConvShape shape;
+  DenseConv conv;
+  const float* in;
+  const float* grad;
+  float* grad_weight;  // indexed like the weight; added to
+  int out_begin, out_end;
+};
+
+// Sparse Linear on up to two panels at once (the second may be absent; if it is there, the first
+// has 16 lanes): inputs [input][lanes], outputs [output][lanes].
+struct ColumnArgs {
+  const ColumnPattern* pattern;
+  const float* value;
+  int panels;  // 1 or 2
+  int lanes[2];
+  const float* in[2];
+  const float* grad[2];  // of the outputs; backward only
+  float* out[2];  // forward: outputs, added to; backward: gradient of the inputs, or null
+};
+
+struct Update {  // see fedlean.engine.protocol.SGD
+  float lr, momentum, weight_decay, proximal;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Convolutions.
+  void (*gather)(const GatherArgs&);
+  void (*sample)(const SampleArgs&);
+  void (*dense_conv)(const DenseConvArgs&);
+  void (*dense_conv_grad)(const DenseGradArgs&);
+
+  // Linear, sparse.  `scatter` does the outputs of one block; `column_backward` the non-zeros of
+  // (block, inputs [begin, end)): adds to out (gradient of the inputs) and to grad_value,
+  // whose first element is the first non-zero of (block, begin).
+  void (*scatter)(const ColumnArgs&, int block);
+  void (*column_backward)(const ColumnArgs&, int block, int begin, int end, float* grad_value);
+
+  // Linear, dense, on row-major matrices (not panels): X (B, I), Y (B, O), W (O, I), and the
+  // gradient of Y transposed (O, B).
+  // Y[:, begin:end] = X W[begin:end]^T + bias
+  void (*dense_forward)(const float* x, const float* w, const float* bias, float* y, int batch,
+                        int inputs, int outputs, int begin, int end);
+  // dX[:, begin:end] += dY[row_begin:row_end]^T W[row_begin:row_end, begin:end]
+  void (*dense_backward)(const float* grad, const float* w, float* grad_x, int batch, int inputs,
+                         int row_begin, int row_end, int begin, int end);
+  // out (rows, end - begin) = dY[row:row+rows] X[:, begin:end]
+  void (*dense_grad)(const float* grad, const float* x, float* out, int batch, int inputs, int row,
+                     int rows, int begin, int end);
+
+  // Optimiser.  velocity (no momentum) and reference (no proximal term) may be null; kept: 0 or 1
+  // per weight, or null: where it is 0, velocity becomes 0 and w stays.
+  void (*update)(float* w, float* velocity, const float* reference, const float* grad,
+                 const std::uint8_t* kept, std::size_t n, const Update&);
+  void (*add_squares)(float* sum, const float* grad, std::size_t n);
+  // partial (n, 4) -> out[i] = sum of its four
+  void (*fold_partials)(const float* partial, float* out, std::size_t n);
+
+  // Elementwise on n floats (callers pass whole rows).
+  void (*relu)(const float* x, float* y, std::size_t n);
+  void (*relu_backward)(const float* y, const float* grad, float* grad_x, std::size_t n);
+  void (*hardswish)(const float* x, float* y, std::size_t n);
+  void (*hardswish_backward)(const float* x, const float* grad, float* grad_x, std::size_t n);
+  void (*hardsigmoid)(const float* x, float* y, std::size_t n);
+  void (*hardsigmoid_backward)(const float* x, const float* grad, float* grad_x, std::size_t n);
+  void (*add)(const float* x, float* y, std::size_t n);  // y += x
+
+  // y[lane + i*lanes] (+)= x * scale[lane] + shift[lane] for n pixels
+  void (*affine)(const float* x, const float* scale, const float* shift, float* y, int lanes,
+                 int pixels, bool accumulate);
+  // y[lane + i*lanes] (+)= a * scale_a[lane] + b * scale_b[lane] + shift[lane] for n pixels
+  void (*blend)(const float* a, const float* scale_a, const float* b, const float* scale_b,
+                const float* shift, float* y, int lanes, int pixels, bool accumulate);
+  // sums[lane] += sum_i x; products[lane] += sum_i x * (z - center[lane]), over n pixels
+  void (*lane_sums)(const float* x, const float* z, const float* center, float* sums,
+                    float* products, int lanes, int pixels);
+  // squares[lane] += sum_i (x - center[lane])^2
+  void (*lane_squares)(const float* x, const float* center, float* squares, int lanes, int pixels);
+
+  // One output row of a pooling window without padding: see pooling.cpp for the general case.
+  void (*max_pool_row)(const float* in, float* out, std::uint8_t* winner, int lanes, int in_row,
+                       int out_width, int kernel, int stride);
+  void (*max_unpool_row)(const float* grad, const std::uint8_t* winner, float* grad_in, int lanes,
+                         int in_row, int out_width, int kernel, int stride);
+};
+
+const Kernels& reference_kernels();
+// The tables that this processor can run, slowest first; `reference` is always the first.
+std::vector<const Kernels*> available_kernels();
+// The best table that this processor can run; FEDLEAN_INSTRUCTION_SET forces one.
+// Throws std::runtime_error naming the value when there is no such table here.
+const Kernels& best_kernels();
+
+}  // namespace fedlean

@@ -1,0 +1,152 @@
+// What a layer of the network does: say what memory it needs, then run forward and backward on
+// panels.  A layer owns its weights; activations and scratch belong to the pass.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "fedlean/kernels.h"
+#include "fedlean/network.h"
+#include "fedlean/threads.h"
+#include "fedlean/weight.h"
+
+namespace fedlean {
+
+// An activation or its gradient during a pass.  `local` arrays hold only the panels from
+// `first_panel` on: that is how a part of the network runs a few panels at a time.
+struct View {
+  float* data = nullptr;
+  Layout layout;
+  int first_panel = 0;
+  explicit operator bool() const { return data != nullptr; }
+  float* panel(int p) const {
+    return data + layout.pixels() * kPanelLanes * std::size_t(p - first_panel);
+  }
+  float* interior(int p, int lanes) const { return panel(p) + std::size_t(layout.origin()) * lanes; }
+};
+
+// One layer's part of one pass.
+struct Pass {
+  const Kernels& kernels;
+  ThreadPool& pool;
+  Batch batch;
+  int panel_begin, panel_end;
+  bool training;  // batch statistics, and arrays saved for backward
+  bool importance;  // backward also needs all coordinates' gradients
+  std::vector<View> in;
+  View out;
+  float* saved;  // from forward to backward
+  float* scratch;
+  // Backward only.
+  std::vector<View> grad_in;  // no data: not needed
+  std::vector<bool> accumulate;  // per input
+  View grad_out;
+  Sink sink;
+
+  int lanes(int panel) const { return batch.lanes(panel); }
+  // f(thread, begin, end) on every thread, [0, n) cut evenly.
+  template <typename F>
+  void split(int n, F&& f) const {
+    const int threads = pool.threads();
+    pool.run([&](int t) {
+      const int begin = int(std::int64_t(n) * t / threads);
+      const int end = int(std::int64_t(n) * (t + 1) / threads);
+      if (begin < end) f(t, begin, end);
+    });
+  }
+};
+
+// The situation that decides how much memory a layer needs.
+struct Situation {
+  bool training, importance;
+  bool needs_grad_in;  // of any input
+  int panels;  // at once
+  int lanes;  // of all these panels together
+  int examples;
+  int threads;
+};
+
+struct Needs {
+  std::size_t saved = 0, forward_scratch = 0, backward_scratch = 0;  // floats
+};
+
+enum Slot { kWeight, kBias, kRunningMean, kRunningVar, kSlots };
+
+class Layer {
+ public:
+  explicit Layer(const Node& node) : node(node) {}
+  virtual ~Layer() = default;
+
+  virtual Needs needs(const Situation&) const { return {}; }
+  // Does backward read the input's (output's) values?
+  virtual bool reads_input() const { return false; }
+  virtual bool reads_output() const { return false; }
+  // May the output take the first input's memory in a training pass, and the gradient of that input
+  // the memory of the output's gradient?
+  virtual bool in_place() const { return false; }
+  // In training mode, does an example's output depend on the others'?
+  virtual bool mixes_examples() const { return false; }
+
+  virtual void forward(Pass&) = 0;
+  virtual void backward(Pass&) = 0;
+
+  // Values stored of a tensor (0: there is none); known before `build`.
+  virtual std::size_t stored(Slot) const { return 0; }
+  // Is the weight stored by its pattern only?  Otherwise a mask is kept beside it.
+  virtual bool sparse() const { return false; }
+  // Bytes besides the tensors (patterns, permutations); known before `build`.
+  virtual std::size_t index_bytes() const { return 0; }
+  // Builds the pattern of a sparse weight; `kept` is its mask in the dense order, or null.
+  virtual void build(const std::uint8_t* /*kept*/) {}
+  // What `build` really holds; equals `index_bytes`.
+  virtual std::size_t built_bytes() const { return 0; }
+  // Coordinates of the dense weight in stored order; empty when it is stored densely.
+  virtual std::vector<std::uint32_t> weight_positions() const { return {}; }
+
+  bool any_trainable() const {
+    return tensors[kWeight].trainable || tensors[kBias].trainable;
+  }
+
+  const Node node;
+  Weight tensors[kSlots];
+};
+
+// Zeros `v` for the panels of the pass: all of it, or only its interior.
+void clear(const Pass&, const View& v);
+void clear_halo(const Pass&, const View& v);
+
+// One sum over pixels and used lanes per channel: dBias (and nothing else needs it this way).
+void bias_gradient(const Pass&, Weight& bias);
+
+// Layers of each kind.  `nonzeros`: kept coordinates of the weight.
+std::unique_ptr<Layer> make_conv(const Node&, const Shape& in, int in_halo, int grad_halo,
+                                 std::size_t nonzeros, bool needs_grad_in);
+std::unique_ptr<Layer> make_linear(const Node&, const Shape& in, std::size_t nonzeros);
+std::unique_ptr<Layer> make_norm(const Node&, const Shape& in);
+std::unique_ptr<Layer> make_pool(const Node&, const Shape& in);
+std::unique_ptr<Layer> make_pointwise(const Node&);
+
+// Zero pixels that a convolution wants around its input and around its output's gradient.
+int input_halo(const Node& conv);
+int gradient_halo(const Node& conv, const Shape& in);
+
+// f(row of a, row of b, floats) for every image row of the channels [begin, end) of panel p.
+template <typename F>
+void for_rows(const View& a, const View& b, int p, int lanes, int begin, int end, F&& f) {
+  const Shape& s = a.layout.shape;
+  float* const pa = a.interior(p, lanes);
+  float* const pb = b.interior(p, lanes);
+  const std::size_t n = std::size_t(s.width) * lanes;
+  if (a.layout.halo == 0 && b.layout.halo == 0) {  // one stretch of memory
+    const std::size_t plane = n * s.height;
+    if (begin < end) f(pa + begin * plane, pb + begin * plane, plane * (end - begin));
+    return;
+  }
+  for (int c = begin; c < end; ++c)
+    for (int y = 0; y < s.height; ++y)
+      f(pa + (std::size_t(c) * a.layout.plane() + std::size_t(y) * a.layout.row()) * lanes,
+        pb + (std::size_t(c) * b.layout.plane() + std::size_t(y) * b.layout.row()) * lanes, n);
+}
+
+}  // namespace fedlean

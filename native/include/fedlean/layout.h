@@ -1,0 +1,48 @@
+// How activations lie in memory: batch-innermost panels.
+//
+// A batch of B examples is cut into panels of 16 lanes (one lane per example); the last panel has
+// as many lanes as are left, rounded up to 4.  Each panel is its own array
+//     [channel][row][column][lane]   of float,
+// with `halo` zero pixels around every image, so that a convolution never asks whether a pixel is
+// inside.  Lanes beyond B are idle: their inputs are 0 and no gradient enters there, so whatever
+// else they hold never reaches a result.  A vector (F,) is an image of F channels and one pixel.
+#pragma once
+
+#include <cstddef>
+
+namespace fedlean {
+
+constexpr int kPanelLanes = 16;
+constexpr int kLaneStep = 4;  // a panel's lanes are a multiple: one 128-bit vector
+
+struct Shape {
+  int channels = 0, height = 1, width = 1;
+  std::size_t size() const { return std::size_t(channels) * height * width; }
+  bool operator==(const Shape& o) const {
+    return channels == o.channels && height == o.height && width == o.width;
+  }
+};
+
+// One panel's geometry, in pixels; multiply by the panel's lanes to get floats.
+struct Layout {
+  Shape shape;
+  int halo = 0;
+  int row() const { return shape.width + 2 * halo; }
+  int plane() const { return row() * (shape.height + 2 * halo); }
+  int origin() const { return halo * row() + halo; }
+  std::size_t pixels() const { return std::size_t(shape.channels) * plane(); }
+};
+
+struct Batch {
+  int examples = 0;
+  int panels() const { return (examples + kPanelLanes - 1) / kPanelLanes; }
+  // Lanes that hold examples, and lanes that are stored.
+  int used(int panel) const {
+    int left = examples - panel * kPanelLanes;
+    return left < kPanelLanes ? left : kPanelLanes;
+  }
+  int lanes(int panel) const { return (used(panel) + kLaneStep - 1) / kLaneStep * kLaneStep; }
+  int padded() const { return (examples + kLaneStep - 1) / kLaneStep * kLaneStep; }
+};
+
+}  // namespace fedlean

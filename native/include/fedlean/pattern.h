@@ -1,0 +1,77 @@
+// Where the kept weights of a layer are: the sparse formats that the kernels walk.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "fedlean/layout.h"
+
+namespace fedlean {
+
+// Every convolution runs as one of stride 1: a stride s first splits its padded input into s*s
+// phases (space to depth), after which tap (ky, kx) reads phase (ky % s, kx % s) at the offset
+// (ky / s, kx / s).  "Channel" below means such a phase channel.
+//
+// Non-zeros are ordered (chunk of input channels, output channel): the chunk's
+// window stays in the cache while all output channels pass over it.
+struct Chunk {
+  std::uint32_t in_pixel;  // where the chunk's first input channel starts
+  std::uint32_t out_begin, out_end;  // output channels that have non-zeros here
+  std::uint32_t first_row;  // of out_begin, in row_start
+};
+
+struct GatherPattern {
+  std::vector<Chunk> chunks;
+  std::vector<std::uint32_t> row_start;  // per (chunk, output channel); one more at the end
+  std::vector<std::uint8_t> row_first;  // 1 where an output channel comes for the first time
+  std::vector<std::uint16_t> offset;  // pixels from the chunk's start, per non-zero
+  std::size_t nonzeros() const { return offset.size(); }
+  std::size_t bytes() const {
+    return chunks.size() * sizeof(Chunk) + row_start.size() * sizeof(std::uint32_t) +
+           offset.size() * sizeof(std::uint16_t) + row_first.size();
+  }
+};
+
+// One kept weight while a pattern is being built: it moves input pixel `in_pixel` (of the whole
+// input, tap offset included) to output channel `out`.
+struct Tap {
+  std::uint32_t out, in_pixel;
+};
+
+// Chunks of `chunk_pixels` (at most 65536) each, for an input of `channels` of `channel_pixels`.
+// Outputs and inputs fall into `groups`; a chunk's outputs are those of the groups that it touches,
+// so that every output is in some chunk.  How many rows there are does not depend on the taps.
+std::vector<Chunk> cut_chunks(int channels, int channel_pixels, int chunk_channels, int outputs,
+                              int groups);
+
+inline std::size_t rows_of(const std::vector<Chunk>& chunks) {
+  const Chunk& last = chunks.back();
+  return last.first_row + (last.out_end - last.out_begin);
+}
+inline std::size_t gather_bytes(const std::vector<Chunk>& chunks, std::size_t nonzeros) {
+  const std::size_t rows = rows_of(chunks);
+  return chunks.size() * sizeof(Chunk) + (rows + 1) * sizeof(std::uint32_t) + rows +
+         nonzeros * sizeof(std::uint16_t);
+}
+
+// Orders the taps by (chunk, output), otherwise as they come; position[i] is where tap i went.
+GatherPattern build_gather(std::vector<Chunk> chunks, std::uint32_t chunk_pixels, int outputs,
+                           const std::vector<Tap>& taps, std::vector<std::uint32_t>& position);
+
+// Columns (inputs) of a Linear weight, cut into blocks of outputs so that one block's outputs stay
+// in the first-level cache.  Non-zeros are ordered (block, input, output).
+struct ColumnPattern {
+  int inputs = 0, outputs = 0, block_rows = 0;
+  std::vector<std::uint32_t> start;  // per (block, input); one more at the end
+  std::vector<std::uint16_t> row;  // output within the block
+  int blocks() const { return block_rows ? (outputs + block_rows - 1) / block_rows : 0; }
+  std::size_t nonzeros() const { return row.size(); }
+  std::size_t bytes() const {
+    return start.size() * sizeof(std::uint32_t) + row.size() * sizeof(std::uint16_t);
+  }
+};
+
+// From a (outputs, inputs) array of 0 and 1.  Requires block_rows <= 65536.
+ColumnPattern build_columns(const std::uint8_t* kept, int outputs, int inputs, int block_rows);
+
+}  // namespace fedlean

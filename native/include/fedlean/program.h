@@ -1,0 +1,94 @@
+// How a network is run in one mode: the order of its layers, which activations share memory, what
+// is recomputed per group of panels, and the memory plan of the whole pass.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "fedlean/layer.h"
+#include "fedlean/network.h"
+#include "fedlean/plan.h"
+
+namespace fedlean {
+
+// Fixed for a model and what is trained of it; the same in all of its programs.  Tensor t is the
+// model's input (t = 0) or the output of node t - 1.
+struct Structure {
+  explicit Structure(const Network& network, const std::vector<bool>& trainable_nodes);
+  std::vector<int> value_halo, grad_halo;  // per tensor
+  std::vector<bool> needs_grad;  // per tensor
+};
+
+struct Mode {
+  bool training = false;  // batch statistics; backward follows
+  bool importance = false;
+  std::vector<int> taps;  // nodes whose outputs are wanted, and where gradients may enter
+  int examples = 0;
+  int threads = 1;
+};
+
+class Program {
+ public:
+  // Panels that run at once where nothing is kept for backward.
+  static constexpr int kGroupPanels = 2;
+
+  Program(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
+          const Structure& structure, const Mode& mode);
+
+  std::size_t floats() const { return plan_.floats(); }
+  int output() const { return output_; }  // tensor
+  // The tensor that holds a node's output.
+  int tensor_of(int node) const { return node + 1; }
+
+  // `x`: (examples, C, H, W) row-major.  Activations stay in `arena` until the next call.
+  void forward(const Kernels&, ThreadPool&, float* arena, const float* x, Batch batch) const;
+  // After forward in training mode and after the gradients were put with `seed_gradient`.
+  void backward(const Kernels&, ThreadPool&, float* arena, Batch batch, const Sink& sink) const;
+  void clear_seeds(const Kernels&, ThreadPool&, float* arena, Batch batch) const;
+
+  View value(float* arena, int tensor) const;
+  View gradient(float* arena, int tensor) const;  // null where none is needed
+
+ private:
+  struct Tensor {
+    Layout value_layout, grad_layout;
+    int value_array = -1, grad_array = -1;
+    int readers = 0;
+    bool local = false;  // only the panels of the running group
+    bool needs_grad = false, seed = false, tapped = false;
+  };
+  struct Step {
+    Layer* layer;
+    std::vector<int> inputs;
+    int output;
+    int saved = -1, forward_scratch = -1, backward_scratch = -1;
+    bool training = false, backward = false, clear_out = false;
+    std::vector<bool> accumulate, clear_grad;
+  };
+
+  void wire(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers);
+  void swap_relu_and_pool(const Network& network);
+  void find_region();
+  void share_values(const Mode& mode);
+  void share_gradients();
+  void lay_out(const Mode& mode);
+  bool overwritable(const Step& step, int slot) const;
+  int forward_time(std::size_t step) const { return int(step); }
+  int backward_time(std::size_t step) const { return int(2 * steps_.size() - step); }
+  Situation situation(const Step&, const Mode&, bool local) const;
+  Pass pass_of(const Step&, const Kernels&, ThreadPool&, float* arena, Batch, int panel_begin,
+               int panel_end) const;
+  View view(float* arena, int array, const Layout&, int first_panel) const;
+  void pack(const Pass&, const float* x) const;
+
+  const Structure& structure_;
+  std::vector<Tensor> tensors_;
+  std::vector<Step> steps_;
+  std::vector<int> producer_;  // step that makes each tensor; -1 for the input
+  std::size_t region_ = 0;  // the first so many steps run group by group
+  bool training_ = false, importance_ = false;
+  int output_ = 0;
+  Plan plan_;
+};
+
+}  // namespace fedlean

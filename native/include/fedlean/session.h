@@ -1,0 +1,90 @@
+// A model in training: its weights, its programs, one arena.  Arrays are row-major and dense, or
+// "packed": the kept values of a masked tensor in row-major order.
+//
+// The caller (bindings) checks shapes, masks and labels; this class trusts them.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fedlean/loss.h"
+#include "fedlean/program.h"
+
+namespace fedlean {
+
+struct TensorOptions {
+  bool trainable[kSlots] = {};
+  // Kept coordinates of a masked tensor, or -1 where there is no mask.
+  std::int64_t kept[kSlots] = {-1, -1, -1, -1};
+};
+
+struct Options {
+  int batch_size = 1;
+  Loss loss = Loss::kCrossEntropy;
+  Update rule = {};
+  float clip_norm = 0;  // 0: none
+  std::vector<TensorOptions> tensors;  // per node
+};
+
+class Engine {  // what sessions share
+ public:
+  explicit Engine(int threads) : kernels(best_kernels()), pool(threads) {}
+  const Kernels& kernels;
+  ThreadPool pool;
+};
+
+class Session {
+ public:
+  Session(std::shared_ptr<Engine> engine, const Network& network, const Options& options);
+
+  // Bytes of everything that a training step (with importance) holds, from shapes and counts alone.
+  std::size_t planned_bytes(bool importance) const;
+  // Bytes that are held now; equals the plan once a step has run.
+  std::size_t held_bytes() const;
+
+  // Sets up a node's weights and their patterns; masks are per slot, null where there is none.
+  void build(int node, const std::uint8_t* const masks[kSlots]);
+  // `reference`: also take it as what a proximal term pulls towards.
+  void load(int node, Slot slot, const float* values, bool packed, bool reference);
+  void read(int node, Slot slot, float* values, bool packed) const;
+  std::size_t tensor_size(int node, Slot slot) const;  // dense
+  std::size_t stored_size(int node, Slot slot) const;
+
+  double step(const float* x, const std::int64_t* y, int examples, bool importance);
+  double loss(const float* x, const std::int64_t* y, int examples);
+  void squares(int node, Slot slot, float* values) const;  // sums of squares; 0 before any step
+
+  // Activations of `nodes` (and of the output, always the last node); read with `activation`.
+  void forward(const float* x, int examples, const std::vector<int>& nodes, bool training);
+  void activation(int node, float* values) const;
+  void backward(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
+                bool dense);
+  void gradient(int node, Slot slot, float* values, bool dense) const;
+  void drop_gradients();  // what backward left
+  void set_gradient(int node, Slot slot, const float* values);
+  // One optimiser step of the tensors named by (node, slot), whose gradients were set.
+  void apply(const std::vector<std::pair<int, Slot>>& tensors);
+
+ private:
+  const Program& training_program(bool importance);
+  Mode mode(bool training, bool importance) const;
+  float* arena(std::size_t floats);
+  void hold_gradients(bool dense);
+  void clip(const std::vector<std::pair<int, Slot>>& tensors);
+  std::vector<std::pair<int, Slot>> trainable() const;
+  Weight& tensor(int node, Slot slot) const { return layers_[node]->tensors[slot]; }
+  std::vector<std::uint32_t> packed_order(int node, Slot slot) const;
+
+  std::shared_ptr<Engine> engine_;
+  Network network_;
+  Options options_;
+  std::vector<std::unique_ptr<Layer>> layers_;
+  std::unique_ptr<Structure> structure_;
+  std::unique_ptr<Program> training_, importance_, evaluation_, tapped_;
+  Batch tapped_batch_;
+  std::unique_ptr<float[], void (*)(float*)> arena_;
+  std::size_t arena_floats_ = 0;
+};
+
+}  // namespace fedlean

@@ -1,0 +1,377 @@
+// The oracle of the other tables: every function in plain scalar code, straight from the contract
+// in kernels.h, sharing nothing with the vector kernels.  Sums are taken in double.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "fedlean/kernels.h"
+
+namespace fedlean {
+namespace {
+
+void gather(const GatherArgs& a) {
+  const ConvShape& s = a.shape;
+  const GatherPattern& pattern = *a.pattern;
+  for (int o = a.out_begin; o < a.out_end; ++o) {
+    for (int y = 0; y < s.height; ++y) {
+      for (int x = 0; x < s.width; ++x) {
+        const std::ptrdiff_t pixel = std::ptrdiff_t(o) * s.out_plane + y * s.out_row + x;
+        float* const out = a.out + pixel * s.lanes;
+        double sum[kPanelLanes];
+        for (int lane = 0; lane < s.lanes; ++lane)
+          sum[lane] = a.accumulate ? out[lane] : a.bias ? a.bias[o] : 0.0f;
+        for (const Chunk& chunk : pattern.chunks) {
+          if (o < int(chunk.out_begin) || o >= int(chunk.out_end)) continue;
+          const std::size_t row = chunk.first_row + (o - chunk.out_begin);
+          for (std::uint32_t k = pattern.row_start[row]; k < pattern.row_start[row + 1]; ++k) {
+            const std::size_t from =
+                std::size_t(chunk.in_pixel) + pattern.offset[k] + std::size_t(y) * s.in_row + x;
+            for (int lane = 0; lane < s.lanes; ++lane)
+              sum[lane] += double(a.value[k]) * a.in[from * s.lanes + lane];
+          }
+        }
+        for (int lane = 0; lane < s.lanes; ++lane) out[lane] = float(sum[lane]);
+      }
+    }
+  }
+}
+
+void sample(const SampleArgs& a) {
+  const ConvShape& s = a.shape;
+  const GatherPattern& pattern = *a.pattern;
+  const Chunk& chunk = pattern.chunks[a.chunk];
+  for (std::uint32_t row = a.row_begin; row < a.row_end; ++row) {
+    const std::size_t o = chunk.out_begin + (row - chunk.first_row);
+    for (std::uint32_t k = pattern.row_start[row]; k < pattern.row_start[row + 1]; ++k) {
+      double sum[4] = {0, 0, 0, 0};
+      for (int y = 0; y < s.height; ++y) {
+        for (int x = 0; x < s.width; ++x) {
+          const std::size_t from =
+              std::size_t(chunk.in_pixel) + pattern.offset[k] + std::size_t(y) * s.in_row + x;
+          const std::size_t to = o * s.out_plane + std::size_t(y) * s.out_row + x;
+          for (int lane = 0; lane < s.lanes; ++lane)
+            sum[lane % 4] += double(a.grad[to * s.lanes + lane]) * a.in[from * s.lanes + lane];
+        }
+      }
+      float* const partial = a.partial + std::size_t(k - pattern.row_start[a.row_begin]) * 4;
+      for (int i = 0; i < 4; ++i) partial[i] = float(partial[i] + sum[i]);
+    }
+  }
+}
+
+// Pixel of the input that tap t of input channel c reads for output pixel (y, x).
+std::ptrdiff_t input_pixel(const DenseConv& conv, const ConvShape& s, int c, int t, int y, int x) {
+  return std::ptrdiff_t(c) * conv.in_plane + conv.tap_offset[t] + std::ptrdiff_t(y) * s.in_row + x;
+}
+
+std::ptrdiff_t weight_index(const DenseConv& conv, int o, int c, int t) {
+  return o * conv.weight_out + c * conv.weight_in + conv.tap_weight[t];
+}
+
+void dense_conv(const DenseConvArgs& a) {
+  const ConvShape& s = a.shape;
+  for (int o = a.out_begin; o < a.out_end; ++o) {
+    for (int y = 0; y < s.height; ++y) {
+      for (int x = 0; x < s.width; ++x) {
+        const std::ptrdiff_t pixel = std::ptrdiff_t(o) * s.out_plane + y * s.out_row + x;
+        float* const out = a.out + pixel * s.lanes;
+        double sum[kPanelLanes];
+        for (int lane = 0; lane < s.lanes; ++lane)
+          sum[lane] = a.accumulate ? out[lane] : a.bias ? a.bias[o] : 0.0f;
+        for (int c = 0; c < a.conv.in_channels; ++c) {
+          for (int t = 0; t < a.conv.taps; ++t) {
+            const double w = a.weight[weight_index(a.conv, o, c, t)];
+            const float* const in = a.in + input_pixel(a.conv, s, c, t, y, x) * s.lanes;
+            for (int lane = 0; lane < s.lanes; ++lane) sum[lane] += w * in[lane];
+          }
+        }
+        for (int lane = 0; lane < s.lanes; ++lane) out[lane] = float(sum[lane]);
+      }
+    }
+  }
+}
+
+void dense_conv_grad(const DenseGradArgs& a) {
+  const ConvShape& s = a.shape;
+  for (int o = a.out_begin; o < a.out_end; ++o) {
+    for (int c = 0; c < a.conv.in_channels; ++c) {
+      for (int t = 0; t < a.conv.taps; ++t) {
+        double sum = 0;
+        for (int y = 0; y < s.height; ++y) {
+          for (int x = 0; x < s.width; ++x) {
+            const float* const in = a.in + input_pixel(a.conv, s, c, t, y, x) * s.lanes;
+            const std::ptrdiff_t pixel = std::ptrdiff_t(o) * s.out_plane + y * s.out_row + x;
+            const float* const grad = a.grad + pixel * s.lanes;
+            for (int lane = 0; lane < s.lanes; ++lane) sum += double(grad[lane]) * in[lane];
+          }
+        }
+        float& to = a.grad_weight[weight_index(a.conv, o, c, t)];
+        to = float(to + sum);
+      }
+    }
+  }
+}
+
+void scatter(const ColumnArgs& a, int block) {
+  const ColumnPattern& pattern = *a.pattern;
+  const int first = block * pattern.block_rows;
+  const int rows =
+      pattern.outputs - first < pattern.block_rows ? pattern.outputs - first : pattern.block_rows;
+  for (int panel = 0; panel < a.panels; ++panel) {
+    const std::size_t lanes = a.lanes[panel];
+    std::vector<double> sums(rows * lanes, 0.0);
+    for (int i = 0; i < pattern.inputs; ++i) {
+      const std::size_t cell = std::size_t(block) * pattern.inputs + i;
+      for (std::uint32_t k = pattern.start[cell]; k < pattern.start[cell + 1]; ++k)
+        for (std::size_t lane = 0; lane < lanes; ++lane)
+          sums[pattern.row[k] * lanes + lane] += double(a.value[k]) * a.in[panel][i * lanes + lane];
+    }
+    float* const out = a.out[panel] + first * lanes;
+    for (std::size_t i = 0; i < sums.size(); ++i) out[i] = float(out[i] + sums[i]);
+  }
+}
+
+void column_backward(const ColumnArgs& a, int block, int begin, int end, float* grad_value) {
+  const ColumnPattern& pattern = *a.pattern;
+  const std::size_t cells = std::size_t(block) * pattern.inputs;
+  const std::size_t first = std::size_t(block) * pattern.block_rows;
+  for (int i = begin; i < end; ++i) {
+    for (std::uint32_t k = pattern.start[cells + i]; k < pattern.start[cells + i + 1]; ++k) {
+      double sum = 0;
+      for (int panel = 0; panel < a.panels; ++panel) {
+        const std::size_t lanes = a.lanes[panel];
+        const float* const grad = a.grad[panel] + (first + pattern.row[k]) * lanes;
+        for (std::size_t lane = 0; lane < lanes; ++lane)
+          sum += double(grad[lane]) * a.in[panel][i * lanes + lane];
+      }
+      float& to = grad_value[k - pattern.start[cells + begin]];
+      to = float(to + sum);
+    }
+  }
+  if (!a.out[0]) return;
+  for (int panel = 0; panel < a.panels; ++panel) {
+    const std::size_t lanes = a.lanes[panel];
+    for (int i = begin; i < end; ++i) {
+      for (std::size_t lane = 0; lane < lanes; ++lane) {
+        double sum = a.out[panel][i * lanes + lane];
+        for (std::uint32_t k = pattern.start[cells + i]; k < pattern.start[cells + i + 1]; ++k)
+          sum += double(a.value[k]) * a.grad[panel][(first + pattern.row[k]) * lanes + lane];
+        a.out[panel][i * lanes + lane] = float(sum);
+      }
+    }
+  }
+}
+
+void dense_forward(const float* x, const float* w, const float* bias, float* y, int batch,
+                   int inputs, int outputs, int begin, int end) {
+  for (std::size_t b = 0; b < std::size_t(batch); ++b) {
+    for (std::size_t o = begin; o < std::size_t(end); ++o) {
+      double sum = bias ? bias[o] : 0.0f;
+      for (int i = 0; i < inputs; ++i) sum += double(x[b * inputs + i]) * w[o * inputs + i];
+      y[b * outputs + o] = float(sum);
+    }
+  }
+}
+
+// Rounds after every row, so that the result does not depend on how the rows are cut.
+void dense_backward(const float* grad, const float* w, float* grad_x, int batch, int inputs,
+                    int row_begin, int row_end, int begin, int end) {
+  for (std::size_t b = 0; b < std::size_t(batch); ++b) {
+    for (std::size_t i = begin; i < std::size_t(end); ++i) {
+      float sum = grad_x[b * inputs + i];
+      for (std::size_t o = row_begin; o < std::size_t(row_end); ++o)
+        sum = float(sum + double(grad[o * batch + b]) * w[o * inputs + i]);
+      grad_x[b * inputs + i] = sum;
+    }
+  }
+}
+
+void dense_grad(const float* grad, const float* x, float* out, int batch, int inputs, int row,
+                int rows, int begin, int end) {
+  const std::size_t width = end - begin;
+  for (std::size_t r = 0; r < std::size_t(rows); ++r) {
+    for (std::size_t i = 0; i < width; ++i) {
+      double sum = 0;
+      for (std::size_t b = 0; b < std::size_t(batch); ++b)
+        sum += double(grad[(row + r) * batch + b]) * x[b * inputs + begin + i];
+      out[r * width + i] = float(sum);
+    }
+  }
+}
+
+void update(float* w, float* velocity, const float* reference, const float* grad,
+            const std::uint8_t* kept, std::size_t n, const Update& u) {
+  for (std::size_t i = 0; i < n; ++i) {
+    if (kept && !kept[i]) {
+      if (velocity) velocity[i] = 0;
+      continue;
+    }
+    double v = grad[i] + double(u.weight_decay) * w[i];
+    if (reference) v += double(u.proximal) * (double(w[i]) - reference[i]);
+    if (velocity) {
+      v += double(u.momentum) * velocity[i];
+      velocity[i] = float(v);
+    }
+    w[i] = float(w[i] - u.lr * v);
+  }
+}
+
+void add_squares(float* sum, const float* grad, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) sum[i] = float(sum[i] + double(grad[i]) * grad[i]);
+}
+
+void fold_partials(const float* partial, float* out, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int j = 0; j < 4; ++j) sum += partial[4 * i + j];
+    out[i] = float(sum);
+  }
+}
+
+// min(max(x + 3, 0), 6); NaN stays NaN.
+double gate(double x) { return x < -3 ? 0.0 : x > 3 ? 6.0 : x + 3; }
+
+void relu(const float* x, float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = x[i] < 0 ? 0.0f : x[i];
+}
+void relu_backward(const float* y, const float* grad, float* grad_x, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) grad_x[i] = y[i] > 0 ? grad[i] : 0.0f;
+}
+void hardswish(const float* x, float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = float(x[i] * gate(x[i]) / 6);
+}
+void hardswish_backward(const float* x, const float* grad, float* grad_x, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    if (x[i] <= -3) {
+      grad_x[i] = 0;
+    } else if (x[i] < 3) {
+      grad_x[i] = float(grad[i] * (x[i] / 3.0 + 0.5));
+    } else {
+      grad_x[i] = grad[i];
+    }
+  }
+}
+void hardsigmoid(const float* x, float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = float(gate(x[i]) / 6);
+}
+void hardsigmoid_backward(const float* x, const float* grad, float* grad_x, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i)
+    grad_x[i] = x[i] > -3 && x[i] < 3 ? float(grad[i] / 6.0) : 0.0f;
+}
+void add(const float* x, float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
+void affine(const float* x, const float* scale, const float* shift, float* y, int lanes, int pixels,
+            bool accumulate) {
+  for (std::size_t i = 0; i < std::size_t(pixels) * lanes; ++i) {
+    const double moved = double(x[i]) * scale[i % lanes] + shift[i % lanes];
+    y[i] = float(accumulate ? y[i] + moved : moved);
+  }
+}
+
+void blend(const float* a, const float* scale_a, const float* b, const float* scale_b,
+           const float* shift, float* y, int lanes, int pixels, bool accumulate) {
+  for (std::size_t i = 0; i < std::size_t(pixels) * lanes; ++i) {
+    const int lane = int(i % lanes);
+    const double mixed = double(a[i]) * scale_a[lane] + double(b[i]) * scale_b[lane] + shift[lane];
+    y[i] = float(accumulate ? y[i] + mixed : mixed);
+  }
+}
+
+void lane_sums(const float* x, const float* z, const float* center, float* sums, float* products,
+               int lanes, int pixels) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    double sum = sums[lane], product = products[lane];
+    for (std::size_t i = 0; i < std::size_t(pixels); ++i) {
+      sum += x[i * lanes + lane];
+      product += x[i * lanes + lane] * (double(z[i * lanes + lane]) - center[lane]);
+    }
+    sums[lane] = float(sum);
+    products[lane] = float(product);
+  }
+}
+
+void lane_squares(const float* x, const float* center, float* squares, int lanes, int pixels) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    double sum = squares[lane];
+    for (std::size_t i = 0; i < std::size_t(pixels); ++i) {
+      const double distance = double(x[i * lanes + lane]) - center[lane];
+      sum += distance * distance;
+    }
+    squares[lane] = float(sum);
+  }
+}
+
+// Of equal pixels the first wins; of NaNs, which win over all others, the last (as in PyTorch).
+void max_pool_row(const float* in, float* out, std::uint8_t* winner, int lanes, int in_row,
+                  int out_width, int kernel, int stride) {
+  for (int x = 0; x < out_width; ++x) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      float best = in[std::size_t(x) * stride * lanes + lane];
+      int which = 0;
+      for (int ky = 0; ky < kernel; ++ky) {
+        for (int kx = 0; kx < kernel; ++kx) {
+          const std::size_t pixel = std::size_t(ky) * in_row + x * stride + kx;
+          const float value = in[pixel * lanes + lane];
+          if (value > best || value != value) {
+            best = value;
+            which = ky * kernel + kx;
+          }
+        }
+      }
+      out[std::size_t(x) * lanes + lane] = best;
+      if (winner) winner[std::size_t(x) * lanes + lane] = std::uint8_t(which);
+    }
+  }
+}
+
+void max_unpool_row(const float* grad, const std::uint8_t* winner, float* grad_in, int lanes,
+                    int in_row, int out_width, int kernel, int stride) {
+  for (int x = 0; x < out_width; ++x) {
+    for (int ky = 0; ky < kernel; ++ky) {
+      for (int kx = 0; kx < kernel; ++kx) {
+        const std::size_t pixel = std::size_t(ky) * in_row + x * stride + kx;
+        for (int lane = 0; lane < lanes; ++lane) {
+          const std::size_t from = std::size_t(x) * lanes + lane;
+          grad_in[pixel * lanes + lane] = winner[from] == ky * kernel + kx ? grad[from] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels reference_table;
+const Kernels reference_table = {
+    "reference",
+    gather,
+    sample,
+    dense_conv,
+    dense_conv_grad,
+    scatter,
+    column_backward,
+    dense_forward,
+    dense_backward,
+    dense_grad,
+    update,
+    add_squares,
+    fold_partials,
+    relu,
+    relu_backward,
+    hardswish,
+    hardswish_backward,
+    hardsigmoid,
+    hardsigmoid_backward,
+    add,
+    affine,
+    blend,
+    lane_sums,
+    lane_squares,
+    max_pool_row,
+    max_unpool_row,
+};
+
+}  // namespace fedlean

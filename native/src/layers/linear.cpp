@@ -1,0 +1,352 @@
+// Linear: sparse columns, or dense on row-major copies of the activations.
+
+#include <algorithm>
+#include <cstring>
+
+#include "fedlean/layer.h"
+#include "thresholds.h"
+
+namespace fedlean {
+
+namespace {
+
+class SparseLinear : public Layer {
+ public:
+  SparseLinear(const Node& node, const Shape& in, std::size_t nonzeros)
+      : Layer(node), nonzeros_(nonzeros) {
+    const int outputs = node.shape.channels, inputs = in.channels;
+    const double density = double(nonzeros) / (double(outputs) * inputs);
+    pattern_.inputs = inputs;
+    pattern_.outputs = outputs;
+    pattern_.block_rows = block_rows(outputs, density);
+  }
+
+  bool sparse() const override { return true; }
+  std::size_t stored(Slot slot) const override {
+    if (slot == kBias) return node.bias ? pattern_.outputs : 0;
+    return slot == kWeight ? nonzeros_ : 0;
+  }
+  std::size_t index_bytes() const override {
+    return (std::size_t(pattern_.blocks()) * pattern_.inputs + 1) * sizeof(std::uint32_t) +
+           nonzeros_ * sizeof(std::uint16_t);
+  }
+  std::size_t built_bytes() const override { return pattern_.bytes(); }
+
+  void build(const std::uint8_t* kept) override {
+    std::vector<std::uint8_t> all;
+    if (!kept) {
+      all.assign(std::size_t(pattern_.outputs) * pattern_.inputs, 1);
+      kept = all.data();
+    }
+    pattern_ = build_columns(kept, pattern_.outputs, pattern_.inputs, pattern_.block_rows);
+    cut_inputs();
+  }
+
+  bool reads_input() const override { return tensors[kWeight].trainable; }
+
+  Needs needs(const Situation& s) const override {
+    Needs needs;
+    needs.backward_scratch = std::size_t(s.threads) * kStrip;
+    if (s.importance)
+      needs.backward_scratch += std::size_t(pattern_.inputs + pattern_.outputs) * s.examples +
+                                std::size_t(kGradRows) * pattern_.inputs;
+    return needs;
+  }
+
+  std::vector<std::uint32_t> weight_positions() const override {
+    std::vector<std::uint32_t> positions(pattern_.nonzeros());
+    for (int b = 0; b < pattern_.blocks(); ++b)
+      for (int i = 0; i < pattern_.inputs; ++i)
+        for (std::uint32_t k = start(b, i); k < start(b, i + 1); ++k)
+          positions[k] = std::uint32_t(
+              (std::size_t(b) * pattern_.block_rows + pattern_.row[k]) * pattern_.inputs + i);
+    return positions;
+  }
+
+  void forward(Pass& pass) override {
+    pass.split(pattern_.blocks(), [&](int, int begin, int end) {
+      for (int b = begin; b < end; ++b) {
+        const int first = b * pattern_.block_rows;
+        const int last = std::min(first + pattern_.block_rows, pattern_.outputs);
+        for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
+          const int lanes = pass.lanes(p);
+          float* const y = pass.out.panel(p);
+          for (int o = first; o < last; ++o)
+            std::fill_n(y + std::size_t(o) * lanes, lanes,
+                        node.bias ? tensors[kBias].value[o] : 0.0f);
+        }
+        for_panels(pass, [&](ColumnArgs& args) { pass.kernels.scatter(args, b); }, false);
+      }
+    });
+  }
+
+  void backward(Pass& pass) override {
+    if (pass.sink.all_coordinates() && tensors[kWeight].trainable) all_gradients(pass);
+    if (tensors[kBias].trainable) bias_gradient(pass, tensors[kBias]);
+    if (!pass.grad_in[0] && !(tensors[kWeight].trainable && (pass.sink.update || pass.sink.store)))
+      return;
+    pass.split(int(input_parts_.size()) - 1, [&](int thread, int begin, int end) {
+      float* const strip = pass.scratch + thread * kStrip;
+      backward_inputs(pass, input_parts_[begin], input_parts_[end], strip);
+    });
+  }
+
+ private:
+  static constexpr std::uint32_t kStrip = 2048;  // non-zeros whose gradients wait for their update
+  static constexpr int kGradRows = 8;
+  static constexpr int kParts = 48;
+
+  std::uint32_t start(int block, int input) const {
+    return pattern_.start[std::size_t(block) * pattern_.inputs + input];
+  }
+
+  template <typename F>
+  void for_panels(const Pass& pass, F&& f, bool backward) const {
+    for (int p = pass.panel_begin; p < pass.panel_end; p += 2) {
+      ColumnArgs args = {};
+      args.pattern = &pattern_;
+      args.value = tensors[kWeight].value.data();
+      args.panels = std::min(2, pass.panel_end - p);
+      for (int i = 0; i < args.panels; ++i) {
+        args.lanes[i] = pass.lanes(p + i);
+        args.in[i] = pass.in[0].panel(p + i);
+        if (backward) {
+          args.grad[i] = pass.grad_out.panel(p + i);
+          args.out[i] = pass.grad_in[0] ? pass.grad_in[0].panel(p + i) : nullptr;
+        } else {
+          args.out[i] = pass.out.panel(p + i);
+        }
+      }
+      f(args);
+    }
+  }
+
+  void backward_inputs(Pass& pass, int begin, int end, float* strip) {
+    if (pass.grad_in[0] && !pass.accumulate[0]) {
+      for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
+        const int lanes = pass.lanes(p);
+        std::memset(pass.grad_in[0].panel(p) + std::size_t(begin) * lanes, 0,
+                    std::size_t(end - begin) * lanes * sizeof(float));
+      }
+    }
+    for (int b = 0; b < pattern_.blocks(); ++b) {
+      for (int i = begin; i < end;) {
+        int j = i + 1;
+        while (j < end && start(b, j + 1) - start(b, i) <= kStrip) ++j;
+        const std::uint32_t first = start(b, i), n = start(b, j) - first;
+        if (n) {
+          std::memset(strip, 0, n * sizeof(float));
+          for_panels(pass,
+                     [&](ColumnArgs& args) { pass.kernels.column_backward(args, b, i, j, strip); },
+                     true);
+          tensors[kWeight].take(pass.kernels, pass.sink, first, strip, n);
+        }
+        i = j;
+      }
+    }
+  }
+
+  void all_gradients(Pass& pass);
+
+  // Parts of the inputs with about equal numbers of non-zeros.
+  void cut_inputs() {
+    std::uint64_t total = pattern_.nonzeros() + pattern_.inputs, sum = 0;
+    input_parts_ = {0};
+    const int parts = std::min(kParts, pattern_.inputs);
+    for (int i = 0; i < pattern_.inputs; ++i) {
+      ++sum;
+      for (int b = 0; b < pattern_.blocks(); ++b) sum += start(b, i + 1) - start(b, i);
+      if (sum * parts >= total * input_parts_.size() && int(input_parts_.size()) < parts)
+        input_parts_.push_back(i + 1);
+    }
+    input_parts_.push_back(pattern_.inputs);
+  }
+
+  const std::size_t nonzeros_;
+  ColumnPattern pattern_;
+  std::vector<int> input_parts_;
+};
+
+int examples_of(const Pass& pass) {
+  int n = 0;
+  for (int p = pass.panel_begin; p < pass.panel_end; ++p) n += pass.batch.used(p);
+  return n;
+}
+
+// Panels [F][lanes] <-> row-major (examples, F), or (F, examples) when `transposed`.
+template <typename F>
+void for_elements(const Pass& pass, const View& v, int begin, int end, F&& f) {
+  int first = 0;
+  for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
+    const int lanes = pass.lanes(p), used = pass.batch.used(p);
+    float* const panel = v.panel(p);
+    for (int i = begin; i < end; ++i)
+      for (int l = 0; l < used; ++l) f(panel[std::size_t(i) * lanes + l], first + l, i);
+    first += used;
+  }
+}
+
+void to_rows(const Pass& pass, const View& v, float* rows) {
+  const std::size_t width = v.layout.shape.channels;
+  pass.split(int(width), [&](int, int begin, int end) {
+    for_elements(pass, v, begin, end, [&](float x, int b, int i) { rows[b * width + i] = x; });
+  });
+}
+
+void to_columns(const Pass& pass, const View& v, float* columns, int examples) {
+  pass.split(v.layout.shape.channels, [&](int, int begin, int end) {
+    for_elements(pass, v, begin, end,
+                 [&](float x, int b, int i) { columns[std::size_t(i) * examples + b] = x; });
+  });
+}
+
+// f(thread, begin, end) over [0, n) cut at multiples of a cache line.
+template <typename F>
+void split_lines(const Pass& pass, int n, F&& f) {
+  constexpr int line = 16;
+  const int lines = (n + line - 1) / line;
+  pass.split(lines, [&](int thread, int begin, int end) {
+    f(thread, begin * line, std::min(n, end * line));
+  });
+}
+
+// Calls take(row, first column, gradients, how many) for all of dW = grad_columns · rows.
+template <typename F>
+void weight_gradients(const Pass& pass, const float* rows, const float* columns, int examples,
+                      int inputs, int begin, int end, int row_begin, int row_end, float* block,
+                      int block_rows, F&& take) {
+  const int width = end - begin;
+  for (int o = row_begin; o < row_end; o += block_rows) {
+    const int n = std::min(block_rows, row_end - o);
+    pass.kernels.dense_grad(columns, rows, block, examples, inputs, o, n, begin, end);
+    for (int r = 0; r < n; ++r) take(o + r, begin, block + std::size_t(r) * width, width);
+  }
+}
+
+void SparseLinear::all_gradients(Pass& pass) {
+  const int examples = examples_of(pass), inputs = pattern_.inputs, outputs = pattern_.outputs;
+  float* const rows = pass.scratch + std::size_t(pass.pool.threads()) * kStrip;
+  float* const columns = rows + std::size_t(inputs) * examples;
+  float* const block = columns + std::size_t(outputs) * examples;
+  to_rows(pass, pass.in[0], rows);
+  to_columns(pass, pass.grad_out, columns, examples);
+  split_lines(pass, inputs, [&](int, int begin, int end) {
+    weight_gradients(pass, rows, columns, examples, inputs, begin, end, 0, outputs,
+                     block + std::size_t(kGradRows) * begin, kGradRows,
+                     [&](int o, int i, const float* grad, int n) {
+                       tensors[kWeight].take_all(pass.kernels, pass.sink,
+                                                 std::size_t(o) * inputs + i, grad, n);
+                     });
+  });
+}
+
+class DenseLinear : public Layer {
+ public:
+  DenseLinear(const Node& node, const Shape& in)
+      : Layer(node), inputs_(in.channels), outputs_(node.shape.channels) {}
+
+  std::size_t stored(Slot slot) const override {
+    if (slot == kBias) return node.bias ? outputs_ : 0;
+    return slot == kWeight ? std::size_t(inputs_) * outputs_ : 0;
+  }
+
+  bool reads_input() const override { return tensors[kWeight].trainable; }
+
+  Needs needs(const Situation& s) const override {
+    const std::size_t rows = std::size_t(s.examples) * inputs_;
+    const std::size_t columns = std::size_t(s.examples) * outputs_;
+    Needs needs;
+    needs.forward_scratch = rows + columns;
+    needs.backward_scratch = rows + columns + (s.needs_grad_in ? rows : 0) +
+                             std::size_t(kGradRows) * inputs_;
+    return needs;
+  }
+
+  void forward(Pass& pass) override {
+    const int examples = examples_of(pass);
+    float* const rows = pass.scratch;
+    float* const out = rows + std::size_t(examples) * inputs_;
+    to_rows(pass, pass.in[0], rows);
+    constexpr int step = 4;  // whole register blocks
+    pass.split((outputs_ + step - 1) / step, [&](int, int begin, int end) {
+      const int first = begin * step, last = std::min(outputs_, end * step);
+      pass.kernels.dense_forward(rows, tensors[kWeight].value.data(),
+                                 node.bias ? tensors[kBias].value.data() : nullptr, out, examples,
+                                 inputs_, outputs_, first, last);
+      clear_idle(pass, first, last);
+      for_elements(pass, pass.out, first, last, [&](float& y, int b, int o) {
+        y = out[std::size_t(b) * outputs_ + o];
+      });
+    });
+  }
+
+  void backward(Pass& pass) override {
+    if (tensors[kBias].trainable) bias_gradient(pass, tensors[kBias]);
+    const bool grad_in = bool(pass.grad_in[0]);
+    if (!grad_in && !tensors[kWeight].trainable) return;
+    const int examples = examples_of(pass);
+    float* const rows = pass.scratch;
+    float* const columns = rows + std::size_t(examples) * inputs_;
+    float* const block = columns + std::size_t(examples) * outputs_;
+    float* const grad_rows = block + std::size_t(kGradRows) * inputs_;
+    if (tensors[kWeight].trainable) to_rows(pass, pass.in[0], rows);
+    to_columns(pass, pass.grad_out, columns, examples);
+    split_lines(pass, inputs_, [&](int, int begin, int end) {
+      if (grad_in)
+        for (int b = 0; b < examples; ++b)
+          std::fill_n(grad_rows + std::size_t(b) * inputs_ + begin, end - begin, 0.0f);
+      // Rows of W by the block: read once for dX, updated while they are near.
+      for (int o = 0; o < outputs_; o += kNearRows) {
+        const int last = std::min(o + kNearRows, outputs_);
+        if (grad_in)
+          pass.kernels.dense_backward(columns, tensors[kWeight].value.data(), grad_rows, examples,
+                                      inputs_, o, last, begin, end);
+        if (tensors[kWeight].trainable)
+          weight_gradients(pass, rows, columns, examples, inputs_, begin, end, o, last,
+                           block + std::size_t(kGradRows) * begin, kGradRows,
+                           [&](int row, int i, const float* grad, int n) {
+                             const std::size_t at = std::size_t(row) * inputs_ + i;
+                             tensors[kWeight].take_all(pass.kernels, pass.sink, at, grad, n);
+                             tensors[kWeight].take(pass.kernels, pass.sink, at, grad, n);
+                           });
+      }
+      if (grad_in) add_rows(pass, grad_rows, begin, end);
+    });
+  }
+
+ private:
+  static constexpr int kGradRows = 8, kNearRows = 32;
+
+  void clear_idle(const Pass& pass, int begin, int end) const {
+    const int p = pass.panel_end - 1, lanes = pass.lanes(p), used = pass.batch.used(p);
+    for (int i = begin; i < end && used < lanes; ++i)
+      std::fill(pass.out.panel(p) + std::size_t(i) * lanes + used,
+                pass.out.panel(p) + std::size_t(i + 1) * lanes, 0.0f);
+  }
+
+  void add_rows(const Pass& pass, const float* grad_rows, int begin, int end) const {
+    const View& to = pass.grad_in[0];
+    const int p = pass.panel_end - 1, lanes = pass.lanes(p), used = pass.batch.used(p);
+    if (!pass.accumulate[0])
+      for (int i = begin; i < end && used < lanes; ++i)
+        std::fill(to.panel(p) + std::size_t(i) * lanes + used,
+                  to.panel(p) + std::size_t(i + 1) * lanes, 0.0f);
+    for_elements(pass, to, begin, end, [&](float& g, int b, int i) {
+      const float value = grad_rows[std::size_t(b) * inputs_ + i];
+      g = pass.accumulate[0] ? g + value : value;
+    });
+  }
+
+  const int inputs_, outputs_;
+};
+
+}  // namespace
+
+std::unique_ptr<Layer> make_linear(const Node& node, const Shape& in, std::size_t nonzeros) {
+  const double size = double(node.shape.channels) * in.channels;
+  if (double(nonzeros) < kSparseLinearBelow * size)
+    return std::make_unique<SparseLinear>(node, in, nonzeros);
+  return std::make_unique<DenseLinear>(node, in);
+}
+
+}  // namespace fedlean

@@ -1,0 +1,34 @@
+// Below which density a sparse kernel beats our dense one, and how much input makes a chunk: from
+// benchmarks/layers.py.  Constants, not measured when a model is opened: the same model must give
+// the same bits on every run.
+#pragma once
+
+#include <algorithm>
+
+namespace fedlean {
+
+constexpr double kSparseConvBelow = 0.5;
+constexpr double kSparseLinearBelow = 0.5;
+
+// Input channels per chunk of a sparse convolution: enough non-zeros per output channel to pay for
+// loading and storing its tile, few enough that the chunk's window stays near.
+inline int chunk_channels(int kernel, double density, int channel_pixels) {
+  const double wanted = 20.0 / (kernel * kernel * std::max(density, 1e-3));
+  const int most = std::max(1, 65536 / channel_pixels);
+  return std::clamp(int(wanted + 0.5), 1, std::min(most, 128));
+}
+
+// Input channels at once of a dense convolution: the window of a tile, of about 7 pixels in 16 lanes,
+// stays in the first-level cache while all output channels pass over it.
+inline int dense_chunk(int kernel) {
+  const int window_bytes = kernel * (kernel + 6) * 64;
+  return std::max(4, 20000 / window_bytes);
+}
+
+// Outputs per block of a sparse Linear: their rows stay in the first-level cache.
+inline int block_rows(int outputs, double density) {
+  const int wanted = density < 0.03 ? 1024 : 256;
+  return std::min(outputs, wanted);
+}
+
+}  // namespace fedlean
