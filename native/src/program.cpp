@@ -314,8 +314,21 @@ Pass Program::pass_of(const Step& step, const Kernels& kernels, ThreadPool& pool
   for (int t : step.inputs) pass.in.push_back(value_of(t));
   pass.out = value_of(step.output);
   if (step.saved >= 0) pass.saved = arena + plan_.offset(step.saved);
-  pass.training = step.training && (step.backward || step.layer->mixes_examples());
   return pass;
+}
+
+// (examples, F) -> panels, idle lanes 0.
+void Program::pack_vectors(const Pass& pass, const float* x) const {
+  const std::size_t width = pass.out.layout.shape.channels;
+  pass.split(int(width), [&](int, int begin, int end) {
+    for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
+      const int lanes = pass.lanes(p), used = pass.batch.used(p);
+      const float* rows[kPanelLanes] = {};
+      for (int l = 0; l < used; ++l) rows[l] = x + (std::size_t(p) * kPanelLanes + l) * width + begin;
+      pass.kernels.interleave(rows, pass.out.panel(p) + std::size_t(begin) * lanes, lanes,
+                              end - begin);
+    }
+  });
 }
 
 // (examples, C, H, W) -> panels, idle lanes 0.
@@ -324,18 +337,19 @@ void Program::pack(const Pass& pass, const float* x) const {
   const Shape& s = v.layout.shape;
   clear_halo(pass, v);
   const std::size_t plane = std::size_t(s.height) * s.width;
+  if (v.layout.plane() == 1) return pack_vectors(pass, x);
   pass.split(s.channels, [&](int, int begin, int end) {
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       const int lanes = pass.lanes(p), used = pass.batch.used(p);
       const float* const from = x + std::size_t(p) * kPanelLanes * s.size();
+      const float* rows[kPanelLanes] = {};
       for (int c = begin; c < end; ++c) {
         for (int y = 0; y < s.height; ++y) {
           float* const to = v.interior(p, lanes) +
                             (std::size_t(c) * v.layout.plane() + y * v.layout.row()) * lanes;
-          for (int l = 0; l < lanes; ++l) {
-            const float* const row = from + l * s.size() + c * plane + std::size_t(y) * s.width;
-            for (int i = 0; i < s.width; ++i) to[std::size_t(i) * lanes + l] = l < used ? row[i] : 0;
-          }
+          for (int l = 0; l < used; ++l)
+            rows[l] = from + l * s.size() + c * plane + std::size_t(y) * s.width;
+          pass.kernels.interleave(rows, to, lanes, s.width);
         }
       }
     }

@@ -318,7 +318,7 @@ void Session::squares(int node, Slot slot, float* values) const {
 }
 
 void Session::forward(const float* x, int examples, const std::vector<int>& nodes, bool training) {
-  Mode m = mode(training, false);
+  Mode m = mode(training, training);  // backward may be asked for all coordinates
   m.taps = nodes;
   m.examples = examples;
   tapped_ = std::make_unique<Program>(network_, layers_, *structure_, m);

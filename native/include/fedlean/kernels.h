@@ -142,6 +142,10 @@ struct Kernels {
   // sums[lane] += sum_i x; products[lane] += sum_i x * (z - center[lane]), over n pixels
   void (*lane_sums)(const float* x, const float* z, const float* center, float* sums,
                     float* products, int lanes, int pixels);
+  // The sum of `rows` rows of n floats each (a multiple of 4), `step` floats apart.
+  float (*sum_rows)(const float* x, std::size_t n, int rows, std::size_t step);
+  // to[i*lanes + l] = rows[l][i] for i < n, l < lanes; rows[l] may be null: 0.
+  void (*interleave)(const float* const* rows, float* to, int lanes, int n);
   // squares[lane] += sum_i (x - center[lane])^2
   void (*lane_squares)(const float* x, const float* center, float* squares, int lanes, int pixels);
 

@@ -32,11 +32,11 @@ struct Pass {
   ThreadPool& pool;
   Batch batch;
   int panel_begin, panel_end;
-  bool training;  // batch statistics, and arrays saved for backward
+  bool training;  // batch statistics
   bool importance;  // backward also needs all coordinates' gradients
   std::vector<View> in;
   View out;
-  float* saved;  // from forward to backward
+  float* saved;  // from forward to backward; null where there is no backward
   float* scratch;
   // Backward only.
   std::vector<View> grad_in;  // no data: not needed

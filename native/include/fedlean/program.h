@@ -80,6 +80,7 @@ class Program {
                int panel_end) const;
   View view(float* arena, int array, const Layout&, int first_panel) const;
   void pack(const Pass&, const float* x) const;
+  void pack_vectors(const Pass&, const float* x) const;
 
   const Structure& structure_;
   std::vector<Tensor> tensors_;

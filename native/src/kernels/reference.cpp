@@ -293,6 +293,19 @@ void lane_sums(const float* x, const float* z, const float* center, float* sums,
   }
 }
 
+float sum_rows(const float* x, std::size_t n, int rows, std::size_t step) {
+  double sum = 0;
+  for (int row = 0; row < rows; ++row)
+    for (std::size_t i = 0; i < n; ++i) sum += x[row * step + i];
+  return float(sum);
+}
+
+void interleave(const float* const* rows, float* to, int lanes, int n) {
+  for (int i = 0; i < n; ++i)
+    for (int lane = 0; lane < lanes; ++lane)
+      to[std::size_t(i) * lanes + lane] = rows[lane] ? rows[lane][i] : 0.0f;
+}
+
 void lane_squares(const float* x, const float* center, float* squares, int lanes, int pixels) {
   for (int lane = 0; lane < lanes; ++lane) {
     double sum = squares[lane];
@@ -369,6 +382,8 @@ const Kernels reference_table = {
     affine,
     blend,
     lane_sums,
+    sum_rows,
+    interleave,
     lane_squares,
     max_pool_row,
     max_unpool_row,

@@ -14,6 +14,7 @@
 #endif
 
 #define KERNEL_INLINE inline __attribute__((always_inline))
+#define KERNEL_LAMBDA __attribute__((always_inline))
 
 namespace fedlean {
 namespace {

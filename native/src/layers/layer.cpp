@@ -31,22 +31,27 @@ void clear_halo(const Pass& pass, const View& v) {
   });
 }
 
+// Over all lanes: no gradient is in the idle ones.
 void bias_gradient(const Pass& pass, Weight& bias) {
-  const View& grad = pass.grad_out;
-  const Shape& shape = grad.layout.shape;
-  pass.split(shape.channels, [&](int, int begin, int end) {
-    for (int c = begin; c < end; ++c) {
-      float sum = 0;
+  const Layout& layout = pass.grad_out.layout;
+  const bool dense = layout.halo == 0;  // a channel is one stretch of memory
+  const int rows = dense ? 1 : layout.shape.height;
+  const int pixels = layout.shape.width * (dense ? layout.shape.height : 1);
+  pass.split(layout.shape.channels, [&](int, int begin, int end) {
+    constexpr int strip = 64;
+    float sums[strip];
+    for (int c = begin; c < end; c += strip) {
+      const int n = std::min(strip, end - c);
+      std::fill_n(sums, n, 0.0f);
       for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
-        const int lanes = pass.lanes(p);
-        float sums[kPanelLanes] = {}, products[kPanelLanes] = {}, center[kPanelLanes] = {};
-        for_rows(grad, grad, p, lanes, c, c + 1, [&](const float* g, const float*, std::size_t n) {
-          pass.kernels.lane_sums(g, g, center, sums, products, lanes, int(n / lanes));
-        });
-        for (int l = 0; l < pass.batch.used(p); ++l) sum += sums[l];
+        const std::size_t lanes = pass.lanes(p);
+        const float* const from = pass.grad_out.interior(p, int(lanes)) + c * layout.plane() * lanes;
+        for (int i = 0; i < n; ++i)
+          sums[i] += pass.kernels.sum_rows(from + i * layout.plane() * lanes, pixels * lanes, rows,
+                                           layout.row() * lanes);
       }
-      bias.take_all(pass.kernels, pass.sink, c, &sum, 1);
-      bias.take(pass.kernels, pass.sink, c, &sum, 1);
+      bias.take_all(pass.kernels, pass.sink, c, sums, n);
+      bias.take(pass.kernels, pass.sink, c, sums, n);
     }
   });
 }

@@ -122,7 +122,7 @@ class GroupNorm : public Norm {
             }
             scale_channel(pass, pass.in[0], pass.out, p, c, scale, shift, false);
           }
-          if (!pass.training) continue;
+          if (!pass.saved) continue;
           float* const at = saved(pass, group, p);
           std::memcpy(at, mean.v, sizeof mean.v);
           std::memcpy(at + kPanelLanes, inverse.v, sizeof inverse.v);
@@ -204,7 +204,7 @@ class BatchNorm : public Norm {
         float mean = tensors[kRunningMean].value[c], var = tensors[kRunningVar].value[c];
         if (batch) statistics(pass, c, mean, var);
         const float inverse = 1.0f / std::sqrt(var + node.eps);
-        if (pass.training) {
+        if (pass.saved) {
           pass.saved[2 * c] = mean;
           pass.saved[2 * c + 1] = inverse;
         }

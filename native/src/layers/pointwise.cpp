@@ -1,5 +1,6 @@
 // ReLU, Hardswish, Hardsigmoid, residual Add, Scale (squeeze-and-excite) and Flatten.
 
+#include <algorithm>
 #include <cstring>
 
 #include "fedlean/layer.h"
@@ -55,7 +56,14 @@ class Activation : public Layer {
     const View& values = node.kind == Kind::kReLU ? pass.out : pass.in[0];
     const View &grad = pass.grad_out, &to = pass.grad_in[0];
     const int height = to.layout.shape.height;
+    const bool flat = values.layout.halo == 0 && grad.layout.halo == 0 && to.layout.halo == 0;
     channels(pass, to, [&](int p, int lanes, int begin, int end) {
+      if (flat && !pass.accumulate[0]) {  // one stretch of memory
+        const std::size_t plane = std::size_t(to.layout.plane()) * lanes, first = begin * plane;
+        f(values.panel(p) + first, grad.panel(p) + first, to.panel(p) + first,
+          (end - begin) * plane);
+        return;
+      }
       const std::size_t n = std::size_t(to.layout.shape.width) * lanes;
       for (int c = begin; c < end; ++c) {
         for (int y = 0; y < height; ++y) {

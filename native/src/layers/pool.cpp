@@ -61,7 +61,7 @@ class MaxPool : public Pool {
   void forward(Pass& pass) override {
     channels(pass, [&](int p, int lanes, int c) {
       for (int y = 0; y < out_.height; ++y) {
-        std::uint8_t* const won = pass.training ? winners(pass, p, lanes, c, y) : nullptr;
+        std::uint8_t* const won = pass.saved ? winners(pass, p, lanes, c, y) : nullptr;
         float* const to = pixel(pass.out, p, lanes, c, y, 0);
         if (node.padding == 0) {
           pass.kernels.max_pool_row(pixel(pass.in[0], p, lanes, c, y * node.stride, 0), to, won,

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedlean import _native
 from fedlean import layers as L
-from fedlean.core import Params, SubModel, generator
+from fedlean.core import Masks, Params, SubModel, generator
 from fedlean.engine import checks
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import INPUT, ModelSpec, Node
@@ -128,7 +128,8 @@ class NativeSession:
         self._frozen = sub_model.frozen
         self._trainable = [name for name in spec.param_shapes if name not in sub_model.frozen]
         self._kept = {name: int(np.count_nonzero(m)) for name, m in sub_model.masks.items()}
-        self._masks = dict(sub_model.masks)
+        # A bit per coordinate: the caller may change its arrays, and bytes would be 8 times as many.
+        self._bits = {name: np.packbits(mask) for name, mask in sub_model.masks.items()}
         nodes = {node.name: i for i, node in enumerate(spec.nodes)}
         self._nodes = nodes
         self._places = {
@@ -152,7 +153,7 @@ class NativeSession:
         self._examples = 0  # of the forward that a backward may follow
         self._returned: frozenset[str] = frozenset()
         self._importance = False
-        self._build()
+        self._build(sub_model.masks)
         self._load(params)
 
     @property
@@ -166,7 +167,9 @@ class NativeSession:
         return self._session.held_bytes()
 
     def load(self, params: Params) -> None:
-        checks.check_params(self._spec, params, self._masks)
+        masks = {name: self._mask(name) for name in self._bits}
+        checks.check_params(self._spec, params, masks)
+        self._returned = frozenset()
         self._load(params)
 
     def params(self, *, packed: bool = False) -> dict[str, np.ndarray]:
@@ -202,7 +205,7 @@ class NativeSession:
                 shape = self._spec.param_shapes[name]
                 rng = generator(seed, 0, k, f"direction/{name}")
                 z = rng.standard_normal(shape, dtype=np.float32)
-                z = z[self._masks[name]] if name in self._masks else z
+                z = z[self._mask(name)] if name in self._bits else z
                 self._write(name, values + np.float32(sigma) * z, packed=True)
             return self.loss(x, y)
         finally:
@@ -264,12 +267,16 @@ class NativeSession:
             table[place.node][place.slot] = value(name)
         return table
 
-    def _build(self) -> None:
+    def _mask(self, name: str) -> np.ndarray:
+        shape = self._spec.tensor_shapes[name]
+        return np.unpackbits(self._bits[name], count=prod(shape)).view(np.bool_).reshape(shape)
+
+    def _build(self, masks_by_name: Masks) -> None:
         by_node: dict[int, list[np.ndarray | None]] = {}
         for name, place in self._places.items():
             masks = by_node.setdefault(place.node, [None] * len(_SLOTS))
             if self._pruned_to(name) >= 0:
-                masks[place.slot] = self._masks[name]
+                masks[place.slot] = masks_by_name[name]
         for node, masks in by_node.items():
             self._session.build(node, masks)
 

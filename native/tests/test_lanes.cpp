@@ -1,0 +1,173 @@
+// What works on panels lane by lane (affine maps, sums, pooling rows): every table against the
+// reference, and all of them against values by hand.
+#include "buffers.h"
+
+namespace fedlean {
+namespace {
+
+void check_lanes(int lanes, int pixels, Random& random) {
+  check_context = "lanes " + std::to_string(lanes) + ", pixels " + std::to_string(pixels);
+  const std::size_t n = std::size_t(lanes) * pixels;
+  const Floats x = random_floats(n, random), z = random_floats(n, random);
+  const Floats s = random_floats(lanes, random), t = random_floats(lanes, random);
+  const Floats u = random_floats(lanes, random), v = random_floats(lanes, random);
+  const Floats before = random_floats(n, random);
+  const bool accumulate = toss(random), same = toss(random, 0.3);
+  const float* const other = same ? x.data() : z.data();
+  struct Results {
+    Floats affine, blend, sums, products, squares;
+  };
+  const Results start = {before, before, u, v, u};
+  auto run = [&](const Kernels& k, Results& r) {
+    k.affine(x.data(), s.data(), t.data(), r.affine.data(), lanes, pixels, accumulate);
+    k.blend(x.data(), s.data(), other, t.data(), u.data(), r.blend.data(), lanes, pixels,
+            accumulate);
+    k.lane_sums(x.data(), other, s.data(), r.sums.data(), r.products.data(), lanes, pixels);
+    k.lane_squares(x.data(), s.data(), r.squares.data(), lanes, pixels);
+  };
+  Results want = start;
+  run(reference_kernels(), want);
+  for (const Kernels* kernels : available_kernels()) {
+    Results got = start;
+    run(*kernels, got);
+    check_result(got.affine, want.affine, start.affine, everywhere);
+    check_result(got.blend, want.blend, start.blend, everywhere);
+    check_result(got.sums, want.sums, start.sums, everywhere);
+    check_result(got.products, want.products, start.products, everywhere);
+    check_result(got.squares, want.squares, start.squares, everywhere);
+    Floats in_place = x;
+    Floats apart = x;
+    kernels->affine(in_place.data(), s.data(), t.data(), in_place.data(), lanes, pixels, false);
+    kernels->affine(x.data(), s.data(), t.data(), apart.data(), lanes, pixels, false);
+    CHECK(in_place.same_bits(apart));
+  }
+}
+
+// Two pixels (1, 2) and one lane that matters: scale 3, shift 4, centre 0.5.
+void check_lanes_by_hand() {
+  for (const Kernels* kernels : available_kernels()) {
+    check_context = kernels->name + std::string(": lanes by hand");
+    const float x[8] = {0, 1, 0, 0, 0, 2, 0, 0}, b[8] = {0, 10, 0, 0, 0, 20, 0, 0};
+    const float scale[4] = {9, 3, 9, 9}, shift[4] = {9, 4, 9, 9}, half[4] = {9, 0.5f, 9, 9};
+    float y[8] = {}, sums[4] = {0, 100}, products[4] = {0, 200}, squares[4] = {0, 300};
+    kernels->affine(x, scale, shift, y, 4, 2, false);
+    CHECK(y[1] == 7 && y[5] == 10);
+    kernels->blend(x, scale, b, half, shift, y, 4, 2, true);
+    CHECK(y[1] == 7 + 3 + 5 + 4 && y[5] == 10 + 6 + 10 + 4);
+    kernels->lane_sums(x, b, half, sums, products, 4, 2);
+    CHECK(sums[1] == 103 && products[1] == 200 + 9.5f + 39);
+    kernels->lane_squares(x, half, squares, 4, 2);
+    CHECK(squares[1] == 300 + 0.25f + 2.25f);
+  }
+}
+
+// Sums over images without their halo: `rows` rows of n floats, `step` apart.
+void check_sum_rows(int n, Random& random) {
+  const int rows = pick(random, 0, 9), step = n + 4 * pick(random, 0, 5);
+  check_context = std::to_string(rows) + " rows of " + std::to_string(n);
+  Floats x(rows > 0 ? std::size_t(rows - 1) * step + n : 0);  // between the rows: NaN
+  double largest = 0;
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < n; ++i)
+      x[row * step + i] = float(pick(random, -1000, 1000)) / 512, largest += 2;
+  double want = 0;
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < n; ++i) want += x[row * step + i];
+  for (const Kernels* kernels : available_kernels())
+    CHECK(std::fabs(kernels->sum_rows(x.data(), n, rows, step) - want) <= 1e-6 * largest);
+}
+
+// Examples, one after the other, to a panel; some lanes are idle.
+void check_interleave(int lanes, int n, Random& random) {
+  check_context = "interleave, lanes " + std::to_string(lanes) + ", " + std::to_string(n);
+  std::vector<Floats> examples;
+  const float* rows[kPanelLanes] = {};
+  for (int lane = 0; lane < lanes; ++lane) examples.push_back(random_floats(n, random));
+  const int used = pick(random, 0, lanes);
+  for (int lane = 0; lane < used; ++lane) rows[lane] = examples[lane].data();
+  if (toss(random, 0.3)) rows[pick(random, 0, lanes - 1)] = nullptr;
+  for (const Kernels* kernels : available_kernels()) {
+    Floats panel(std::size_t(n) * lanes);
+    kernels->interleave(rows, panel.data(), lanes, n);
+    bool same = true;
+    for (int i = 0; i < n; ++i)
+      for (int lane = 0; lane < lanes; ++lane)
+        same &= panel[i * lanes + lane] == (rows[lane] ? rows[lane][i] : 0.0f);
+    CHECK(same && panel.intact());
+  }
+}
+
+// Pooling picks and moves values: the same bits everywhere.
+void check_pool(int lanes, int out_width, Random& random) {
+  const int kernel = pick(random, 1, 5), stride = pick(random, 1, 4);
+  const int width = (out_width - 1) * stride + kernel, in_row = width + pick(random, 0, 3);
+  check_context = "pool, lanes " + std::to_string(lanes) + ", width " + std::to_string(out_width) +
+                  ", kernel " + std::to_string(kernel) + ", stride " + std::to_string(stride);
+  const std::size_t in_size = (std::size_t(kernel - 1) * in_row + width) * lanes;
+  const std::size_t out_size = std::size_t(out_width) * lanes;
+  const Floats in = awkward_floats(in_size, random), grad = random_floats(out_size, random);
+  const Floats before = random_floats(out_size, random);
+  const Floats before_in = random_floats(in_size, random);
+  Floats want = before, want_in = before_in;
+  Bytes want_winner(out_size);
+  reference_kernels().max_pool_row(in.data(), want.data(), want_winner.data(), lanes, in_row,
+                                   out_width, kernel, stride);
+  if (stride >= kernel)  // windows do not overlap
+    reference_kernels().max_unpool_row(grad.data(), want_winner.data(), want_in.data(), lanes,
+                                       in_row, out_width, kernel, stride);
+  for (const Kernels* kernels : available_kernels()) {
+    Floats out = before, out_alone = before, grad_in = before_in;
+    Bytes winner(out_size);
+    kernels->max_pool_row(in.data(), out.data(), winner.data(), lanes, in_row, out_width, kernel,
+                          stride);
+    kernels->max_pool_row(in.data(), out_alone.data(), nullptr, lanes, in_row, out_width, kernel,
+                          stride);
+    CHECK(out.same_bits(want) && out_alone.same_bits(want) && winner.same_bits(want_winner));
+    CHECK(out.intact() && winner.intact());
+    if (stride < kernel) continue;
+    kernels->max_unpool_row(grad.data(), winner.data(), grad_in.data(), lanes, in_row, out_width,
+                            kernel, stride);
+    CHECK(grad_in.same_bits(want_in) && grad_in.intact());
+    for (std::size_t i = 0; i < in_size; ++i) {  // between the windows nothing changes
+      const int column = int(i / lanes) % in_row;
+      if (column >= width || column % stride >= kernel) CHECK(grad_in[i] == before_in[i]);
+    }
+  }
+}
+
+// One window of 2 x 2 per lane: a tie, a NaN, two NaNs, zeros of both signs.
+void check_pool_by_hand() {
+  const float in[16] = {1, 5, kNaN, -0.0f, 7, kNaN, 5, 0, 7, 9, kNaN, -0.0f, 2, 1, 3, -1};
+  const int want[] = {1, 1, 2, 0};
+  for (const Kernels* kernels : available_kernels()) {
+    check_context = kernels->name + std::string(": pool by hand");
+    const float grad[4] = {10, 20, 30, 40};
+    float out[4], grad_in[16];
+    std::uint8_t winner[4];
+    kernels->max_pool_row(in, out, winner, 4, 2, 1, 2, 2);
+    kernels->max_unpool_row(grad, winner, grad_in, 4, 2, 1, 2, 2);
+    for (int lane = 0; lane < 4; ++lane) CHECK(winner[lane] == want[lane]);
+    CHECK(out[0] == 7 && std::isnan(out[1]) && std::isnan(out[2]) && out[3] == 0);
+    for (int i = 0; i < 16; ++i) CHECK(grad_in[i] == (want[i % 4] == i / 4 ? grad[i % 4] : 0));
+  }
+}
+
+}  // namespace
+}  // namespace fedlean
+
+int main() {
+  using namespace fedlean;
+  Random random(5);
+  check_lanes_by_hand();
+  check_pool_by_hand();
+  for (int n = 0; n <= 120; n += 4) check_sum_rows(n, random);
+  for (int lanes = kLaneStep; lanes <= kPanelLanes; lanes += kLaneStep) {
+    for (int pixels = 1; pixels <= 40; ++pixels) {
+      check_lanes(lanes, pixels, random);
+      check_interleave(lanes, pixels, random);
+    }
+    for (int width = 1; width <= 28; ++width)
+      for (int i = 0; i < 5; ++i) check_pool(lanes, width, random);
+  }
+  return finish();
+}

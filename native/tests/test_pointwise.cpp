@@ -1,0 +1,154 @@
+// Elementwise functions and the optimiser: every table against the reference, and all of them
+// against values by hand.
+#include "buffers.h"
+
+namespace fedlean {
+namespace {
+
+using Unary = void (*)(const float*, float*, std::size_t);
+using Backward = void (*)(const float*, const float*, float*, std::size_t);
+
+constexpr Unary Kernels::* kUnary[] = {&Kernels::relu, &Kernels::hardswish, &Kernels::hardsigmoid};
+constexpr Backward Kernels::* kBackward[] = {&Kernels::relu_backward, &Kernels::hardswish_backward,
+                                             &Kernels::hardsigmoid_backward};
+
+void check_activations(std::size_t n, Random& random) {
+  const Floats x = awkward_floats(n, random), grad = random_floats(n, random), before(n);
+  for (int f = 0; f < 3; ++f) {
+    check_context = "activation " + std::to_string(f) + " of " + std::to_string(n);
+    Floats want = before, want_grad = before;
+    (reference_kernels().*kUnary[f])(x.data(), want.data(), n);
+    (reference_kernels().*kBackward[f])(x.data(), grad.data(), want_grad.data(), n);
+    for (const Kernels* kernels : available_kernels()) {
+      Floats y = before, grad_x = before, y_in_place = x, grad_in_place = grad;
+      (kernels->*kUnary[f])(x.data(), y.data(), n);
+      (kernels->*kUnary[f])(y_in_place.data(), y_in_place.data(), n);
+      (kernels->*kBackward[f])(x.data(), grad.data(), grad_x.data(), n);
+      (kernels->*kBackward[f])(x.data(), grad_in_place.data(), grad_in_place.data(), n);
+      check_result(y, want, before, everywhere);
+      check_result(grad_x, want_grad, before, everywhere);
+      CHECK(y.same_bits(y_in_place) && grad_x.same_bits(grad_in_place));
+    }
+  }
+}
+
+// What each activation and its derivative are at single points.
+void check_activation_values() {
+  struct Point {
+    int function;
+    float x, y, slope;
+  };
+  const Point points[] = {{0, -2, 0, 0},        {0, 0, 0, 0},           {0, 2, 2, 1},
+                          {0, kInf, kInf, 1},   {0, -0.0f, 0, 0},       {0, -kInf, 0, 0},
+                          {1, -4, 0, 0},        {1, -3, 0, 0},          {1, 0, 0, 0.5f},
+                          {1, 1.5f, 1.125f, 1}, {1, -1.5f, -0.375f, 0}, {1, 3, 3, 1},
+                          {1, 50, 50, 1},       {1, kInf, kInf, 1},     {2, -4, 0, 0},
+                          {2, -3, 0, 0},        {2, 0, 0.5f, 1 / 6.0f}, {2, 1.5f, 0.75f, 1 / 6.0f},
+                          {2, 3, 1, 0},         {2, kInf, 1, 0}};
+  for (const Kernels* kernels : available_kernels()) {
+    for (const Point& point : points) {
+      check_context = kernels->name + std::string(": activation ") +
+                      std::to_string(point.function) + " at " + std::to_string(point.x);
+      float x[16], y[16], grad[16], grad_x[16];
+      for (int i = 0; i < 16; ++i) x[i] = point.x, grad[i] = -2;
+      (kernels->*kUnary[point.function])(x, y, 16);
+      (kernels->*kBackward[point.function])(x, grad, grad_x, 16);
+      CHECK_CLOSE(y[7], point.y, 1e-6);
+      CHECK_CLOSE(grad_x[7], -2 * point.slope, 1e-6);
+    }
+    check_context = "NaN through activations";
+    float x[1] = {kNaN}, y[1];
+    for (int f = 0; f < 3; ++f) {
+      (kernels->*kUnary[f])(x, y, 1);
+      CHECK(std::isnan(y[0]));
+    }
+  }
+}
+
+void check_sums(std::size_t n, Random& random) {
+  check_context = "add, squares, partials of " + std::to_string(n);
+  const Floats x = random_floats(n, random), partial = random_floats(4 * n, random);
+  const Floats before = random_floats(n, random);
+  Floats want_add = before, want_squares = before, want_fold = before;
+  reference_kernels().add(x.data(), want_add.data(), n);
+  reference_kernels().add_squares(want_squares.data(), x.data(), n);
+  reference_kernels().fold_partials(partial.data(), want_fold.data(), n);
+  for (const Kernels* kernels : available_kernels()) {
+    Floats add = before, squares = before, fold = before, parts = before;
+    kernels->add(x.data(), add.data(), n);
+    kernels->add_squares(squares.data(), x.data(), n);
+    kernels->fold_partials(partial.data(), fold.data(), n);
+    check_result(add, want_add, before, everywhere);
+    check_result(squares, want_squares, before, everywhere);
+    check_result(fold, want_fold, before, everywhere);
+    const std::vector<int> cuts = random_cuts(0, int(n), random);
+    for (std::size_t i = 1; i < cuts.size(); ++i)
+      kernels->fold_partials(partial.data() + 4 * cuts[i - 1], parts.data() + cuts[i - 1],
+                             cuts[i] - cuts[i - 1]);
+    CHECK(fold.same_bits(parts));
+  }
+}
+
+void check_update(std::size_t n, Random& random) {
+  const bool moving = toss(random), proximal = toss(random), masked = toss(random);
+  const Update options = {0.1f, moving ? 0.9f : 0.0f, toss(random) ? 0.01f : 0.0f,
+                          proximal ? 0.3f : 0.0f};
+  check_context = "update of " + std::to_string(n) + (moving ? ", momentum" : "") +
+                  (proximal ? ", proximal" : "") + (masked ? ", masked" : "") +
+                  (options.weight_decay != 0 ? ", decay" : "");
+  Bytes kept(n);
+  for (std::size_t i = 0; i < n; ++i) kept[i] = toss(random);
+  const Floats w = random_floats(n, random), loaded = random_floats(n, random);
+  const Floats velocity = random_floats(n, random), grad = random_floats(n, random);
+  auto run = [&](const Kernels& kernels, Floats& to, Floats& v, int begin, int end) {
+    kernels.update(to.data() + begin, moving ? v.data() + begin : nullptr,
+                   proximal ? loaded.data() + begin : nullptr, grad.data() + begin,
+                   masked ? kept.data() + begin : nullptr, end - begin, options);
+  };
+  Floats want_w = w, want_v = velocity;
+  run(reference_kernels(), want_w, want_v, 0, int(n));
+  for (const Kernels* kernels : available_kernels()) {
+    Floats got_w = w, got_v = velocity, parts_w = w, parts_v = velocity;
+    run(*kernels, got_w, got_v, 0, int(n));
+    check_result(got_w, want_w, w, [&](std::size_t i) { return !masked || kept[i]; });
+    check_result(got_v, want_v, velocity, [&](std::size_t) { return moving; });
+    for (std::size_t i = 0; masked && moving && i < n; ++i) CHECK(kept[i] || got_v[i] == 0);
+    const std::vector<int> cuts = random_cuts(0, int(n), random);
+    for (std::size_t i = 1; i < cuts.size(); ++i)
+      run(*kernels, parts_w, parts_v, cuts[i - 1], cuts[i]);
+    CHECK(got_w.same_bits(parts_w) && got_v.same_bits(parts_v));
+  }
+}
+
+// w = 2, w_loaded = 1, g = 3, v = 4; lr 0.5, momentum 0.25, decay 0.125, proximal 0.5.
+void check_update_by_hand() {
+  for (const Kernels* kernels : available_kernels()) {
+    check_context = kernels->name + std::string(": update by hand");
+    const float grad = 3, loaded = 1;
+    float w = 2, v = 4;
+    kernels->update(&w, &v, &loaded, &grad, nullptr, 1, {0.5f, 0.25f, 0.125f, 0.5f});
+    CHECK(v == 0.25f * 4 + (3 + 0.125f * 2 + 0.5f * (2 - 1)));
+    CHECK(w == 2 - 0.5f * 4.75f);
+    w = 2, v = 4;
+    kernels->update(&w, &v, nullptr, &grad, nullptr, 1, {0.5f, 0.25f, 0, 0});
+    CHECK(v == 4 && w == 0);
+    kernels->update(&w, nullptr, nullptr, &grad, nullptr, 1, {0.5f, 0, 0, 0});
+    CHECK(w == -1.5f);
+  }
+}
+
+}  // namespace
+}  // namespace fedlean
+
+int main() {
+  using namespace fedlean;
+  Random random(4);
+  check_activation_values();
+  check_update_by_hand();
+  for (int n = 0; n <= 70; ++n) {
+    check_activations(n, random);
+    check_sums(n, random);
+    for (int i = 0; i < 16; ++i) check_update(n, random);
+  }
+  return finish();
+}
