@@ -1,13 +1,19 @@
-# `make demo` and `make test` need Python >= 3.11 and nothing else: they make their own .venv.
+# `make demo` and `make test` need Python >= 3.11 and a C++17 compiler (GCC 12 or newer, or Clang):
+# they make their own .venv.
 # Install a PyTorch build of your choice into .venv first to have it used instead of PyPI's.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := pyproject.toml constraints.txt
+# Editable: Python files are used from src/, the compiled module is in .venv. It is rebuilt, in
+# build/ and only what changed, when a file that it is made of changed.
+INSTALL := $(PIP) --config-settings=build-dir='build/{wheel_tag}' --editable
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(filter-out native/tests/%,$(NATIVE)) \
+  $(shell find native -name CMakeLists.txt -o -name '*.cmake')
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test native-test lint docs clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -15,11 +21,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) --editable '.[torch,sim]'
+	$(INSTALL) '.[sim]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@
 
 demo: $(VENV)/demo.stamp
@@ -32,7 +38,13 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
+# The C++ tests: as the wheel is built, with address and undefined-behaviour checks, and under
+# qemu-aarch64 where it and g++-aarch64-linux-gnu are installed.
+native-test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/native -rA
+
 lint: $(VENV)/dev.stamp
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

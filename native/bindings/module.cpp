@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <mutex>
 #include <stdexcept>
 
 #include "fedlean/session.h"
@@ -25,6 +26,11 @@ void expect_size(const char* what, std::size_t got, std::size_t expected) {
   if (got != expected)
     throw std::invalid_argument(std::string(what) + " has " + std::to_string(got) +
                                 " elements, expected " + std::to_string(expected));
+}
+
+template <typename T>
+bool aligned(const In<T>& array) {
+  return reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0;
 }
 
 Kind kind_of(const std::string& name) {
@@ -50,18 +56,31 @@ Shape shape_of(const std::vector<int>& s) {
 
 // Session with the sizes of what Python passes checked: a wrong call must never corrupt memory.
 class Bound {
+  // Runs f while nothing else uses the engine, without holding Python's lock.
+  template <typename F>
+  auto alone(F&& f) const {
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(engine_->busy);
+    return f();
+  }
+
  public:
-  Bound(std::shared_ptr<Engine> engine, const Network& network, const Options& options)
-      : network_(network), options_(options), session_(std::move(engine), network, options) {}
+  Bound(std::shared_ptr<Engine> engine, const Network& network, const Options& options,
+        int input_rank)
+      : engine_(engine), network_(network), options_(options), input_rank_(input_rank),
+        session_(std::move(engine), network, options) {}
 
   std::size_t planned_bytes(bool importance) const { return session_.planned_bytes(importance); }
   std::size_t held_bytes() const { return session_.held_bytes(); }
 
   void build(int node, const std::vector<nb::object>& masks) {
     check(node, 0);
+    if (built_[node]) throw std::invalid_argument("a node is built once");
     expect_size("masks", masks.size(), kSlots);
     const std::uint8_t* pointers[kSlots] = {};
     for (int s = 0; s < kSlots; ++s) {
+      if (masks[s].is_none() != (options_.tensors[node].kept[s] < 0))
+        throw std::invalid_argument("masks are not those that were planned");
       if (masks[s].is_none()) continue;
       const auto mask = nb::cast<In<bool>>(masks[s]);
       expect_size("mask", mask.size(), session_.tensor_size(node, Slot(s)));
@@ -71,78 +90,106 @@ class Bound {
       if (kept != options_.tensors[node].kept[s])
         throw std::invalid_argument("mask keeps another number of coordinates than was planned");
     }
-    session_.build(node, pointers);
+    alone([&] { session_.build(node, pointers); });
+    built_[node] = true;
   }
   void load(int node, int slot, In<float> values, bool packed, bool reference) {
+    check_built(node);
     expect_size("tensor", values.size(), size(node, slot, packed));
-    session_.load(node, Slot(slot), values.data(), packed, reference);
+    alone([&] { session_.load(node, Slot(slot), values.data(), packed, reference); });
   }
   void read(int node, int slot, Out<float> values, bool packed) const {
+    check_built(node);
     expect_size("tensor", values.size(), size(node, slot, packed));
-    session_.read(node, Slot(slot), values.data(), packed);
+    alone([&] { session_.read(node, Slot(slot), values.data(), packed); });
   }
 
   double step(In<float> x, In<std::int64_t> y, bool importance) {
     const int examples = check_batch(x, &y);
-    nb::gil_scoped_release release;
-    return session_.step(x.data(), y.data(), examples, importance);
+    return alone([&] {
+      tapped_.clear();
+      return session_.step(x.data(), y.data(), examples, importance);
+    });
   }
   double loss(In<float> x, In<std::int64_t> y) {
     const int examples = check_batch(x, &y);
-    nb::gil_scoped_release release;
-    return session_.loss(x.data(), y.data(), examples);
+    return alone([&] {
+      tapped_.clear();
+      return session_.loss(x.data(), y.data(), examples);
+    });
   }
   void squares(int node, int slot, Out<float> values) const {
     expect_size("tensor", values.size(), size(node, slot, false));
-    session_.squares(node, Slot(slot), values.data());
+    alone([&] { session_.squares(node, Slot(slot), values.data()); });
   }
 
   void forward(In<float> x, const std::vector<int>& nodes, bool training) {
     const int examples = check_batch(x, nullptr);
     for (int node : nodes) check(node, 0);
-    nb::gil_scoped_release release;
-    session_.forward(x.data(), examples, nodes, training);
-    examples_ = examples;
-    tapped_ = nodes;
-    tapped_.push_back(int(network_.nodes.size()) - 1);
+    alone([&] {
+      tapped_.clear();
+      session_.forward(x.data(), examples, nodes, training);
+      examples_ = examples;
+      tapped_ = nodes;
+      tapped_.push_back(int(network_.nodes.size()) - 1);
+    });
   }
   void activation(int node, Out<float> values) const {
-    check_tapped(node);
-    expect_size("activation", values.size(), network_.nodes[node].shape.size() * examples_);
-    session_.activation(node, values.data());
+    alone([&] {
+      check_tapped(node);
+      expect_size("activation", values.size(), network_.nodes[node].shape.size() * examples_);
+      session_.activation(node, values.data());
+    });
   }
-  void backward(const std::vector<int>& nodes, const std::vector<In<float>>& gradients, bool dense) {
+  void backward(const std::vector<int>& nodes, const std::vector<In<float>>& gradients,
+                bool dense) {
     expect_size("gradients", gradients.size(), nodes.size());
-    std::vector<const float*> pointers;
-    for (std::size_t i = 0; i < nodes.size(); ++i) {
-      check_tapped(nodes[i]);
-      expect_size("gradient", gradients[i].size(),
-                  network_.nodes[nodes[i]].shape.size() * examples_);
-      pointers.push_back(gradients[i].data());
-    }
-    tapped_.clear();
-    nb::gil_scoped_release release;
-    session_.backward(nodes, pointers, dense);
+    alone([&] {
+      std::vector<const float*> pointers;
+      for (std::size_t i = 0; i < nodes.size(); ++i) {
+        check_tapped(nodes[i]);
+        expect_size("gradient", gradients[i].size(),
+                    network_.nodes[nodes[i]].shape.size() * examples_);
+        pointers.push_back(gradients[i].data());
+      }
+      tapped_.clear();
+      session_.backward(nodes, pointers, dense);
+    });
   }
   void gradient(int node, int slot, Out<float> values, bool dense) const {
     expect_size("gradient", values.size(), size(node, slot, false));
-    session_.gradient(node, Slot(slot), values.data(), dense);
+    if (!session_.has_gradient(node, Slot(slot), dense))
+      throw std::invalid_argument("there is no gradient: call backward first");
+    alone([&] { session_.gradient(node, Slot(slot), values.data(), dense); });
   }
-  void drop_gradients() { session_.drop_gradients(); }
+  void drop_gradients() {
+    alone([&] { session_.drop_gradients(); });
+  }
   void set_gradient(int node, int slot, In<float> values) {
+    check_built(node);
     expect_size("gradient", values.size(), size(node, slot, false));
-    session_.set_gradient(node, Slot(slot), values.data());
+    alone([&] { session_.set_gradient(node, Slot(slot), values.data()); });
   }
   void apply(const std::vector<int>& nodes, const std::vector<int>& slots) {
+    expect_size("slots", slots.size(), nodes.size());
     std::vector<std::pair<int, Slot>> tensors;
-    for (std::size_t i = 0; i < nodes.size(); ++i) tensors.push_back({nodes[i], Slot(slots[i])});
-    session_.apply(tensors);
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      check(nodes[i], slots[i]);
+      if (!session_.has_gradient(nodes[i], Slot(slots[i]), false))
+        throw std::invalid_argument("there is no gradient: call set_gradient first");
+      tensors.push_back({nodes[i], Slot(slots[i])});
+    }
+    alone([&] { session_.apply(tensors); });
   }
 
  private:
   void check(int node, int slot) const {
     if (node < 0 || node >= int(network_.nodes.size()) || slot < 0 || slot >= kSlots)
       throw std::invalid_argument("no such tensor");
+  }
+  void check_built(int node) const {
+    check(node, 0);
+    if (!built_[node]) throw std::invalid_argument("the node is not built yet");
   }
   std::size_t size(int node, int slot, bool packed) const {
     check(node, slot);
@@ -154,25 +201,38 @@ class Bound {
       if (tapped == node) return;
     throw std::invalid_argument("node was not tapped by the last forward");
   }
-  int check_batch(const In<float>& x, const In<std::int64_t>* y) {
+  // Everything that fedlean.engine.checks.check_batch refuses; that one words the errors.
+  int check_batch(const In<float>& x, const In<std::int64_t>* y) const {
+    for (int i = 0; i < int(built_.size()); ++i) check_built(i);
+    const Shape& shape = network_.input;
     const std::size_t examples = x.ndim() ? x.shape(0) : 0;
     if (examples == 0 || examples > std::size_t(options_.batch_size))
       throw std::invalid_argument("x must have 1 to batch_size examples");
-    expect_size("x", x.size(), examples * network_.input.size());
-    if (y) {
-      expect_size("y", y->size(), examples);
-      const std::int64_t classes = network_.nodes.back().shape.channels;
-      for (std::size_t i = 0; i < examples; ++i)
-        if (y->data()[i] < 0 || y->data()[i] >= classes)
-          throw std::invalid_argument("y has a label out of range");
-    }
-    tapped_.clear();
+    const bool image = x.ndim() == 4 && int(x.shape(1)) == shape.channels &&
+                       int(x.shape(2)) == shape.height && int(x.shape(3)) == shape.width;
+    const bool vector = x.ndim() == 2 && shape.height * shape.width == 1 &&
+                        int(x.shape(1)) == shape.channels;
+    if (!(input_rank_ == 3 ? image : vector)) throw std::invalid_argument("x has another shape");
+    if (!aligned(x) || (y && !aligned(*y))) throw std::invalid_argument("an array is not aligned");
+    if (!engine_->kernels.all_finite(x.data(), x.size()))
+      throw std::invalid_argument("x holds NaN or infinity");
+    if (!y) return int(examples);
+    if (y->ndim() != 1 || y->size() != examples) throw std::invalid_argument("y has another shape");
+    if (network_.nodes.back().shape.height * network_.nodes.back().shape.width != 1)
+      throw std::invalid_argument("a loss needs one logit per class");
+    const std::int64_t classes = network_.nodes.back().shape.channels;
+    for (std::size_t i = 0; i < examples; ++i)
+      if (y->data()[i] < 0 || y->data()[i] >= classes)
+        throw std::invalid_argument("y has a label out of range");
     return int(examples);
   }
 
+  std::shared_ptr<Engine> engine_;
   Network network_;
   Options options_;
+  const int input_rank_;  // axes of one example
   Session session_;
+  std::vector<bool> built_ = std::vector<bool>(network_.nodes.size(), false);
   std::vector<int> tapped_;
   int examples_ = 0;
 };
@@ -200,6 +260,8 @@ NB_MODULE(_native, m) {
                if (input < kModelInput || input >= int(self.nodes.size()))
                  throw std::invalid_argument("inputs must be earlier nodes");
              if (inputs.empty()) throw std::invalid_argument("a node needs an input");
+             if (kernel < 1 || stride < 1 || groups < 1 || padding < 0)
+               throw std::invalid_argument("kernel, stride and groups must be at least 1");
              self.nodes.push_back({name, kind_of(kind), inputs, shape_of(shape), kernel, stride,
                                    padding, groups, bias, eps, momentum});
            },
@@ -212,7 +274,8 @@ NB_MODULE(_native, m) {
       .def("__init__",
            [](Bound* self, std::shared_ptr<Engine> engine, const Network& network, int batch_size,
               const std::string& loss, float lr, float momentum, float weight_decay, float proximal,
-              float clip_norm, const std::vector<std::vector<bool>>& trainable,
+              float clip_norm, int input_rank,
+              const std::vector<std::vector<bool>>& trainable,
               const std::vector<std::vector<std::int64_t>>& kept) {
              expect_size("trainable", trainable.size(), network.nodes.size());
              expect_size("kept", kept.size(), network.nodes.size());
@@ -220,6 +283,7 @@ NB_MODULE(_native, m) {
              if (network.nodes.empty()) throw std::invalid_argument("a network needs a layer");
              Options options;
              options.batch_size = batch_size;
+             if (loss != "ce" && loss != "bce") throw std::invalid_argument("loss is 'ce' or 'bce'");
              options.loss = loss == "ce" ? Loss::kCrossEntropy : Loss::kBinaryCrossEntropy;
              options.rule = {lr, momentum, weight_decay, proximal};
              options.clip_norm = clip_norm;
@@ -233,11 +297,11 @@ NB_MODULE(_native, m) {
                }
                options.tensors.push_back(tensor);
              }
-             new (self) Bound(std::move(engine), network, options);
+             new (self) Bound(std::move(engine), network, options, input_rank);
            },
            nb::arg("engine"), nb::arg("network"), nb::kw_only(), nb::arg("batch_size"),
            nb::arg("loss"), nb::arg("lr"), nb::arg("momentum"), nb::arg("weight_decay"),
-           nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("trainable"), nb::arg("kept"))
+           nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("input_rank"), nb::arg("trainable"), nb::arg("kept"))
       .def("planned_bytes", &Bound::planned_bytes, nb::arg("importance") = false)
       .def("held_bytes", &Bound::held_bytes)
       .def("build", &Bound::build)

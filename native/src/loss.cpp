@@ -18,10 +18,17 @@ double cross_entropy(const Example& x, int classes, int label, const Example* gr
   float top = x[0];
   for (int c = 1; c < classes; ++c) top = std::max(top, x[c]);
   double sum = 0;
-  for (int c = 0; c < classes; ++c) sum += std::exp(double(x[c]) - top);
-  if (grad)
-    for (int c = 0; c < classes; ++c)
-      (*grad)[c] = float((std::exp(double(x[c]) - top) / sum - (c == label)) * share);
+  for (int c = 0; c < classes; ++c) {
+    const double e = std::exp(double(x[c]) - top);
+    sum += e;
+    if (grad) (*grad)[c] = float(e);
+  }
+  if (grad) {
+    const double scale = share / sum;
+    for (int c = 0; c < classes; ++c) (*grad)[c] = float((*grad)[c] * scale);
+    // Not p - 1, which would round p first.
+    (*grad)[label] = float((std::exp(double(x[label]) - top) - sum) * scale);
+  }
   return std::log(sum) - (double(x[label]) - top);
 }
 

@@ -52,27 +52,34 @@ GatherPattern build_gather(std::vector<Chunk> chunks, std::uint32_t chunk_pixels
   return pattern;
 }
 
-ColumnPattern build_columns(const std::uint8_t* kept, int outputs, int inputs, int block_rows) {
+ColumnPattern build_columns(const std::uint8_t* kept, int rows, int columns, std::size_t row_step,
+                            std::size_t column_step, int block_rows) {
   ColumnPattern pattern;
-  pattern.inputs = inputs;
-  pattern.outputs = outputs;
+  pattern.columns = columns;
+  pattern.rows = rows;
   pattern.block_rows = block_rows;
-  const std::size_t cells = std::size_t(pattern.blocks()) * inputs;
+  const std::size_t cells = std::size_t(pattern.blocks()) * columns;
   pattern.start.assign(cells + 1, 0);
-  for (int o = 0; o < outputs; ++o) {
-    std::uint32_t* const count = pattern.start.data() + 1 + std::size_t(o / block_rows) * inputs;
-    const std::uint8_t* const row = kept + std::size_t(o) * inputs;
-    for (int i = 0; i < inputs; ++i) count[i] += row[i] != 0;
-  }
+  // f(cell, row) for every kept entry, in the order in which the array lies in memory.
+  auto visit = [&](auto&& f) {
+    const bool by_row = column_step == 1;
+    const int outer = by_row ? rows : columns, inner = by_row ? columns : rows;
+    for (int i = 0; i < outer; ++i) {
+      const std::uint8_t* const line = kept + i * (by_row ? row_step : column_step);
+      for (int j = 0; j < inner; ++j) {
+        if (!line[j]) continue;
+        const int row = by_row ? i : j, column = by_row ? j : i;
+        f(std::size_t(row / block_rows) * columns + column, row);
+      }
+    }
+  };
+  visit([&](std::size_t cell, int) { ++pattern.start[cell + 1]; });
   for (std::size_t i = 0; i < cells; ++i) pattern.start[i + 1] += pattern.start[i];
   pattern.row.resize(pattern.start[cells]);
   std::vector<std::uint32_t> next(pattern.start.begin(), pattern.start.end() - 1);
-  for (int o = 0; o < outputs; ++o) {
-    std::uint32_t* const at = next.data() + std::size_t(o / block_rows) * inputs;
-    const std::uint8_t* const row = kept + std::size_t(o) * inputs;
-    for (int i = 0; i < inputs; ++i)
-      if (row[i]) pattern.row[at[i]++] = std::uint16_t(o % block_rows);
-  }
+  visit([&](std::size_t cell, int row) {
+    pattern.row[next[cell]++] = std::uint16_t(row % block_rows);
+  });
   return pattern;
 }
 

@@ -179,7 +179,10 @@ void Program::share_gradients() {
     Step& step = steps_[i];
     step.accumulate.assign(step.inputs.size(), false);
     step.clear_grad.assign(step.inputs.size(), false);
-    step.backward = step.backward && written[step.output];  // else no loss depends on it
+    if (step.backward && !written[step.output]) {
+      unreached_.push_back(step.layer);
+      step.backward = false;
+    }
     if (!step.backward) continue;
     bool shared = false;
     for (std::size_t slot = 0; slot < step.inputs.size(); ++slot) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <numeric>
 
@@ -30,7 +31,8 @@ std::unique_ptr<Layer> make_layer(const Network& network, const Structure& struc
     }
     case Kind::kLinear: {
       const std::size_t size = std::size_t(node.shape.channels) * in.channels;
-      return make_linear(node, in, kept < 0 ? size : std::size_t(kept));
+      return make_linear(node, in, kept < 0 ? size : std::size_t(kept),
+                         structure.needs_grad[source + 1]);
     }
     case Kind::kGroupNorm:
     case Kind::kBatchNorm:
@@ -253,7 +255,11 @@ double Session::step(const float* x, const std::int64_t* y, int examples, bool i
   sink.squares = importance;
   sink.rule = options_.rule;
   program.backward(engine_->kernels, engine_->pool, memory, batch, sink);
-  if (clip) apply(trainable());
+  if (clip) {
+    apply(trainable());
+  } else {
+    update_unreached(program, sink);
+  }
   return mean;
 }
 
@@ -263,6 +269,18 @@ double Session::loss(const float* x, const std::int64_t* y, int examples) {
   evaluation_->forward(engine_->kernels, engine_->pool, memory, x, Batch{examples});
   return evaluate_loss(options_.loss, evaluation_->value(memory, evaluation_->output()), y,
                        Batch{examples}, View{});
+}
+
+// Weight decay and momentum move a weight whose gradient is 0.
+void Session::update_unreached(const Program& program, const Sink& sink) {
+  static const float zeros[1024] = {};
+  for (Layer* layer : program.unreached()) {
+    for (Slot slot : {kWeight, kBias}) {
+      Weight& weight = layer->tensors[slot];
+      for (std::size_t i = 0; i < weight.size(); i += std::size(zeros))
+        weight.take(engine_->kernels, sink, i, zeros, std::min(std::size(zeros), weight.size() - i));
+    }
+  }
 }
 
 void Session::apply(const std::vector<std::pair<int, Slot>>& tensors) {
@@ -370,6 +388,11 @@ void Session::backward(const std::vector<int>& nodes, const std::vector<const fl
   sink.dense = dense;
   tapped_->backward(engine_->kernels, engine_->pool, memory, tapped_batch_, sink);
   tapped_.reset();
+}
+
+bool Session::has_gradient(int node, Slot slot, bool dense) const {
+  const Weight& weight = tensor(node, slot);
+  return dense ? weight.all.size() == tensor_size(node, slot) : weight.grad.size() == weight.size();
 }
 
 void Session::gradient(int node, Slot slot, float* values, bool dense) const {

@@ -1,6 +1,13 @@
 #include "fedlean/threads.h"
 
+#include <pthread.h>
+
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace fedlean {
 
@@ -27,50 +34,89 @@ bool spin(Ready ready) {
   return false;
 }
 
+// How often this process came out of a fork as the child.
+int forks = 0;
+void count_fork() { ++forks; }
+const int registered = pthread_atfork(nullptr, nullptr, count_fork);
+
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+struct ThreadPool::Workers {
+  explicit Workers(int count) : born(forks) {
+    try {
+      for (int t = 1; t <= count; ++t) threads.emplace_back([this, t] { work(t); });
+    } catch (...) {  // the system has no more threads
+      end();
+      throw;
+    }
+  }
+  ~Workers() { end(); }
+
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      stop = true;
+      ++generation;
+    }
+    wake.notify_all();
+    for (auto& thread : threads) thread.join();
+  }
+
+  void run(const std::function<void(int)>& f) {
+    job = &f;
+    pending = int(threads.size());
+    ++generation;  // sequentially consistent, as `sleepers` is: one of the two sides sees the other
+    if (sleepers > 0) {
+      std::lock_guard<std::mutex> lock(mutex);
+      wake.notify_all();
+    }
+    f(0);
+    while (!spin([this] { return pending == 0; })) std::this_thread::yield();
+  }
+
+  void work(int thread) {
+    unsigned seen = 0;
+    for (;;) {
+      auto ready = [&] { return generation != seen; };
+      if (!spin(ready)) {
+        std::unique_lock<std::mutex> lock(mutex);
+        ++sleepers;
+        wake.wait(lock, ready);
+        --sleepers;
+      }
+      seen = generation;
+      if (stop) return;
+      (*job)(thread);
+      --pending;
+    }
+  }
+
+  const int born;  // in which process, counted by forks
+  const std::function<void(int)>* job = nullptr;
+  std::atomic<unsigned> generation{0};
+  std::atomic<int> pending{0}, sleepers{0};
+  std::atomic<bool> stop{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::vector<std::thread> threads;  // last: they use the rest
+};
+
+ThreadPool::ThreadPool(int threads) : threads_(threads) {
+  (void)registered;
+  if (threads > 1) workers_ = std::make_unique<Workers>(threads - 1);
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    ++generation_;
-  }
-  wake_.notify_all();
-  for (auto& worker : workers_) worker.join();
+  if (workers_ && workers_->born != forks) workers_.release();  // its threads are not here
 }
 
 void ThreadPool::run(const std::function<void(int)>& f) {
-  if (workers_.empty()) return f(0);
-  job_ = &f;
-  pending_ = int(workers_.size());
-  ++generation_;  // sequentially consistent, as sleepers_ is: one of the two sides sees the other
-  if (sleepers_ > 0) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    wake_.notify_all();
+  if (!workers_) return f(0);
+  if (workers_->born != forks) {
+    workers_.release();
+    workers_ = std::make_unique<Workers>(threads_ - 1);
   }
-  f(0);
-  while (!spin([this] { return pending_ == 0; })) std::this_thread::yield();
-}
-
-void ThreadPool::work(int thread) {
-  unsigned seen = 0;
-  for (;;) {
-    auto ready = [&] { return generation_ != seen; };
-    if (!spin(ready)) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ++sleepers_;
-      wake_.wait(lock, ready);
-      --sleepers_;
-    }
-    seen = generation_;
-    if (stop_) return;
-    (*job_)(thread);
-    --pending_;
-  }
+  workers_->run(f);
 }
 
 }  // namespace fedlean

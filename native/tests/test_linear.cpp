@@ -25,7 +25,7 @@ Sparse random_sparse(Random& random) {
     for (int i = 0; i < inputs; ++i)
       s.kept[std::size_t(o) * inputs + i] =
           !empty_row[o] && !empty_column[i] && toss(random, density);
-  s.pattern = build_columns(s.kept.data(), outputs, inputs, pick(random, 1, outputs + 5));
+  s.pattern = build_columns(s.kept.data(), outputs, inputs, inputs, 1, pick(random, 1, outputs + 5));
   s.panels = pick(random, 1, 2);
   s.lanes[0] = s.panels == 2 ? kPanelLanes : kLaneStep * pick(random, 1, 4);
   s.lanes[1] = s.panels == 2 ? kLaneStep * pick(random, 1, 4) : 0;
@@ -39,7 +39,7 @@ Sparse random_sparse(Random& random) {
 // Ordered by (block, input, output), each kept weight once.
 void check_columns(const Sparse& s) {
   const ColumnPattern& p = s.pattern;
-  CHECK(p.inputs == s.inputs && p.outputs == s.outputs);
+  CHECK(p.columns == s.inputs && p.rows == s.outputs);
   CHECK(p.start.size() == std::size_t(p.blocks()) * s.inputs + 1);
   CHECK(p.blocks() * p.block_rows >= s.outputs && (p.blocks() - 1) * p.block_rows < s.outputs);
   std::uint32_t k = 0;
@@ -148,7 +148,7 @@ void check_column_backward(const Sparse& s, Random& random) {
 void check_sparse_by_hand() {
   check_context = "sparse by hand";
   const std::uint8_t kept[] = {1, 0, 0, 1, 1, 1};
-  const ColumnPattern pattern = build_columns(kept, 3, 2, 2);
+  const ColumnPattern pattern = build_columns(kept, 3, 2, 2, 1, 2);
   CHECK((pattern.start == std::vector<std::uint32_t>{0, 1, 2, 3, 4}));
   CHECK((pattern.row == std::vector<std::uint16_t>{0, 1, 0, 0}));
   const float value[] = {2, -3, 4, 5}, factor[] = {1, 10, 100, 1000};

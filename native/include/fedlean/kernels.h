@@ -74,15 +74,15 @@ struct DenseGradArgs {
 };
 
 // Sparse Linear on up to two panels at once (the second may be absent; if it is there, the first
-// has 16 lanes): inputs [input][lanes], outputs [output][lanes].
+// has 16 lanes).  Which arrays are per column and which per row: see the functions.
 struct ColumnArgs {
   const ColumnPattern* pattern;
   const float* value;
   int panels;  // 1 or 2
   int lanes[2];
-  const float* in[2];
-  const float* grad[2];  // of the outputs; backward only
-  float* out[2];  // forward: outputs, added to; backward: gradient of the inputs, or null
+  const float* columns[2];
+  const float* rows[2];
+  float* out[2];
 };
 
 struct Update {  // see fedlean.engine.protocol.SGD
@@ -98,10 +98,13 @@ struct Kernels {
   void (*dense_conv)(const DenseConvArgs&);
   void (*dense_conv_grad)(const DenseGradArgs&);
 
-  // Linear, sparse.  `scatter` does the outputs of one block; `column_backward` the non-zeros of
-  // (block, inputs [begin, end)): adds to out (gradient of the inputs) and to grad_value,
-  // whose first element is the first non-zero of (block, begin).
+  // Linear, sparse; of block `block` and the columns [begin, end) where they are given.
+  // out[row] += value * columns[column]
   void (*scatter)(const ColumnArgs&, int block);
+  // out[column] += value * rows[row]
+  void (*collect)(const ColumnArgs&, int block, int begin, int end);
+  // `collect`, unless out is null, and grad_value[k] += <columns[column], rows[row]> over the lanes;
+  // grad_value's first element is the first non-zero of (block, begin).
   void (*column_backward)(const ColumnArgs&, int block, int begin, int end, float* grad_value);
 
   // Linear, dense, on row-major matrices (not panels): X (B, I), Y (B, O), W (O, I), and the
@@ -144,6 +147,7 @@ struct Kernels {
                     float* products, int lanes, int pixels);
   // The sum of `rows` rows of n floats each (a multiple of 4), `step` floats apart.
   float (*sum_rows)(const float* x, std::size_t n, int rows, std::size_t step);
+  bool (*all_finite)(const float* x, std::size_t n);
   // to[i*lanes + l] = rows[l][i] for i < n, l < lanes; rows[l] may be null: 0.
   void (*interleave)(const float* const* rows, float* to, int lanes, int n);
   // squares[lane] += sum_i (x - center[lane])^2

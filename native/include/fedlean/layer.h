@@ -122,7 +122,8 @@ void bias_gradient(const Pass&, Weight& bias);
 // Layers of each kind.  `nonzeros`: kept coordinates of the weight.
 std::unique_ptr<Layer> make_conv(const Node&, const Shape& in, int in_halo, int grad_halo,
                                  std::size_t nonzeros, bool needs_grad_in);
-std::unique_ptr<Layer> make_linear(const Node&, const Shape& in, std::size_t nonzeros);
+std::unique_ptr<Layer> make_linear(const Node&, const Shape& in, std::size_t nonzeros,
+                                   bool needs_grad_in);
 std::unique_ptr<Layer> make_norm(const Node&, const Shape& in);
 std::unique_ptr<Layer> make_pool(const Node&, const Shape& in);
 std::unique_ptr<Layer> make_pointwise(const Node&);

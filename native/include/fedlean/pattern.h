@@ -58,20 +58,24 @@ inline std::size_t gather_bytes(const std::vector<Chunk>& chunks, std::size_t no
 GatherPattern build_gather(std::vector<Chunk> chunks, std::uint32_t chunk_pixels, int outputs,
                            const std::vector<Tap>& taps, std::vector<std::uint32_t>& position);
 
-// Columns (inputs) of a Linear weight, cut into blocks of outputs so that one block's outputs stay
-// in the first-level cache.  Non-zeros are ordered (block, input, output).
+// A sparse Linear weight by columns, cut into blocks of rows so that one block's activations stay in
+// the near caches.  Columns are the layer's inputs and rows its outputs, or the other way round
+// where no gradient of the input is needed: nothing is scattered then.  Non-zeros are ordered
+// (block, column, row).
 struct ColumnPattern {
-  int inputs = 0, outputs = 0, block_rows = 0;
-  std::vector<std::uint32_t> start;  // per (block, input); one more at the end
-  std::vector<std::uint16_t> row;  // output within the block
-  int blocks() const { return block_rows ? (outputs + block_rows - 1) / block_rows : 0; }
+  int columns = 0, rows = 0, block_rows = 0;
+  std::vector<std::uint32_t> start;  // per (block, column); one more at the end
+  std::vector<std::uint16_t> row;  // within the block
+  int blocks() const { return block_rows ? (rows + block_rows - 1) / block_rows : 0; }
   std::size_t nonzeros() const { return row.size(); }
   std::size_t bytes() const {
     return start.size() * sizeof(std::uint32_t) + row.size() * sizeof(std::uint16_t);
   }
 };
 
-// From a (outputs, inputs) array of 0 and 1.  Requires block_rows <= 65536.
-ColumnPattern build_columns(const std::uint8_t* kept, int outputs, int inputs, int block_rows);
+// From an array of 0 and 1 whose entry (row, column) is at row*row_step + column*column_step.
+// Requires block_rows <= 65536.
+ColumnPattern build_columns(const std::uint8_t* kept, int rows, int columns, std::size_t row_step,
+                            std::size_t column_step, int block_rows);
 
 }  // namespace fedlean

@@ -37,6 +37,8 @@ class Program {
 
   std::size_t floats() const { return plan_.floats(); }
   int output() const { return output_; }  // tensor
+  // Layers that could be trained but on which no loss depends: their gradients are 0.
+  const std::vector<Layer*>& unreached() const { return unreached_; }
   // The tensor that holds a node's output.
   int tensor_of(int node) const { return node + 1; }
 
@@ -85,6 +87,7 @@ class Program {
   const Structure& structure_;
   std::vector<Tensor> tensors_;
   std::vector<Step> steps_;
+  std::vector<Layer*> unreached_;
   std::vector<int> producer_;  // step that makes each tensor; -1 for the input
   std::size_t region_ = 0;  // the first so many steps run group by group
   bool training_ = false, importance_ = false;

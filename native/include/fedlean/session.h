@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -27,11 +28,11 @@ struct Options {
   std::vector<TensorOptions> tensors;  // per node
 };
 
-class Engine {  // what sessions share
- public:
+struct Engine {  // what sessions share
   explicit Engine(int threads) : kernels(best_kernels()), pool(threads) {}
   const Kernels& kernels;
   ThreadPool pool;
+  std::mutex busy;  // callers hold it while a session of the engine does anything
 };
 
 class Session {
@@ -60,6 +61,7 @@ class Session {
   void activation(int node, float* values) const;
   void backward(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
                 bool dense);
+  bool has_gradient(int node, Slot slot, bool dense) const;
   void gradient(int node, Slot slot, float* values, bool dense) const;
   void drop_gradients();  // what backward left
   void set_gradient(int node, Slot slot, const float* values);
@@ -71,6 +73,7 @@ class Session {
   Mode mode(bool training, bool importance) const;
   float* arena(std::size_t floats);
   void hold_gradients(bool dense);
+  void update_unreached(const Program& program, const Sink& sink);
   void clip(const std::vector<std::pair<int, Slot>>& tensors);
   std::vector<std::pair<int, Slot>> trainable() const;
   Weight& tensor(int node, Slot slot) const { return layers_[node]->tensors[slot]; }

@@ -4,12 +4,8 @@
 // within microseconds, but between steps the processor belongs to others.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
 #include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <memory>
 
 namespace fedlean {
 
@@ -20,21 +16,15 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return int(workers_.size()) + 1; }
-  // `f` must not throw.  Not reentrant.
+  int threads() const { return threads_; }
+  // `f` must not throw.  One call at a time, from any thread.  After a fork, the child's first call
+  // starts new workers: threads do not survive a fork.
   void run(const std::function<void(int)>& f);
 
  private:
-  void work(int thread);
-
-  std::vector<std::thread> workers_;
-  const std::function<void(int)>* job_ = nullptr;
-  std::atomic<unsigned> generation_{0};
-  std::atomic<int> pending_{0};
-  std::atomic<bool> stop_{false};
-  std::atomic<int> sleepers_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  struct Workers;
+  const int threads_;
+  std::unique_ptr<Workers> workers_;
 };
 
 }  // namespace fedlean

@@ -1,6 +1,7 @@
 // The oracle of the other tables: every function in plain scalar code, straight from the contract
 // in kernels.h, sharing nothing with the vector kernels.  Sums are taken in double.
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -117,50 +118,56 @@ void scatter(const ColumnArgs& a, int block) {
   const ColumnPattern& pattern = *a.pattern;
   const int first = block * pattern.block_rows;
   const int rows =
-      pattern.outputs - first < pattern.block_rows ? pattern.outputs - first : pattern.block_rows;
+      pattern.rows - first < pattern.block_rows ? pattern.rows - first : pattern.block_rows;
   for (int panel = 0; panel < a.panels; ++panel) {
     const std::size_t lanes = a.lanes[panel];
     std::vector<double> sums(rows * lanes, 0.0);
-    for (int i = 0; i < pattern.inputs; ++i) {
-      const std::size_t cell = std::size_t(block) * pattern.inputs + i;
+    for (int i = 0; i < pattern.columns; ++i) {
+      const std::size_t cell = std::size_t(block) * pattern.columns + i;
       for (std::uint32_t k = pattern.start[cell]; k < pattern.start[cell + 1]; ++k)
         for (std::size_t lane = 0; lane < lanes; ++lane)
-          sums[pattern.row[k] * lanes + lane] += double(a.value[k]) * a.in[panel][i * lanes + lane];
+          sums[pattern.row[k] * lanes + lane] += double(a.value[k]) * a.columns[panel][i * lanes + lane];
     }
     float* const out = a.out[panel] + first * lanes;
     for (std::size_t i = 0; i < sums.size(); ++i) out[i] = float(out[i] + sums[i]);
   }
 }
 
+void collect(const ColumnArgs& a, int block, int begin, int end) {
+  const ColumnPattern& pattern = *a.pattern;
+  const std::size_t cells = std::size_t(block) * pattern.columns;
+  const std::size_t first = std::size_t(block) * pattern.block_rows;
+  for (int panel = 0; panel < a.panels; ++panel) {
+    const std::size_t lanes = a.lanes[panel];
+    for (int c = begin; c < end; ++c) {
+      for (std::size_t lane = 0; lane < lanes; ++lane) {
+        double sum = a.out[panel][c * lanes + lane];
+        for (std::uint32_t k = pattern.start[cells + c]; k < pattern.start[cells + c + 1]; ++k)
+          sum += double(a.value[k]) * a.rows[panel][(first + pattern.row[k]) * lanes + lane];
+        a.out[panel][c * lanes + lane] = float(sum);
+      }
+    }
+  }
+}
+
 void column_backward(const ColumnArgs& a, int block, int begin, int end, float* grad_value) {
   const ColumnPattern& pattern = *a.pattern;
-  const std::size_t cells = std::size_t(block) * pattern.inputs;
+  const std::size_t cells = std::size_t(block) * pattern.columns;
   const std::size_t first = std::size_t(block) * pattern.block_rows;
-  for (int i = begin; i < end; ++i) {
-    for (std::uint32_t k = pattern.start[cells + i]; k < pattern.start[cells + i + 1]; ++k) {
+  for (int c = begin; c < end; ++c) {
+    for (std::uint32_t k = pattern.start[cells + c]; k < pattern.start[cells + c + 1]; ++k) {
       double sum = 0;
       for (int panel = 0; panel < a.panels; ++panel) {
         const std::size_t lanes = a.lanes[panel];
-        const float* const grad = a.grad[panel] + (first + pattern.row[k]) * lanes;
+        const float* const row = a.rows[panel] + (first + pattern.row[k]) * lanes;
         for (std::size_t lane = 0; lane < lanes; ++lane)
-          sum += double(grad[lane]) * a.in[panel][i * lanes + lane];
+          sum += double(row[lane]) * a.columns[panel][c * lanes + lane];
       }
       float& to = grad_value[k - pattern.start[cells + begin]];
       to = float(to + sum);
     }
   }
-  if (!a.out[0]) return;
-  for (int panel = 0; panel < a.panels; ++panel) {
-    const std::size_t lanes = a.lanes[panel];
-    for (int i = begin; i < end; ++i) {
-      for (std::size_t lane = 0; lane < lanes; ++lane) {
-        double sum = a.out[panel][i * lanes + lane];
-        for (std::uint32_t k = pattern.start[cells + i]; k < pattern.start[cells + i + 1]; ++k)
-          sum += double(a.value[k]) * a.grad[panel][(first + pattern.row[k]) * lanes + lane];
-        a.out[panel][i * lanes + lane] = float(sum);
-      }
-    }
-  }
+  if (a.out[0]) collect(a, block, begin, end);
 }
 
 void dense_forward(const float* x, const float* w, const float* bias, float* y, int batch,
@@ -300,6 +307,12 @@ float sum_rows(const float* x, std::size_t n, int rows, std::size_t step) {
   return float(sum);
 }
 
+bool all_finite(const float* x, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i)
+    if (!std::isfinite(x[i])) return false;
+  return true;
+}
+
 void interleave(const float* const* rows, float* to, int lanes, int n) {
   for (int i = 0; i < n; ++i)
     for (int lane = 0; lane < lanes; ++lane)
@@ -365,6 +378,7 @@ const Kernels reference_table = {
     dense_conv,
     dense_conv_grad,
     scatter,
+    collect,
     column_backward,
     dense_forward,
     dense_backward,
@@ -383,6 +397,7 @@ const Kernels reference_table = {
     blend,
     lane_sums,
     sum_rows,
+    all_finite,
     interleave,
     lane_squares,
     max_pool_row,

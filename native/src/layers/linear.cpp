@@ -10,24 +10,26 @@ namespace fedlean {
 
 namespace {
 
+// Columns are inputs (forward scatters, backward collects) or, where no gradient of the input is
+// needed, outputs (forward collects, and there is nothing to scatter).
 class SparseLinear : public Layer {
  public:
-  SparseLinear(const Node& node, const Shape& in, std::size_t nonzeros)
-      : Layer(node), nonzeros_(nonzeros) {
-    const int outputs = node.shape.channels, inputs = in.channels;
-    const double density = double(nonzeros) / (double(outputs) * inputs);
-    pattern_.inputs = inputs;
-    pattern_.outputs = outputs;
-    pattern_.block_rows = block_rows(outputs, density);
+  SparseLinear(const Node& node, const Shape& in, std::size_t nonzeros, bool needs_grad_in)
+      : Layer(node), nonzeros_(nonzeros), inputs_(in.channels), outputs_(node.shape.channels),
+        by_output_(!needs_grad_in) {
+    const double density = double(nonzeros) / (double(outputs_) * inputs_);
+    pattern_.columns = by_output_ ? outputs_ : inputs_;
+    pattern_.rows = by_output_ ? inputs_ : outputs_;
+    pattern_.block_rows = block_rows(pattern_.rows, density);
   }
 
   bool sparse() const override { return true; }
   std::size_t stored(Slot slot) const override {
-    if (slot == kBias) return node.bias ? pattern_.outputs : 0;
+    if (slot == kBias) return node.bias ? outputs_ : 0;
     return slot == kWeight ? nonzeros_ : 0;
   }
   std::size_t index_bytes() const override {
-    return (std::size_t(pattern_.blocks()) * pattern_.inputs + 1) * sizeof(std::uint32_t) +
+    return (std::size_t(pattern_.blocks()) * pattern_.columns + 1) * sizeof(std::uint32_t) +
            nonzeros_ * sizeof(std::uint16_t);
   }
   std::size_t built_bytes() const override { return pattern_.bytes(); }
@@ -35,47 +37,54 @@ class SparseLinear : public Layer {
   void build(const std::uint8_t* kept) override {
     std::vector<std::uint8_t> all;
     if (!kept) {
-      all.assign(std::size_t(pattern_.outputs) * pattern_.inputs, 1);
+      all.assign(std::size_t(outputs_) * inputs_, 1);
       kept = all.data();
     }
-    pattern_ = build_columns(kept, pattern_.outputs, pattern_.inputs, pattern_.block_rows);
-    cut_inputs();
+    const std::size_t row_step = by_output_ ? 1 : inputs_, column_step = by_output_ ? inputs_ : 1;
+    pattern_ = build_columns(kept, pattern_.rows, pattern_.columns, row_step, column_step,
+                             pattern_.block_rows);
+    cut_columns();
   }
 
   bool reads_input() const override { return tensors[kWeight].trainable; }
 
   Needs needs(const Situation& s) const override {
     Needs needs;
-    needs.backward_scratch = std::size_t(s.threads) * kStrip;
+    needs.backward_scratch = std::size_t(s.threads) * strip();
     if (s.importance)
-      needs.backward_scratch += std::size_t(pattern_.inputs + pattern_.outputs) * s.examples +
-                                std::size_t(kGradRows) * pattern_.inputs;
+      needs.backward_scratch += std::size_t(inputs_ + outputs_) * s.examples +
+                                std::size_t(kGradRows) * inputs_;
     return needs;
   }
 
   std::vector<std::uint32_t> weight_positions() const override {
-    std::vector<std::uint32_t> positions(pattern_.nonzeros());
+    std::vector<std::uint32_t> positions(nonzeros_);
+    const std::size_t row_step = by_output_ ? 1 : inputs_, column_step = by_output_ ? inputs_ : 1;
     for (int b = 0; b < pattern_.blocks(); ++b)
-      for (int i = 0; i < pattern_.inputs; ++i)
-        for (std::uint32_t k = start(b, i); k < start(b, i + 1); ++k)
+      for (int c = 0; c < pattern_.columns; ++c)
+        for (std::uint32_t k = start(b, c); k < start(b, c + 1); ++k)
           positions[k] = std::uint32_t(
-              (std::size_t(b) * pattern_.block_rows + pattern_.row[k]) * pattern_.inputs + i);
+              (std::size_t(b) * pattern_.block_rows + pattern_.row[k]) * row_step + c * column_step);
     return positions;
   }
 
   void forward(Pass& pass) override {
+    if (by_output_) {
+      pass.split(int(parts_.size()) - 1, [&](int, int begin, int end) {
+        fill_bias(pass, parts_[begin], parts_[end]);
+        for (int b = 0; b < pattern_.blocks(); ++b)
+          for_panels(pass, pass.in[0], pass.out, [&](ColumnArgs& args) {
+            pass.kernels.collect(args, b, parts_[begin], parts_[end]);
+          });
+      });
+      return;
+    }
     pass.split(pattern_.blocks(), [&](int, int begin, int end) {
       for (int b = begin; b < end; ++b) {
         const int first = b * pattern_.block_rows;
-        const int last = std::min(first + pattern_.block_rows, pattern_.outputs);
-        for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
-          const int lanes = pass.lanes(p);
-          float* const y = pass.out.panel(p);
-          for (int o = first; o < last; ++o)
-            std::fill_n(y + std::size_t(o) * lanes, lanes,
-                        node.bias ? tensors[kBias].value[o] : 0.0f);
-        }
-        for_panels(pass, [&](ColumnArgs& args) { pass.kernels.scatter(args, b); }, false);
+        fill_bias(pass, first, std::min(first + pattern_.block_rows, outputs_));
+        for_panels(pass, pass.in[0], pass.out,
+                   [&](ColumnArgs& args) { pass.kernels.scatter(args, b); });
       }
     });
   }
@@ -85,23 +94,35 @@ class SparseLinear : public Layer {
     if (tensors[kBias].trainable) bias_gradient(pass, tensors[kBias]);
     if (!pass.grad_in[0] && !(tensors[kWeight].trainable && (pass.sink.update || pass.sink.store)))
       return;
-    pass.split(int(input_parts_.size()) - 1, [&](int thread, int begin, int end) {
-      float* const strip = pass.scratch + thread * kStrip;
-      backward_inputs(pass, input_parts_[begin], input_parts_[end], strip);
+    pass.split(int(parts_.size()) - 1, [&](int thread, int begin, int end) {
+      backward_columns(pass, parts_[begin], parts_[end], pass.scratch + thread * strip());
     });
   }
 
  private:
-  static constexpr std::uint32_t kStrip = 2048;  // non-zeros whose gradients wait for their update
+  static constexpr std::size_t kStrip = 2048;  // non-zeros whose gradients wait for their update
   static constexpr int kGradRows = 8;
   static constexpr int kParts = 48;
 
-  std::uint32_t start(int block, int input) const {
-    return pattern_.start[std::size_t(block) * pattern_.inputs + input];
+  // One column of a block may be longer.
+  std::size_t strip() const { return std::max<std::size_t>(kStrip, pattern_.block_rows); }
+
+  std::uint32_t start(int block, int column) const {
+    return pattern_.start[std::size_t(block) * pattern_.columns + column];
   }
 
+  void fill_bias(const Pass& pass, int begin, int end) const {
+    for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
+      const int lanes = pass.lanes(p);
+      float* const y = pass.out.panel(p);
+      for (int o = begin; o < end; ++o)
+        std::fill_n(y + std::size_t(o) * lanes, lanes, node.bias ? tensors[kBias].value[o] : 0.0f);
+    }
+  }
+
+  // f(arguments with `in` and `out` on the sides where the pattern has them), two panels at a time.
   template <typename F>
-  void for_panels(const Pass& pass, F&& f, bool backward) const {
+  void for_panels(const Pass& pass, const View& in, const View& out, F&& f) const {
     for (int p = pass.panel_begin; p < pass.panel_end; p += 2) {
       ColumnArgs args = {};
       args.pattern = &pattern_;
@@ -109,19 +130,15 @@ class SparseLinear : public Layer {
       args.panels = std::min(2, pass.panel_end - p);
       for (int i = 0; i < args.panels; ++i) {
         args.lanes[i] = pass.lanes(p + i);
-        args.in[i] = pass.in[0].panel(p + i);
-        if (backward) {
-          args.grad[i] = pass.grad_out.panel(p + i);
-          args.out[i] = pass.grad_in[0] ? pass.grad_in[0].panel(p + i) : nullptr;
-        } else {
-          args.out[i] = pass.out.panel(p + i);
-        }
+        (by_output_ ? args.rows : args.columns)[i] = in.panel(p + i);
+        if (out) args.out[i] = out.panel(p + i);
+        if (pass.grad_out) (by_output_ ? args.columns : args.rows)[i] = pass.grad_out.panel(p + i);
       }
       f(args);
     }
   }
 
-  void backward_inputs(Pass& pass, int begin, int end, float* strip) {
+  void backward_columns(Pass& pass, int begin, int end, float* grads) {
     if (pass.grad_in[0] && !pass.accumulate[0]) {
       for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
         const int lanes = pass.lanes(p);
@@ -130,41 +147,43 @@ class SparseLinear : public Layer {
       }
     }
     for (int b = 0; b < pattern_.blocks(); ++b) {
-      for (int i = begin; i < end;) {
-        int j = i + 1;
-        while (j < end && start(b, j + 1) - start(b, i) <= kStrip) ++j;
-        const std::uint32_t first = start(b, i), n = start(b, j) - first;
+      for (int c = begin; c < end;) {
+        int stop = c + 1;
+        while (stop < end && start(b, stop + 1) - start(b, c) <= strip()) ++stop;
+        const std::uint32_t first = start(b, c), n = start(b, stop) - first;
         if (n) {
-          std::memset(strip, 0, n * sizeof(float));
-          for_panels(pass,
-                     [&](ColumnArgs& args) { pass.kernels.column_backward(args, b, i, j, strip); },
-                     true);
-          tensors[kWeight].take(pass.kernels, pass.sink, first, strip, n);
+          std::memset(grads, 0, n * sizeof(float));
+          for_panels(pass, pass.in[0], pass.grad_in[0], [&](ColumnArgs& args) {
+            pass.kernels.column_backward(args, b, c, stop, grads);
+          });
+          tensors[kWeight].take(pass.kernels, pass.sink, first, grads, n);
         }
-        i = j;
+        c = stop;
       }
     }
   }
 
   void all_gradients(Pass& pass);
 
-  // Parts of the inputs with about equal numbers of non-zeros.
-  void cut_inputs() {
-    std::uint64_t total = pattern_.nonzeros() + pattern_.inputs, sum = 0;
-    input_parts_ = {0};
-    const int parts = std::min(kParts, pattern_.inputs);
-    for (int i = 0; i < pattern_.inputs; ++i) {
+  // Parts of the columns with about equal numbers of non-zeros.
+  void cut_columns() {
+    const std::uint64_t total = nonzeros_ + pattern_.columns;
+    std::uint64_t sum = 0;
+    parts_ = {0};
+    const int parts = std::min(kParts, pattern_.columns);
+    for (int c = 0; c < pattern_.columns; ++c) {
       ++sum;
-      for (int b = 0; b < pattern_.blocks(); ++b) sum += start(b, i + 1) - start(b, i);
-      if (sum * parts >= total * input_parts_.size() && int(input_parts_.size()) < parts)
-        input_parts_.push_back(i + 1);
+      for (int b = 0; b < pattern_.blocks(); ++b) sum += start(b, c + 1) - start(b, c);
+      if (sum * parts >= total * parts_.size() && int(parts_.size()) < parts) parts_.push_back(c + 1);
     }
-    input_parts_.push_back(pattern_.inputs);
+    parts_.push_back(pattern_.columns);
   }
 
   const std::size_t nonzeros_;
+  const int inputs_, outputs_;
+  const bool by_output_;
   ColumnPattern pattern_;
-  std::vector<int> input_parts_;
+  std::vector<int> parts_;  // of the columns
 };
 
 int examples_of(const Pass& pass) {
@@ -224,8 +243,8 @@ void weight_gradients(const Pass& pass, const float* rows, const float* columns,
 }
 
 void SparseLinear::all_gradients(Pass& pass) {
-  const int examples = examples_of(pass), inputs = pattern_.inputs, outputs = pattern_.outputs;
-  float* const rows = pass.scratch + std::size_t(pass.pool.threads()) * kStrip;
+  const int examples = examples_of(pass), inputs = inputs_, outputs = outputs_;
+  float* const rows = pass.scratch + std::size_t(pass.pool.threads()) * strip();
   float* const columns = rows + std::size_t(inputs) * examples;
   float* const block = columns + std::size_t(outputs) * examples;
   to_rows(pass, pass.in[0], rows);
@@ -342,10 +361,11 @@ class DenseLinear : public Layer {
 
 }  // namespace
 
-std::unique_ptr<Layer> make_linear(const Node& node, const Shape& in, std::size_t nonzeros) {
+std::unique_ptr<Layer> make_linear(const Node& node, const Shape& in, std::size_t nonzeros,
+                                   bool needs_grad_in) {
   const double size = double(node.shape.channels) * in.channels;
   if (double(nonzeros) < kSparseLinearBelow * size)
-    return std::make_unique<SparseLinear>(node, in, nonzeros);
+    return std::make_unique<SparseLinear>(node, in, nonzeros, needs_grad_in);
   return std::make_unique<DenseLinear>(node, in);
 }
 

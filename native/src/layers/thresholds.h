@@ -25,10 +25,7 @@ inline int dense_chunk(int kernel) {
   return std::max(4, 20000 / window_bytes);
 }
 
-// Outputs per block of a sparse Linear: their rows stay in the first-level cache.
-inline int block_rows(int outputs, double density) {
-  const int wanted = density < 0.03 ? 1024 : 256;
-  return std::min(outputs, wanted);
-}
+// Rows per block of a sparse Linear: their activations stay in the near caches.
+inline int block_rows(int rows, double density) { return std::min(rows, density < 0.03 ? 1024 : 512); }
 
 }  // namespace fedlean

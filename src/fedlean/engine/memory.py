@@ -1,11 +1,9 @@
 """What a training step holds in memory, from the model alone.
 
-Two models: `sparse=True` is the sparse storage of a device that keeps only what it trains (value,
-momentum and 16-bit row of a Linear weight; those plus gradient, permuted copy, offset and
-permutation of a Conv2d weight), never worse than dense per layer; `sparse=False` is what a dense
-engine with masks holds.  Counted are parameters, gradients, optimiser state, importance sums,
-activations saved for the backward pass, and the largest transient; not counted are the process, its
-libraries and a convolution's workspace.
+Two models: `sparse=True` is a device with the native engine, which keeps and computes the kept
+weights only (`native_storage`, `native_arena`); `sparse=False` is what a dense engine with masks
+holds.  Counted are parameters, gradients, optimiser state, importance sums, activations and
+scratch; not counted are the process and its libraries, and a dense engine's workspace.
 """
 
 from __future__ import annotations
@@ -14,30 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from fedlean.layers import (
-    Add,
-    Conv2d,
-    Flatten,
-    GlobalAvgPool,
-    Linear,
-    MaxPool2d,
-    ReLU,
-)
+from fedlean.engine.native_arena import arena_bytes, geometries, structure
+from fedlean.engine.native_storage import FLOAT_BYTES, stored_bytes
+from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU
 from fedlean.spec import INPUT, ModelSpec
 
-FLOAT_BYTES = 4
-LINEAR_INDEX_BYTES = 2  # 16-bit row
-CONV_EXTRA_BYTES = 16  # gradient 4, permuted copy 4, two 16-bit offsets 4, permutation 4
 MAX_POOL_INDEX_BYTES = 8  # torch keeps int64 positions
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one training step; `peak_bytes` is less than the sum of the others."""
+    """Bytes of one training step; `peak_bytes` is at most the sum of the others."""
 
-    parameter_bytes: int  # values, optimiser state, gradients, indices, masks
-    importance_bytes: int  # Σ g² of all coordinates and, in sparse storage, one dense gradient
-    activation_bytes: int  # input and everything saved for the backward pass
+    parameter_bytes: int  # values, optimiser state, indices, masks; dense: gradients
+    importance_bytes: int  # Σ g² of all coordinates
+    activation_bytes: int  # activations; native: their gradients and scratch too, at the peak
     peak_bytes: int
 
 
@@ -51,46 +40,27 @@ def step_memory(
     importance: bool = False,
     sparse: bool = True,
 ) -> StepMemory:
-    """Memory of one forward, backward and update on `batch_size` examples.
+    """Memory of one forward, backward and update on `batch_size` examples, on one thread.
 
     `kept` maps masked tensors to their kept coordinates (absent: dense); `optimizer_floats` is what
     the optimiser holds per trained weight (1 with momentum).
     """
-    trainable = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
-    held, gradients = 0, {}  # held all the time; dense gradients as the backward pass makes them
-    for name, shape in spec.tensor_shapes.items():
-        if name not in trainable:
-            held += FLOAT_BYTES * prod(shape)
-            continue
-        own, gradient = _trained_bytes(spec, name, kept.get(name), optimizer_floats, sparse)
-        held += own
-        gradients[name] = gradient
-    accumulators = 0
-    if importance:
-        widest = max(trainable.values()) if sparse else 0  # a dense engine has it as gradient
-        accumulators = FLOAT_BYTES * (sum(trainable.values()) + widest)
+    sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
+    sums = FLOAT_BYTES * sum(sizes.values()) if importance else 0
+    if sparse:
+        held = structure(spec, frozen)
+        stored = stored_bytes(spec, kept, optimizer_floats, frozen, geometries(spec, held))
+        arena = arena_bytes(
+            spec, kept, held, batch_size=batch_size, frozen=frozen, importance=importance
+        )
+        return StepMemory(stored, sums, arena, stored + sums + arena)
+    gradients = {name: FLOAT_BYTES * size for name, size in sizes.items()}
+    stored = sum(FLOAT_BYTES * prod(shape) for shape in spec.tensor_shapes.values())
+    stored += FLOAT_BYTES * optimizer_floats * sum(sizes.values())
+    stored += FLOAT_BYTES * sum(sizes[name] for name in kept if name in sizes)  # masks, as factors
     saved = _saved_bytes(spec, batch_size)
-    peak = held + accumulators + _backward_peak(spec, saved, gradients, batch_size)
-    return StepMemory(held + sum(gradients.values()), accumulators, sum(saved.values()), peak)
-
-
-def _trained_bytes(
-    spec: ModelSpec, name: str, kept: int | None, optimizer_floats: int, sparse: bool
-) -> tuple[int, int]:
-    """(held all the time, dense gradient) of one trainable tensor."""
-    size = prod(spec.param_shapes[name])
-    state = FLOAT_BYTES * optimizer_floats
-    layer = spec.by_name[name.split(".")[0]].layer
-    # a Linear layer can be updated in place as its gradient is made
-    gradient = 0 if sparse and isinstance(layer, Linear) else FLOAT_BYTES * size
-    dense = size * (FLOAT_BYTES + state)
-    if kept is None:
-        return dense, gradient
-    if not sparse:
-        return dense + FLOAT_BYTES * size, gradient  # the mask, as a float factor
-    extra = CONV_EXTRA_BYTES if isinstance(layer, Conv2d) else LINEAR_INDEX_BYTES
-    in_storage = kept * (FLOAT_BYTES + state + extra)
-    return (in_storage, 0) if in_storage < dense + gradient else (dense, gradient)
+    peak = stored + sums + _backward_peak(spec, saved, gradients, batch_size)
+    return StepMemory(stored + sum(gradients.values()), sums, sum(saved.values()), peak)
 
 
 def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:

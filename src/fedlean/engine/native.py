@@ -22,6 +22,7 @@ from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import INPUT, ModelSpec, Node
 
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
+_MAX_THREADS = 1024
 _MAX_POOL_KERNEL = 16  # the winning pixel of a window is kept in one byte
 
 
@@ -32,10 +33,14 @@ class NativeEngine:
     arithmetic: Literal["masked", "sparse"] = "sparse"
 
     def __init__(self, threads: int | None = None):
+        """Raises ValueError when `threads` or FEDLEAN_INSTRUCTION_SET is not possible here."""
+        count = 1 if threads is None else threads
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MAX_THREADS:
+            raise ValueError(f"threads must be an integer from 1 to {_MAX_THREADS}, got {threads!r}")
         try:
-            self._native = _native.Engine(threads or 1)
-        except RuntimeError as error:  # FEDLEAN_INSTRUCTION_SET names none of this machine
-            raise ValueError(str(error)) from None
+            self._native = _native.Engine(count)
+        except RuntimeError as error:
+            raise ValueError(f"no native engine with {count} threads: {error}") from None
         self.instruction_set: str = self._native.instruction_set
 
     def open(
@@ -147,6 +152,7 @@ class NativeSession:
             weight_decay=optimizer.weight_decay,
             proximal=optimizer.proximal,
             clip_norm=optimizer.clip_norm or 0.0,
+            input_rank=len(spec.input_shape),
             trainable=self._per_slot(lambda name: name not in self._frozen, False),
             kept=self._per_slot(self._pruned_to, -1),
         )
@@ -176,11 +182,16 @@ class NativeSession:
         return {name: self._read(name, packed) for name in self._spec.tensor_shapes}
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
-        self._check_batch(x, y)
-        checks.check_moments(self._spec, len(x), self._frozen)
+        try:
+            if len(x) == 1:
+                checks.check_moments(self._spec, 1, self._frozen)
+            mean = self._session.step(x, y, importance)
+        except (TypeError, ValueError):
+            self._explain(x, y)
+            raise
         self._returned = frozenset()
         self._importance = self._importance or importance
-        return self._session.step(x, y, importance)
+        return mean
 
     def importance(self) -> dict[str, np.ndarray]:
         sums = {}
@@ -190,14 +201,18 @@ class NativeSession:
         return sums
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
-        self._check_batch(x, y)
+        try:
+            mean = self._session.loss(x, y)
+        except (TypeError, ValueError):
+            self._explain(x, y)
+            raise
         self._returned = frozenset()
-        return self._session.loss(x, y)
+        return mean
 
     def loss_perturbed(
         self, x: np.ndarray, y: np.ndarray, *, seed: int, k: int, sigma: float
     ) -> float:
-        self._check_batch(x, y)
+        self._explain(x, y)
         checks.check_sigma(sigma)
         before = {name: self._read(name, packed=True) for name in self._trainable}
         try:
@@ -253,7 +268,8 @@ class NativeSession:
         places = [self._places[name] for name in names]
         self._session.apply([p.node for p in places], [p.slot for p in places])
 
-    def _check_batch(self, x: np.ndarray, y: np.ndarray) -> None:
+    def _explain(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Raises the ValueError that says what the native checks, which are fast, refused."""
         checks.check_batch(self._spec, x, y, self._batch_size, self._spec.output_shape[0])
 
     def _pruned_to(self, name: str) -> int:

@@ -1,13 +1,19 @@
 """What an engine is: the seam between the methods and whatever does the arithmetic.
 
 An engine opens a session for (spec, params, sub-model, batch size, optimiser, loss).  Arrays cross
-at task boundaries only; between them the session keeps its own buffers.
+at task boundaries only; between them the session keeps its own buffers: it never keeps or changes
+an array of the caller's, and what it returns is the caller's.
+
+Every call checks its arguments before it computes or changes anything (`fedlean.engine.checks`) and
+raises ValueError naming the one that is wrong; the session goes on as if the call had not been.
+Arrays are C-contiguous; x, parameters and gradients are float32 and finite, y is int64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,11 +26,34 @@ Loss = Literal["ce", "bce"]  # cross-entropy; BCE-with-logits on one-hot, mean o
 
 @dataclass(frozen=True)
 class SGD:
-    """w <- w - lr·v,  v <- momentum·v + g + weight_decay·w  (PyTorch's SGD, no dampening)."""
+    """PyTorch's SGD without dampening, with clipping and FedProx's proximal term.
+
+    For the gradient g of the loss, in this order, on trainable and kept coordinates only:
+
+        g <- g · min(1, clip_norm / ‖g‖)    ‖g‖ over all tensors together
+        g <- g + weight_decay·w + proximal·(w - w_loaded)
+        v <- momentum·v + g
+        w <- w - lr·v
+
+    w_loaded is what the last `open` or `load` brought (Li et al., MLSys 2020, eq. (2)).  Clipping
+    is that of torch.nn.utils.clip_grad_norm_ without the 1e-6 that it adds to the norm.  A step
+    clips what that step gives; `apply` clips the gradients given to it.  Raises ValueError naming
+    the field that is not finite or out of range.
+    """
 
     lr: float
     momentum: float = 0.0
     weight_decay: float = 0.0
+    clip_norm: float | None = None  # None: no clipping
+    proximal: float = 0.0  # μ of FedProx
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "momentum", "weight_decay", "proximal"):
+            value = getattr(self, name)
+            if not 0 <= value < inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < inf:
+            raise ValueError(f"clip_norm must be finite and positive, got {self.clip_norm!r}")
 
 
 class Session(Protocol):
@@ -35,7 +64,8 @@ class Session(Protocol):
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
         """Forward, backward, update on x (B, *input_shape), y (B,); the mean loss before it.
 
-        With `importance`, adds g² of every coordinate, pruned ones too, to `importance()`.
+        With `importance`, adds g² of every coordinate, pruned ones too, to `importance()`, g being
+        the loss's gradient: not clipped, no decay.
         """
         ...
 
@@ -64,18 +94,28 @@ class Session(Protocol):
     ) -> Params:
         """Vector-Jacobian product of the last training forward: dL/dparams for given dL/dnode.
 
-        Gradients of masked coordinates are 0 unless `dense`.
+        Gradients enter at nodes that the forward returned, each (B, *shape).  All trainable tensors
+        come back in their dense shapes; pruned coordinates are 0 unless `dense`.  Each training
+        forward serves one backward, and none once the session has computed anything else.
         """
         ...
 
     def apply(self, gradients: Params) -> None:
-        """One optimiser step with the given gradients; masked coordinates stay 0."""
+        """One optimiser step with the given dense gradients; pruned coordinates stay 0.
+
+        Tensors without a gradient stay as they are, and so do frozen ones with one.
+        """
         ...
 
-    def load(self, params: Params) -> None: ...
+    def load(self, params: Params) -> None:
+        """Replaces all tensors, in the form that `open` takes; the optimiser's momentum is kept."""
+        ...
 
-    def params(self) -> Params:
-        """A copy of all tensors (parameters and buffers), masked coordinates exactly 0."""
+    def params(self, *, packed: bool = False) -> Params:
+        """A copy of all tensors (parameters and buffers), pruned coordinates exactly +0.
+
+        With `packed`, masked tensors are their kept values alone (K,), row-major.
+        """
         ...
 
 
@@ -95,4 +135,11 @@ class Engine(Protocol):
         batch_size: int,
         optimizer: SGD,
         loss: Loss = "ce",
-    ) -> Session: ...
+    ) -> Session:
+        """`params` holds every tensor of the spec.
+
+        A masked one is dense, and its pruned coordinates are ignored, or packed: its kept values
+        (K,) in the row-major order of its mask, as they travel.  Raises ValueError, also for what
+        this engine does not support.
+        """
+        ...

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fedlean import layers as L
 from fedlean.core import Params, SubModel, generator
+from fedlean.engine import checks
 from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import INPUT, ModelSpec, Node
@@ -50,24 +51,10 @@ class TorchEngine:
                 "the torch engine trains masks and frozen tensors only, got a sub-model with "
                 f"{'slices' if sub_model.index else 'an output module'}"
             )
-        if loss not in ("ce", "bce"):
-            raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
-        _check_masks(spec, sub_model)
+        checks.check_settings(batch_size, loss)
+        checks.check_masks(spec, sub_model.masks)
+        checks.check_frozen(spec, sub_model.frozen)
         return TorchSession(spec, params, sub_model, batch_size, optimizer, loss)
-
-
-def _check_params(spec: ModelSpec, params: Params) -> None:
-    for name, shape in spec.tensor_shapes.items():
-        if name not in params:
-            raise ValueError(f"parameter {name!r} of shape {shape} is missing")
-        if params[name].shape != shape:
-            raise ValueError(f"parameter {name!r} has shape {params[name].shape}, expected {shape}")
-
-
-def _check_masks(spec: ModelSpec, sub_model: SubModel) -> None:
-    for name, mask in sub_model.masks.items():
-        if name not in spec.param_shapes or mask.shape != spec.param_shapes[name]:
-            raise ValueError(f"mask {name!r} of shape {mask.shape} does not fit the model")
 
 
 class TorchSession:
@@ -83,6 +70,7 @@ class TorchSession:
         loss: Loss,
     ):
         self._spec = spec
+        self._batch_size = batch_size
         self._optimizer = optimizer
         self._loss_name = loss
         self._trainable = [name for name in spec.param_shapes if name not in sub_model.frozen]
@@ -91,46 +79,62 @@ class TorchSession:
             name: torch.from_numpy(np.ascontiguousarray(mask, np.float32))
             for name, mask in sub_model.masks.items()
         }
+        self._loaded: dict[str, torch.Tensor] = {}
         self._velocity: dict[str, torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
-        self._kept_graph: dict[str, torch.Tensor] = {}
+        self._kept_graph: dict[str, torch.Tensor] = {}  # of the training forward, by node
+        self._kept_examples = 0
         self._state: dict[str, torch.Tensor] = {}
         self.load(params)
         self.peak_memory_bytes = step_memory(
             spec,
             dict.fromkeys(self._masks, 0),
             batch_size=batch_size,
-            optimizer_floats=1 if optimizer.momentum else 0,
+            optimizer_floats=bool(optimizer.momentum) + bool(optimizer.proximal),
             frozen=sub_model.frozen,
             sparse=False,
         ).peak_bytes
 
     def load(self, params: Params) -> None:
-        """Takes a copy; masked coordinates become 0.  Optimiser state is kept."""
-        _check_params(self._spec, params)
+        checks.check_params(self._spec, params, self._patterns())
+        self._kept_graph = {}
         for name in self._spec.tensor_shapes:
-            tensor = torch.tensor(params[name], dtype=torch.float32)
-            if name in self._masks:
-                # not a multiplication: NaN·0 is NaN and -1·0 is -0
-                tensor = torch.where(self._masks[name] != 0, tensor, 0.0)
+            tensor = self._unpacked(name, torch.tensor(params[name]))
+            if self._optimizer.proximal and name in self._trainable:
+                self._loaded[name] = tensor.clone()
             self._state[name] = tensor.requires_grad_(name in self._trainable)
 
-    def params(self) -> dict[str, np.ndarray]:
-        return {name: tensor.detach().numpy().copy() for name, tensor in self._state.items()}
+    def _patterns(self) -> dict[str, np.ndarray]:
+        """The masks as they came, bool; made from the factors, since the caller's may change."""
+        return {name: factor.numpy() != 0 for name, factor in self._masks.items()}
+
+    def _unpacked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Dense, with exactly +0 at pruned coordinates."""
+        if name not in self._masks:
+            return tensor
+        kept = self._masks[name] != 0
+        if tensor.shape == kept.shape:  # not a multiplication: NaN·0 is NaN and -1·0 is -0
+            return torch.where(kept, tensor, 0.0)
+        return torch.zeros(kept.shape).masked_scatter_(kept, tensor)
+
+    def params(self, *, packed: bool = False) -> dict[str, np.ndarray]:
+        masks = self._patterns() if packed else {}
+        held = {name: tensor.detach().numpy() for name, tensor in self._state.items()}
+        return {
+            name: value[masks[name]] if name in masks else value.copy()
+            for name, value in held.items()
+        }
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
-        logits = self._run(x, training=True)[self._output]
+        self._check_batch(x, y)
+        checks.check_moments(self._spec, len(x), self._frozen)
+        self._kept_graph = {}
+        logits = self._run(_tensor(x), training=True)[self._output]
         loss = self._loss(logits, y)
-        gradients = torch.autograd.grad(
-            loss,
-            [self._state[name] for name in self._trainable],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        named = dict(zip(self._trainable, gradients, strict=True))
+        gradients = self._gradients([loss], [None])
         if importance:
-            self._accumulate(named)
-        self._descend(named)
+            self._accumulate(gradients)
+        self._descend(gradients)
         return float(loss.detach())
 
     def importance(self) -> dict[str, np.ndarray]:
@@ -143,12 +147,17 @@ class TorchSession:
 
     @torch.no_grad()
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
-        return float(self._loss(self._run(x, training=False)[self._output], y))
+        self._check_batch(x, y)
+        self._kept_graph = {}
+        return float(self._loss(self._run(_tensor(x), training=False)[self._output], y))
 
     @torch.no_grad()
     def loss_perturbed(
         self, x: np.ndarray, y: np.ndarray, *, seed: int, k: int, sigma: float
     ) -> float:
+        self._check_batch(x, y)
+        checks.check_sigma(sigma)
+        self._kept_graph = {}
         moved = dict(self._state)
         for name in self._trainable:
             shape = self._spec.param_shapes[name]
@@ -156,53 +165,67 @@ class TorchSession:
             z = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
             z = z * self._masks[name] if name in self._masks else z
             moved[name] = self._state[name] + sigma * z
-        logits = self._run(x, training=False, state=moved)[self._output]
+        logits = self._run(_tensor(x), training=False, state=moved)[self._output]
         return float(self._loss(logits, y))
 
     def forward(
         self, x: np.ndarray, *, taps: Sequence[str] = (), training: bool = False
     ) -> dict[str, np.ndarray]:
+        checks.check_input(self._spec, x, self._batch_size)
+        checks.check_taps(self._spec, taps)
+        if training:
+            checks.check_moments(self._spec, len(x), self._frozen)
         wanted = {*taps, self._output}
-        for tap in wanted - set(self._spec.by_name):
-            raise ValueError(f"no layer named {tap!r} to tap, expected one of the model's layers")
         with torch.set_grad_enabled(training):
-            values = self._run(x, training=training, keep=wanted)
+            # a copy, since the caller may write to x before the backward
+            values = self._run(torch.tensor(x), training=training, keep=wanted)
         self._kept_graph = {name: values[name] for name in wanted} if training else {}
-        return {name: values[name].detach().numpy() for name in wanted}
+        self._kept_examples = len(x)
+        return {name: values[name].detach().numpy().copy() for name in wanted}
 
     def backward(
         self, output_gradients: Mapping[str, np.ndarray], *, dense: bool = False
     ) -> dict[str, np.ndarray]:
-        for name in output_gradients:
-            if name not in self._kept_graph:
-                raise ValueError(
-                    f"no gradient can enter at {name!r}: call forward(x, taps=[{name!r}], "
-                    "training=True) first, once for each backward"
-                )
-        gradients = torch.autograd.grad(
+        checks.check_output_gradients(
+            self._spec, output_gradients, self._kept_graph, self._kept_examples
+        )
+        gradients = self._gradients(
             [self._kept_graph[name] for name in output_gradients],
-            [self._state[name] for name in self._trainable],
-            [_tensor(g, np.float32) for g in output_gradients.values()],
-            allow_unused=True,
-            materialize_grads=True,
+            [_tensor(gradient) for gradient in output_gradients.values()],
         )
         self._kept_graph = {}
-        named = dict(zip(self._trainable, gradients, strict=True))
         if not dense:
-            named = {name: self._masked(name, gradient) for name, gradient in named.items()}
-        return {name: gradient.numpy() for name, gradient in named.items()}
+            gradients = {name: self._masked(name, g) for name, g in gradients.items()}
+        return {name: gradient.numpy() for name, gradient in gradients.items()}
 
     def apply(self, gradients: Params) -> None:
-        named = {
-            name: torch.from_numpy(np.array(gradients[name], np.float32))
-            for name in self._trainable
-            if name in gradients
-        }
-        self._descend(named)
+        checks.check_gradients(self._spec, gradients)
+        self._kept_graph = {}
+        self._descend({n: torch.tensor(gradients[n]) for n in self._trainable if n in gradients})
 
     @property
     def _output(self) -> str:
         return self._spec.nodes[-1].name
+
+    def _check_batch(self, x: np.ndarray, y: np.ndarray) -> None:
+        checks.check_batch(self._spec, x, y, self._batch_size, self._spec.output_shape[0])
+
+    def _gradients(
+        self, outputs: Sequence[torch.Tensor], entering: Sequence[torch.Tensor | None]
+    ) -> dict[str, torch.Tensor]:
+        """Of the trainable tensors, for dL/doutputs `entering` (None: the output is the loss)."""
+        held = {name: self._state[name] for name in self._trainable}
+        flows = [flow for flow in zip(outputs, entering, strict=True) if flow[0].requires_grad]
+        if not flows or not held:  # torch refuses what nothing trainable reaches
+            return {name: torch.zeros_like(tensor) for name, tensor in held.items()}
+        gradients = torch.autograd.grad(
+            [output for output, _ in flows],
+            list(held.values()),
+            [gradient for _, gradient in flows],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return dict(zip(held, gradients, strict=True))
 
     def _masked(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * self._masks[name] if name in self._masks else gradient
@@ -216,21 +239,26 @@ class TorchSession:
 
     @torch.no_grad()
     def _descend(self, gradients: Tensors) -> None:
-        lr, momentum = self._optimizer.lr, self._optimizer.momentum
+        """One step of SGD (see the protocol); overwrites the gradients."""
+        sgd = self._optimizer
+        for name in gradients.keys() & self._masks.keys():
+            gradients[name].masked_fill_(self._masks[name] == 0, 0)  # NaN·0 is NaN
+        if sgd.clip_norm is not None:
+            _clip(gradients, sgd.clip_norm)
         for name, gradient in gradients.items():
             weight = self._state[name]
-            if name in self._masks:
-                gradient.masked_fill_(self._masks[name] == 0, 0)  # NaN·0 is NaN
-            if self._optimizer.weight_decay:
-                gradient.add_(weight, alpha=self._optimizer.weight_decay)
-            if momentum:
+            if sgd.weight_decay:
+                gradient.add_(weight, alpha=sgd.weight_decay)
+            if sgd.proximal:
+                gradient.add_(weight - self._loaded[name], alpha=sgd.proximal)
+            if sgd.momentum:
                 if name not in self._velocity:
                     self._velocity[name] = torch.zeros_like(gradient)
-                gradient = self._velocity[name].mul_(momentum).add_(gradient)
-            weight.sub_(gradient, alpha=lr)
+                gradient = self._velocity[name].mul_(sgd.momentum).add_(gradient)
+            weight.sub_(gradient, alpha=sgd.lr)
 
     def _loss(self, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-        target = _tensor(labels, np.int64)
+        target = _tensor(labels)
         if self._loss_name == "ce":
             return F.cross_entropy(logits, target)
         one_hot = F.one_hot(target, logits.shape[1]).to(logits.dtype)
@@ -238,7 +266,7 @@ class TorchSession:
 
     def _run(
         self,
-        x: np.ndarray,
+        x: torch.Tensor,
         *,
         training: bool,
         keep: set[str] | None = None,
@@ -246,7 +274,7 @@ class TorchSession:
     ) -> dict[str, torch.Tensor]:
         """Activations still needed: those in `keep` and the output."""
         state = self._state if state is None else state
-        values = {INPUT: _tensor(x, np.float32)}
+        values = {INPUT: x}
         keep = (keep or set()) | {self._output}
         readers = dict.fromkeys((INPUT, *self._spec.by_name), 0)
         for node in self._spec.nodes:
@@ -263,10 +291,18 @@ class TorchSession:
         return values
 
 
-def _tensor(array: np.ndarray, dtype: type) -> torch.Tensor:
+def _tensor(array: np.ndarray) -> torch.Tensor:
     """Shares memory where it can; torch has no read-only tensors, so those are copied."""
-    array = np.ascontiguousarray(array, dtype)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _clip(gradients: Tensors, clip_norm: float) -> None:
+    """Scales the gradients to an L2 norm of at most clip_norm over all of them."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients.values()]
+    norm = float(torch.stack(norms).norm()) if norms else 0.0
+    if norm > clip_norm:
+        for gradient in gradients.values():
+            gradient.mul_(clip_norm / norm)
 
 
 def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: bool) -> torch.Tensor:
@@ -287,7 +323,7 @@ def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: boo
         case L.GlobalAvgPool():
             return x.mean((2, 3))
         case L.GroupNorm(eps=eps, groups=groups):
-            return F.group_norm(x, groups, weight, bias, eps)
+            return torch.group_norm(x, groups, weight, bias, eps)  # F's refuses 1 value per group
         case L.BatchNorm(eps=eps, momentum=momentum):
             mean, var = state[f"{node.name}.running_mean"], state[f"{node.name}.running_var"]
             return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)

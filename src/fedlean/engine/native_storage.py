@@ -1,0 +1,182 @@
+"""What the native engine stores of a layer, from the number of kept weights alone.
+
+A model of `native/src/layers/conv.cpp` and `linear.cpp`, for servers and planners that have no
+extension; tests hold it against the engine's own plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from fedlean.layers import Conv2d, Linear
+from fedlean.spec import ModelSpec, Node
+
+FLOAT_BYTES = 4
+OFFSET_BYTES = 2  # of a kept weight within its chunk or block
+START_BYTES = 4
+CHUNK_BYTES = 16
+SPARSE_BELOW = 0.5  # density from which a layer is stored and computed densely
+MOST_PIXELS = 65536  # of a convolution's chunk: offsets have 16 bits
+GATHER_STRIP = 4096  # kept weights whose partial sums are held at once
+COLUMN_STRIP = 2048
+CONV_GRAD_ROWS, LINEAR_GRAD_ROWS = 4, 8  # rows of a dense gradient at once
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a layer reads and writes, in pixels with their halos."""
+
+    needs_grad_in: bool
+    in_halo: int = 0
+    grad_halo: int = 0
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Floats that a layer needs for a moment."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A convolution of any stride as one of stride 1 on phases of its input."""
+
+    phases: int
+    in_pixels: int  # per input channel, of all phases
+    grad_pixels: int  # per output channel
+    size: int
+    chunk: int  # input channels
+    chunk_backward: int  # output channels
+
+
+def stored_bytes(
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    optimizer_floats: int,
+    frozen: frozenset[str],
+    geometries: Mapping[str, Geometry],
+) -> int:
+    """Values, optimiser state, masks and patterns of all tensors."""
+    total = 0
+    for name, shape in spec.tensor_shapes.items():
+        size, copies = prod(shape), 1
+        if name in spec.param_shapes and name not in frozen:
+            copies += optimizer_floats
+        values = kept.get(name, size)
+        node = spec.by_name[name.rsplit(".", 1)[0]]
+        if name.endswith(".weight") and is_sparse(spec, node, values, geometries):
+            total += FLOAT_BYTES * values * copies
+            total += _index_bytes(spec, node, values, geometries[node.name])
+        else:
+            total += FLOAT_BYTES * size * copies + (size if values < size else 0)  # a byte of mask
+    return total
+
+
+def is_sparse(
+    spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry]
+) -> bool:
+    if not isinstance(node.layer, Linear | Conv2d):
+        return False
+    below = values < SPARSE_BELOW * prod(spec.param_shapes[f"{node.name}.weight"])
+    if isinstance(node.layer, Linear) or node.layer.groups > 1:
+        return below or isinstance(node.layer, Conv2d)
+    window = _window(spec, node, values, geometries[node.name])
+    return below and max(window.in_pixels, window.grad_pixels) <= MOST_PIXELS
+
+
+def scratch(
+    spec: ModelSpec,
+    node: Node,
+    values: int,
+    geometries: Mapping[str, Geometry],
+    *,
+    batch_size: int,
+    lanes: int,
+    importance: bool,
+) -> Scratch:
+    """Of a Linear or Conv2d that keeps `values` weights, on one thread."""
+    sparse, geometry = is_sparse(spec, node, values, geometries), geometries[node.name]
+    if isinstance(node.layer, Linear):
+        return _linear_scratch(spec, node, sparse, geometry, batch_size, importance)
+    assert isinstance(node.layer, Conv2d)
+    window = _window(spec, node, values, geometry)
+    channels, taps = spec.input_shapes(node)[0][0], node.layer.kernel_size**2
+    split = channels * window.in_pixels * lanes if node.layer.stride > 1 else 0
+    backward = split
+    if importance or not sparse:
+        backward += CONV_GRAD_ROWS * channels // node.layer.groups * taps
+    if sparse:
+        strip = max(min(GATHER_STRIP, values), window.chunk * taps) + 4
+        transposed = values if geometry.needs_grad_in else 0
+        backward += max(transposed, 5 * strip) + 16
+    return Scratch(split, backward)
+
+
+def _linear_scratch(
+    spec: ModelSpec,
+    node: Node,
+    sparse: bool,
+    geometry: Geometry,
+    batch_size: int,
+    importance: bool,
+) -> Scratch:
+    outputs, inputs = spec.param_shapes[f"{node.name}.weight"]
+    rows, columns = batch_size * inputs, batch_size * outputs
+    dense = rows + columns + LINEAR_GRAD_ROWS * inputs
+    if sparse:
+        return Scratch(0, COLUMN_STRIP + (dense if importance else 0))
+    return Scratch(rows + columns, dense + (rows if geometry.needs_grad_in else 0))
+
+
+def _index_bytes(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> int:
+    shape = spec.param_shapes[f"{node.name}.weight"]
+    if isinstance(node.layer, Linear):  # by columns where there is a gradient of the input
+        columns, rows = shape[::-1] if geometry.needs_grad_in else shape
+        block = min(rows, 1024 if values < 0.03 * prod(shape) else 512)
+        return START_BYTES * (-(-rows // block) * columns + 1) + OFFSET_BYTES * values
+    assert isinstance(node.layer, Conv2d)
+    window = _window(spec, node, values, geometry)
+    outputs, inputs, groups = shape[0], shape[1] * node.layer.groups, node.layer.groups
+    total = _gather_bytes(inputs, window.chunk, outputs, groups, values)
+    if geometry.needs_grad_in:  # and where each value is in the forward order
+        images = inputs * window.phases
+        total += _gather_bytes(outputs, window.chunk_backward, images, groups, values)
+        total += START_BYTES * values
+    return total
+
+
+def _gather_bytes(channels: int, chunk: int, outputs: int, groups: int, values: int) -> int:
+    group_in, group_out = channels // groups, outputs // groups
+    starts = range(0, channels, chunk)
+    rows = sum(
+        (min(first + chunk, channels) - 1) // group_in - first // group_in + 1 for first in starts
+    )
+    rows *= group_out
+    in_rows = START_BYTES * (rows + 1) + rows
+    return CHUNK_BYTES * len(starts) + in_rows + OFFSET_BYTES * values
+
+
+def _window(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> _Window:
+    layer = node.layer
+    assert isinstance(layer, Conv2d)
+    ((_, height, width),) = spec.input_shapes(node)
+    _, out_height, out_width = spec.shapes[node.name]
+    size = prod(spec.param_shapes[f"{node.name}.weight"])
+    stride, padding = layer.stride, layer.padding
+    if stride > 1:
+        phases = min(stride, layer.kernel_size) ** 2
+        in_pixels = phases * prod(-(-(side + 2 * padding) // stride) for side in (height, width))
+    else:
+        phases = 1
+        in_pixels = prod(side + 2 * geometry.in_halo for side in (height, width))
+    grad_pixels = prod(side + 2 * geometry.grad_halo for side in (out_height, out_width))
+    wanted = int(20 / (layer.kernel_size**2 * max(values / size, 1e-3)) + 0.5)
+
+    def chunk(pixels: int) -> int:
+        return max(1, min(wanted, MOST_PIXELS // pixels, 128))
+
+    return _Window(phases, in_pixels, grad_pixels, size, chunk(in_pixels), chunk(grad_pixels))

@@ -1,0 +1,31 @@
+"""A test that takes `engine` holds the protocol: it runs on every engine."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from fedlean.engine.open import open_engine
+from fedlean.engine.protocol import Engine
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def has_native() -> None:
+    """Skips where the extension is not built; one that is built and broken must fail."""
+    if importlib.util.find_spec("fedlean._native") is None:
+        pytest.skip("the native engine is not built: there is no fedlean._native")
+
+
+@pytest.fixture(scope="session", params=["torch", "native"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """On one thread, so that no test depends on the machine."""
+    if request.param == "native":
+        request.getfixturevalue("has_native")
+    return open_engine(request.param, 1)

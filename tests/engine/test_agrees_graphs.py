@@ -1,0 +1,220 @@
+"""Networks that are not chains agree with masked-dense float64 to 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+from engine.agreement import SIZES, check_gradients, check_training
+from engine.cases import masks_of
+
+from fedlean.layers import (
+    Add,
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    GroupNorm,
+    Hardsigmoid,
+    Hardswish,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Scale,
+)
+from fedlean.spec import INPUT, ModelSpec, Node
+
+IMAGE = (3, 6, 5)
+
+
+def graph(*nodes, shape=IMAGE) -> ModelSpec:
+    """(name, layer, *inputs): without inputs it reads the node before; an image gets a head."""
+    built: list[Node] = []
+    for name, layer, *inputs in nodes:
+        before = built[-1].name if built else INPUT
+        built.append(Node(name, layer, tuple(inputs) or (before,)))
+    spec = ModelSpec(shape, tuple(built))
+    if len(spec.output_shape) == 1:
+        return spec
+    return graph(*nodes, ("flat", Flatten()), ("head", Linear(3)), shape=shape)
+
+
+def conv(channels=4, kernel=3, stride=1, groups=1) -> Conv2d:
+    return Conv2d(channels, kernel, stride, kernel // 2, groups, bias=False)
+
+
+CASES = {
+    "add of two": graph(("a", conv()), ("b", conv(), INPUT), ("sum", Add(), "a", "b")),
+    "add of three": graph(
+        ("a", conv()),
+        ("b", conv(4, 1), INPUT),
+        ("c", ReLU(), "a"),
+        ("sum", Add(), "a", "b", "c"),
+    ),
+    "add of four with repeats": graph(("a", conv()), ("sum", Add(), "a", "a", "a", "a")),
+    "add of one twice and another": graph(
+        ("a", conv()), ("b", Hardswish()), ("sum", Add(), "a", "b", "a")
+    ),
+    "add of the input": graph(("a", conv(3)), ("sum", Add(), "a", INPUT)),
+    "add of the input alone": graph(("sum", Add(), INPUT, INPUT), ("a", conv())),
+    "add of vectors": graph(
+        ("a", Linear(5)),
+        ("b", Linear(5), INPUT),
+        ("sum", Add(), "a", "b"),
+        ("relu", ReLU()),
+        ("head", Linear(3)),
+        shape=(7,),
+    ),
+    "add at the end": graph(
+        ("a", Linear(4)), ("b", Linear(4), INPUT), ("sum", Add(), "a", "b", "a"), shape=(7,)
+    ),
+    "residual block": graph(
+        ("stem", conv()),
+        ("bn1", BatchNorm()),
+        ("relu1", ReLU()),
+        ("conv", conv()),
+        ("bn2", BatchNorm()),
+        ("sum", Add(), "bn2", "relu1"),
+        ("relu2", ReLU()),
+        ("pool", GlobalAvgPool()),
+        ("head", Linear(3)),
+    ),
+    "residual block with stride": graph(
+        ("stem", conv()),
+        ("relu", ReLU()),
+        ("conv1", conv(6, 3, 2)),
+        ("gn", GroupNorm(groups=3)),
+        ("relu1", ReLU()),
+        ("conv2", conv(6)),
+        ("skip", conv(6, 1, 2), "relu"),
+        ("sum", Add(), "conv2", "skip"),
+        ("again", Add(), "sum", "relu1"),
+    ),
+    "diamond": graph(
+        ("a", conv()),
+        ("left", ReLU(), "a"),
+        ("right", Hardswish(), "a"),
+        ("sum", Add(), "left", "right"),
+        ("conv", conv()),
+    ),
+    "diamond of diamonds": graph(
+        ("a", conv()),
+        ("b", ReLU()),
+        ("c", Hardswish(), "a"),
+        ("d", Add(), "b", "c"),
+        ("e", conv()),
+        ("f", conv(4, 1), "d"),
+        ("g", Add(), "e", "f", "a"),
+        ("h", Add(), "g", "d"),
+    ),
+    "readers of several kinds": graph(
+        ("a", conv()),
+        ("max", MaxPool2d(3, 1, 1), "a"),
+        ("avg", AvgPool2d(3, 1, 1), "a"),
+        ("wide", conv(4, 5), "a"),
+        ("norm", GroupNorm(groups=2), "a"),
+        ("sum", Add(), "max", "avg", "wide", "norm", "a"),
+    ),
+    "the input read by several": graph(
+        ("a", conv(4, 3, 2)),
+        ("b", conv(4, 5, 2), INPUT),
+        ("pool", MaxPool2d(2, 2), INPUT),
+        ("c", conv(4, 2), "pool"),
+        ("d", MaxPool2d(2, 1), "c"),
+        ("sum", Add(), "a", "b", "a"),
+        ("flat", Flatten(), INPUT),
+        ("left", Linear(3), "flat"),
+        ("right0", Flatten(), "sum"),
+        ("right", Linear(3)),
+        ("logits", Add(), "left", "right"),
+    ),
+    "layers right on the input": graph(
+        ("relu", ReLU()), ("gn", GroupNorm(groups=3)), ("max", MaxPool2d(2, 1)), ("a", conv())
+    ),
+    "batch norm right on the input": graph(("bn", BatchNorm()), ("a", conv())),
+    "squeeze and excite": graph(
+        ("a", conv()),
+        ("squeeze", GlobalAvgPool()),
+        ("fc1", Linear(2)),
+        ("relu", ReLU()),
+        ("fc2", Linear(4)),
+        ("gate", Hardsigmoid()),
+        ("scale", Scale(), "a", "gate"),
+        ("swish", Hardswish()),
+    ),
+    "scale of the input": graph(("pool", GlobalAvgPool()), ("scale", Scale(), INPUT, "pool")),
+    "scale by a gate that others read": graph(
+        ("a", conv()),
+        ("pool", GlobalAvgPool()),
+        ("scale", Scale(), "a", "pool"),
+        ("pool2", GlobalAvgPool(), "scale"),
+        ("sum", Add(), "pool", "pool2"),
+        ("head", Linear(3)),
+    ),
+    "inverted residual": graph(
+        ("stem", conv(4)),
+        ("expand", conv(12, 1)),
+        ("bn1", BatchNorm()),
+        ("swish1", Hardswish()),
+        ("depth", conv(12, 5, 1, 12)),
+        ("bn2", BatchNorm()),
+        ("swish2", Hardswish()),
+        ("pool", GlobalAvgPool()),
+        ("squeeze", Linear(4)),
+        ("relu", ReLU()),
+        ("excite", Linear(12)),
+        ("gate", Hardsigmoid()),
+        ("scale", Scale(), "swish2", "gate"),
+        ("project", conv(4, 1)),
+        ("bn3", BatchNorm()),
+        ("sum", Add(), "bn3", "stem"),
+    ),
+    "flatten of flatten": graph(
+        ("a", conv()), ("flat1", Flatten()), ("flat2", Flatten()), ("head", Linear(3))
+    ),
+    "flatten read by two": graph(
+        ("a", conv()),
+        ("flat", Flatten()),
+        ("b", Linear(6)),
+        ("c", Linear(6), "flat"),
+        ("sum", Add(), "b", "c"),
+        ("pool", GlobalAvgPool(), "a"),
+        ("d", Linear(6), "pool"),
+        ("logits", Add(), "sum", "d"),
+    ),
+    "flatten of the input": graph(("flat", Flatten()), ("head", Linear(3))),
+    "an image of one pixel": graph(
+        ("a", conv(4)), ("b", conv(6, 1)), ("relu", ReLU()), shape=(5, 1, 1)
+    ),
+    "pool at the end": graph(("a", conv()), ("relu", ReLU()), ("pool", GlobalAvgPool())),
+    "relu at the end": graph(("a", Linear(5)), ("relu", ReLU()), shape=(7,)),
+    "norm at the end": graph(("a", Linear(6)), ("gn", GroupNorm(groups=2)), shape=(7,)),
+    "flatten at the end": graph(("a", conv()), ("pool", MaxPool2d(5)), ("flat", Flatten())),
+    "a branch that nothing reads": graph(
+        ("a", conv()),
+        ("exit1", GlobalAvgPool()),
+        ("exit2", Linear(3)),
+        ("b", ReLU(), "a"),
+        ("c", conv()),
+    ),
+}
+
+
+def cases(*densities):
+    """Every graph at each density; sizes in turn, from 3 since BatchNorm needs some examples."""
+    out = []
+    for i, (case, spec) in enumerate(CASES.items()):
+        for j, density in enumerate(densities):
+            size = SIZES[1 + (i + 3 * j) % (len(SIZES) - 1)]
+            out.append(pytest.param(spec, density, size, id=f"{case}-{density}"))
+    return out
+
+
+@pytest.mark.parametrize(("spec", "density", "size"), cases(0.0, 0.3, 1.0))
+def test_gradients(engine, spec, density, size):
+    check_gradients(engine, spec, size=size, masks=masks_of(spec, density))
+
+
+@pytest.mark.parametrize(("spec", "density", "size"), cases(0.2, 0.7))
+def test_training(engine, spec, density, size):
+    loss = "ce" if size % 2 else "bce"
+    check_training(engine, spec, size=size, masks=masks_of(spec, density), loss=loss)

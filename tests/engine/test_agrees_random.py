@@ -1,0 +1,116 @@
+"""Random small networks agree with masked-dense float64 to 1e-5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from engine.agreement import FULL_SGD, SIZES, IllPosed, check_gradients, check_training
+from engine.cases import LOSSES, masks_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlean.engine.protocol import SGD
+from fedlean.layers import (
+    Add,
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    GroupNorm,
+    Hardsigmoid,
+    Hardswish,
+    Layer,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Scale,
+    Shape,
+)
+from fedlean.spec import INPUT, ModelSpec, Node
+
+MAX_NODES = 7
+Draw = Callable
+RUNS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def networks(draw: Draw) -> ModelSpec:
+    """Up to MAX_NODES layers, each on any of the activations before it, and a head."""
+    sides = st.integers(1, 9)
+    shape: Shape = (draw(st.integers(1, 6)),)
+    if draw(st.integers(0, 4)):
+        shape = (*shape, draw(sides), draw(sides))
+    shapes = {INPUT: shape}
+    nodes: list[Node] = []
+    for i in range(draw(st.integers(1, MAX_NODES))):
+        names = list(shapes)
+        # mostly a chain, or else most layers would not reach the output
+        source = names[-1] if draw(st.integers(0, 3)) else draw(st.sampled_from(names))
+        layer, inputs = draw(st.sampled_from(list(_layers(draw, source, shapes))))
+        nodes.append(Node(f"n{i}", layer, inputs))
+        shapes[f"n{i}"] = layer.output_shape([shapes[name] for name in inputs])
+    if len(shapes[nodes[-1].name]) == 3:
+        nodes.append(Node("flat", Flatten(), (nodes[-1].name,)))
+    nodes.append(Node("head", Linear(draw(st.integers(1, 5))), (nodes[-1].name,)))
+    return ModelSpec(shape, tuple(nodes))
+
+
+def _layers(
+    draw: Draw, source: str, shapes: dict[str, Shape]
+) -> Iterator[tuple[Layer, tuple[str, ...]]]:
+    """What may follow `source`, and what it reads."""
+    shape = shapes[source]
+    channels, bias = shape[0], draw(st.booleans())
+    groups = draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
+    alike = [name for name in shapes if shapes[name] == shape]
+    more = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
+    for layer in (ReLU(), Hardswish(), Hardsigmoid(), BatchNorm(), GroupNorm(groups=groups)):
+        yield layer, (source,)
+    yield Add(), (source, *more)
+    if len(shape) == 1:
+        yield Linear(draw(st.integers(1, 20)), bias), (source,)
+        return
+    kernel = draw(st.integers(1, 5))
+    padding, stride = draw(st.integers(0, 2)), draw(st.integers(1, 3))
+    if kernel <= min(shape[1:]) + 2 * padding:
+        out = groups * draw(st.integers(1, 3))
+        yield Conv2d(out, kernel, stride, padding, groups, bias), (source,)
+        yield Conv2d(draw(st.integers(1, 20)), kernel, 1, padding, 1, bias), (source,)
+        yield Conv2d(channels, kernel, stride, padding, channels, bias), (source,)
+    padding = min(padding, kernel // 2)
+    if kernel <= min(shape[1:]) + 2 * padding:
+        yield MaxPool2d(kernel, stride, padding), (source,)
+        yield AvgPool2d(kernel, stride, padding), (source,)
+    yield GlobalAvgPool(), (source,)
+    yield Flatten(), (source,)
+    for name in shapes:
+        if shapes[name] == (channels,):
+            yield Scale(), (source, name)
+
+
+DENSITIES = st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.9, 1.0])
+AT_LEAST_THREE = st.sampled_from(SIZES[1:8])  # BatchNorm of two values amplifies roundings
+
+
+@RUNS
+@given(spec=networks(), density=DENSITIES, size=AT_LEAST_THREE, data=st.data())
+def test_gradients(engine, spec, density, size, data):
+    frozen = data.draw(st.sets(st.sampled_from(sorted(spec.param_shapes)), max_size=2))
+    with suppress(IllPosed):
+        check_gradients(engine, spec, size=size, masks=masks_of(spec, density), frozen=frozen)
+
+
+@RUNS
+@given(
+    spec=networks(),
+    density=DENSITIES,
+    size=AT_LEAST_THREE,
+    loss=st.sampled_from(LOSSES),
+    sgd=st.sampled_from([SGD(0.3), FULL_SGD]),
+)
+def test_training(engine, spec, density, size, loss, sgd):
+    masks = masks_of(spec, density)
+    with suppress(IllPosed):
+        check_training(engine, spec, size=size, masks=masks, loss=loss, sgd=sgd)

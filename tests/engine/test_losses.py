@@ -1,0 +1,120 @@
+"""Importance sums, losses, and losses at perturbed parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine.cases import (
+    CONV,
+    LOSSES,
+    MLP,
+    PLAIN,
+    assert_near,
+    batch,
+    masks_of,
+    mlp_by_hand,
+    opened,
+    start,
+)
+from federation import same
+
+from fedlean.core import generator
+from fedlean.engine.protocol import SGD
+from fedlean.tree import apply_mask
+
+
+def test_importance_is_the_sum_of_squares_of_all_coordinates(engine):
+    masks = masks_of(MLP)
+    session = opened(engine, MLP, masks=masks, sgd=SGD(0.1, 0.9, 0.01))
+    expected = {name: np.zeros(shape) for name, shape in MLP.param_shapes.items()}
+    assert same(session.importance(), {n: v.astype(np.float32) for n, v in expected.items()})
+    for seed in range(4):
+        x, y = batch(MLP, seed=seed)
+        important = seed != 1
+        if important:
+            _, _, gradients, _ = mlp_by_hand(session.params(), x, y, "ce")
+            expected = {name: total + gradients[name] ** 2 for name, total in expected.items()}
+        session.step(x, y, importance=important)
+    got = session.importance()
+    assert_near(got, expected)
+    assert all(got[name][~mask].any() for name, mask in masks.items())
+    got["fc1.weight"][:] = -1  # a copy
+    assert (session.importance()["fc1.weight"] >= 0).all()
+
+
+def test_importance_does_not_change_training(engine):
+    masks = masks_of(CONV)
+    with_it, without = (
+        opened(engine, CONV, masks=masks, sgd=SGD(0.1, 0.9, 0.01)) for _ in range(2)
+    )
+    for seed in range(3):
+        x, y = batch(CONV, seed=seed)
+        loss = with_it.step(x, y, importance=True)
+        assert loss == pytest.approx(without.step(x, y), rel=1e-6)
+    assert_near(with_it.params(), without.params(), 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_is_that_of_the_step_before_its_update(engine, loss, size):
+    session = opened(engine, PLAIN, masks=masks_of(PLAIN), loss=loss, batch_size=8)
+    for seed in range(3):
+        x, y = batch(PLAIN, size, seed)
+        before, params = session.loss(x, y), session.params()
+        assert same(session.params(), params)  # asking changes nothing
+        assert session.step(x, y) == pytest.approx(before, rel=1e-6)
+        assert abs(session.loss(x, y) - before) > 1e-4 * before
+
+
+def test_loss_of_a_batch_is_the_mean_of_its_examples(engine):
+    session, (x, y) = opened(engine, PLAIN), batch(PLAIN, 5)
+    singles = [session.loss(x[i : i + 1], y[i : i + 1]) for i in range(5)]
+    assert session.loss(x, y) == pytest.approx(np.mean(singles), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_unperturbed_loss(engine, loss):
+    session, (x, y) = opened(engine, CONV, masks=masks_of(CONV), loss=loss), batch(CONV)
+    unmoved = session.loss_perturbed(x, y, seed=1, k=0, sigma=0.0)
+    assert unmoved == pytest.approx(session.loss(x, y), rel=1e-6)
+
+
+def test_perturbed_loss_is_deterministic_by_seed_and_k(engine):
+    masks, (x, y) = masks_of(CONV), batch(CONV)
+    session, other = (opened(engine, CONV, masks=masks) for _ in range(2))
+    draws = [(seed, k) for seed in range(4) for k in range(4)]
+    first = {d: session.loss_perturbed(x, y, seed=d[0], k=d[1], sigma=0.1) for d in draws}
+    before = session.params()
+    again = {d: other.loss_perturbed(x, y, seed=d[0], k=d[1], sigma=0.1) for d in draws[::-1]}
+    assert first == again
+    assert len(set(first.values())) == len(draws)
+    assert same(session.params(), before)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_perturbed_loss_is_the_loss_at_the_perturbed_parameters(engine, loss):
+    """The direction: standard normal by tensor, from the (seed, k) stream; masks apply to it."""
+    masks, (x, y) = masks_of(CONV), batch(CONV)
+    frozen = {"conv2.bias"}
+    params = apply_mask(start(CONV), masks)
+    session = opened(engine, CONV, params, masks=masks, frozen=frozen, loss=loss)
+    moved = dict(params)
+    for name, shape in CONV.param_shapes.items():
+        if name not in frozen:
+            z = generator(7, 0, 3, f"direction/{name}").standard_normal(shape, dtype=np.float32)
+            moved[name] = params[name] + np.float32(0.05) * z * masks.get(name, True)
+    got = session.loss_perturbed(x, y, seed=7, k=3, sigma=0.05)
+    assert got == pytest.approx(opened(engine, CONV, moved, loss=loss).loss(x, y), rel=1e-6)
+    assert abs(got - session.loss(x, y)) > 1e-4
+
+
+def test_perturbed_difference_is_the_directional_derivative(engine):
+    params, (x, y) = start(MLP), batch(MLP)
+    session = opened(engine, MLP, params)
+    _, _, gradients, _ = mlp_by_hand(params, x, y, "ce")
+    slope = sum(
+        (generator(0, 0, 5, f"direction/{n}").standard_normal(g.shape, dtype=np.float32) * g).sum()
+        for n, g in gradients.items()
+    )
+    up, down = (session.loss_perturbed(x, y, seed=0, k=5, sigma=s) for s in (1e-3, -1e-3))
+    assert (up - down) / 2e-3 == pytest.approx(slope, rel=1e-2)

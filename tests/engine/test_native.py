@@ -1,0 +1,128 @@
+"""What the native engine alone has: equal bits for any number of threads, and instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine.agreement import FULL_SGD
+from engine.cases import NET, batch, masks_of, opened
+from federation import same
+
+from fedlean.engine.open import open_engine
+
+pytestmark = pytest.mark.usefixtures("has_native")
+PATHS = ["reference", "avx2", "avx512", "neon"]  # instruction sets that there are kernels for
+CPU_FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}}
+
+
+def trained(threads: int, masks, size: int) -> tuple:
+    """All that a session computes, through every kind of call."""
+    session = opened(
+        open_engine("native", threads), NET, masks=masks, sgd=FULL_SGD, batch_size=size
+    )
+    losses = []
+    for step in range(3):
+        x, y = batch(NET, size, step)
+        losses.append(session.step(x, y, importance=step != 1))
+        losses.append(session.loss(x, y))
+        losses.append(session.loss_perturbed(x, y, seed=1, k=step, sigma=0.1))
+    out = session.forward(x, taps=list(NET.by_name), training=True)
+    gradients = session.backward({"fc2": np.ones_like(out["fc2"])}, dense=True)
+    session.apply(gradients)
+    return losses, out, gradients, session.importance(), session.params()
+
+
+@pytest.mark.parametrize("size", [1, 5, 33, 64])
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_equal_bits_for_any_number_of_threads(density, size):
+    masks = masks_of(NET, density)
+    expected = trained(1, masks, size)
+    for threads in (1, 2, 3, 7):
+        assert same(trained(threads, masks, size), expected), threads
+
+
+def test_equal_bits_without_masks():
+    assert same(trained(1, {}, 20), trained(2, {}, 20))
+
+
+def test_sessions_of_several_threads_side_by_side():
+    """Sessions share the engine's threads; each computes as if it were alone."""
+    engine, masks = open_engine("native", 2), masks_of(NET, 0.3)
+    sessions = [opened(engine, NET, masks=masks, sgd=FULL_SGD) for _ in range(3)]
+    for step in range(3):
+        losses = {session.step(*batch(NET, 5, step)) for session in sessions}
+        assert len(losses) == 1
+    assert all(same(session.params(), sessions[0].params()) for session in sessions)
+
+
+# Instruction sets, each in a process of its own, since one process has one
+
+PROGRAM = """
+import sys
+sys.path[:0] = {path!r}
+import numpy as np
+from engine.agreement import FULL_SGD
+from engine.cases import NET, batch, masks_of, opened
+from fedlean.engine.open import open_engine
+
+engine = open_engine("native", 1)
+results = {{}}
+for size, density in ((5, 0.1), (16, 0.3), (33, 0.05), (20, 1.0)):
+    session = opened(
+        engine, NET, masks=masks_of(NET, density), sgd=FULL_SGD, batch_size=size
+    )
+    losses = [session.step(*batch(NET, size, s), importance=True) for s in range(2)]
+    named = {{"loss": np.array(losses), **session.params()}}
+    named |= {{f"importance {{n}}": v for n, v in session.importance().items()}}
+    results |= {{f"{{size}} {{name}}": value for name, value in named.items()}}
+np.savez(sys.argv[1], **results)
+print(engine.instruction_set)
+"""
+
+
+def run_on(instruction_set: str, file: Path) -> subprocess.CompletedProcess:
+    program = PROGRAM.format(path=sys.path)
+    environment = os.environ | {"FEDLEAN_INSTRUCTION_SET": instruction_set}
+    command = [sys.executable, "-c", program, str(file)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    file = tmp_path_factory.mktemp("paths") / "reference.npz"
+    done = run_on("reference", file)
+    assert (done.returncode, done.stdout.strip()) == (0, "reference"), done.stderr
+    return dict(np.load(file))
+
+
+def cpu_flags() -> set[str]:
+    """Of the first core; none where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = [line for line in lines if line.startswith(("flags", "Features"))]
+    return set(found[0].partition(":")[2].split()) if found else set()
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_paths_agree_with_the_reference(reference, path, tmp_path):
+    done = run_on(path, tmp_path / "results.npz")
+    if done.returncode and path in done.stderr:  # refused by name: not of this machine
+        assert not CPU_FLAGS.get(path, {"asimd"}) <= cpu_flags(), done.stderr
+        pytest.skip(f"{path} is not of this machine")
+    assert (done.returncode, done.stdout.strip()) == (0, path), done.stderr
+    results = dict(np.load(tmp_path / "results.npz"))
+    assert set(results) == set(reference)
+    for name, expected in reference.items():
+        near = 2e-5 * np.abs(expected).max(initial=0.0)
+        np.testing.assert_allclose(results[name], expected, rtol=0, atol=near, err_msg=name)
+
+
+def test_an_unknown_path_is_refused(tmp_path):
+    done = run_on("abacus", tmp_path / "results.npz")
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr and "abacus" in done.stderr
