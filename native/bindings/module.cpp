@@ -68,7 +68,14 @@ class Bound {
   Bound(std::shared_ptr<Engine> engine, const Network& network, const Options& options,
         int input_rank)
       : engine_(engine), network_(network), options_(options), input_rank_(input_rank),
-        session_(std::move(engine), network, options) {}
+        session_(std::move(engine), network, options) {
+    for (int i = 0; i < int(network.nodes.size()); ++i) {
+      bool empty = true;
+      for (int slot = 0; slot < kSlots; ++slot)
+        empty = empty && session_.tensor_size(i, Slot(slot)) == 0;
+      built_.push_back(empty);
+    }
+  }
 
   std::size_t planned_bytes(bool importance) const { return session_.planned_bytes(importance); }
   std::size_t held_bytes() const { return session_.held_bytes(); }
@@ -232,7 +239,7 @@ class Bound {
   Options options_;
   const int input_rank_;  // axes of one example
   Session session_;
-  std::vector<bool> built_ = std::vector<bool>(network_.nodes.size(), false);
+  std::vector<bool> built_;  // nodes whose weights are set up, or that have none
   std::vector<int> tapped_;
   int examples_ = 0;
 };
