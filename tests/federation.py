@@ -13,7 +13,8 @@ from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, P
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
-from fedlean.engine.torch import TorchEngine
+from fedlean.engine.open import engine_for
+from fedlean.engine.protocol import Engine
 from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.models.initialise import init_params
 from fedlean.runtime.clientstore import ClientStore
@@ -38,6 +39,8 @@ SPEC: ModelSpec = sequential(
     ],
 )
 
+ENGINE, _ = engine_for(SPEC, None, threads=1)  # what a run takes when none is named
+
 
 def dataset(seed: int = 0) -> Dataset:
     """Three noisy prototypes: learnable within a few steps."""
@@ -61,7 +64,7 @@ def client_data() -> list[ClientData]:
 
 
 def server(rounds: int = ROUNDS, device: str = "generic") -> Server:
-    return Server(SPEC, TorchEngine(1), SEED, rounds, load_profile(device))
+    return Server(SPEC, ENGINE, SEED, rounds, load_profile(device))
 
 
 def devices() -> list[Device]:
@@ -72,8 +75,8 @@ def params() -> Params:
     return init_params(SPEC, SEED)
 
 
-def fresh_dispatch(algorithm: FederatedAlgorithm) -> LocalDispatch:
-    return LocalDispatch(algorithm.client_update, TorchEngine(1), client_data())
+def fresh_dispatch(algorithm: FederatedAlgorithm, engine: Engine = ENGINE) -> LocalDispatch:
+    return LocalDispatch(algorithm.client_update, engine, client_data())
 
 
 class Around:
@@ -126,12 +129,13 @@ def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
 def run(
     algorithm: FederatedAlgorithm,
     *,
+    engine: Engine = ENGINE,
     dispatch: Dispatch | None = None,
     progress: Progress | None = None,
     rounds: int = ROUNDS,
     watch: Callable[[Progress, StepRecord], None] | None = None,
 ) -> Any:
-    """The final state."""
+    """The final state, of clients on `engine` unless a dispatch is given."""
 
     def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
         del last
@@ -144,7 +148,7 @@ def run(
         progress,
         server=server(rounds),
         devices=devices(),
-        dispatch=dispatch or fresh_dispatch(algorithm),
+        dispatch=dispatch or fresh_dispatch(algorithm, engine),
         after_step=after_step,
     ).state
 

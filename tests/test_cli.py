@@ -184,6 +184,114 @@ def test_unknown_command(fails):
     assert "rum" in fails("rum", "fedavg")
 
 
+# Engines
+
+
+@pytest.fixture
+def no_native(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "fedlean.engine.native", None)
+
+
+@pytest.fixture
+def no_torch(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "fedlean.engine.torch", None)
+
+
+@pytest.fixture
+def wide_pool(tmp_path, monkeypatch) -> str:
+    """A model with a layer that the native engine lacks."""
+    (tmp_path / "model_of_a_test.py").write_text(WIDE_POOL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "model_of_a_test", raising=False)
+    return "model_of_a_test:wide_pool"
+
+
+WIDE_POOL = """
+from fedlean.layers import Flatten, Linear, MaxPool2d
+from fedlean.spec import sequential
+
+
+def wide_pool(input_shape, classes):
+    pool = MaxPool2d(17, stride=1, padding=8)
+    return sequential(
+        input_shape, [("wide", pool), ("flat", Flatten()), ("fc", Linear(classes))]
+    )
+"""
+
+
+def run_and_read(folder: Path, capsys, *arguments: str) -> tuple[dict, dict, str]:
+    """(config, summary, standard error)"""
+    capsys.readouterr()
+    cli.main(["run", "fedavg", *QUICK, *arguments, "--out", str(folder)])
+    config, summary = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "summary.json")
+    )
+    return config, summary, capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_native_is_the_default_and_needs_no_torch(tmp_path, capsys):
+    config, summary, said = run_and_read(tmp_path / "run", capsys)
+    assert (config["engine"], summary["engine"], summary["arithmetic"]) == (
+        "native",
+        "native",
+        "sparse",
+    )
+    assert config["environment"]["engine"] == "native" and "engine" not in said
+
+
+@pytest.mark.usefixtures("no_native")
+def test_torch_serves_where_native_is_missing(tmp_path, capsys):
+    config, summary, said = run_and_read(tmp_path / "run", capsys)
+    assert (config["engine"], summary["engine"], summary["arithmetic"]) == (
+        "torch",
+        "torch",
+        "masked",
+    )
+    (line,) = [line for line in said.splitlines() if "engine" in line]
+    assert "torch" in line and "native engine is not installed" in line and "compiler" in line
+
+
+def test_torch_serves_where_native_lacks_a_layer(tmp_path, capsys, wide_pool):
+    config, _, said = run_and_read(tmp_path / "run", capsys, "--model", wide_pool)
+    assert config["engine"] == "torch"
+    (line,) = [line for line in said.splitlines() if "engine" in line]
+    assert "'wide' (MaxPool2d)" in line and "torch" in line
+
+
+def test_a_named_engine_is_taken_or_refused(tmp_path, capsys, refuses, wide_pool, monkeypatch):
+    config, _, said = run_and_read(tmp_path / "run", capsys, "--engine", "torch")
+    assert config["engine"] == "torch" and "engine" not in said
+    line = refuses("fedavg", "--engine", "native", "--model", wide_pool)
+    assert "'wide' (MaxPool2d)" in line and "--engine torch" in line
+    monkeypatch.setitem(sys.modules, "fedlean.engine.native", None)
+    assert "not installed" in refuses("fedavg", "--engine", "native")
+
+
+@pytest.mark.usefixtures("no_native", "no_torch")
+def test_without_any_engine_one_line_says_what_to_install(refuses):
+    line = refuses("fedavg")
+    assert "C++17" in line and "fedlean[torch]" in line
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_resume_keeps_the_engine(tmp_path, capsys, engine):
+    """Both are there, and the run goes on with the one that it began with."""
+    folder = tmp_path / "run"
+    run_and_read(folder, capsys, "--engine", engine)
+    (folder / "summary.json").unlink()
+    cli.main(["resume", str(folder)])
+    assert json.loads((folder / "summary.json").read_text())["engine"] == engine
+    assert "other versions" not in capsys.readouterr().err
+
+
+def test_resume_does_not_change_to_another_engine(tmp_path, capsys, fails, monkeypatch):
+    folder = tmp_path / "run"
+    run_and_read(folder, capsys)
+    monkeypatch.setitem(sys.modules, "fedlean.engine.native", None)
+    assert "native engine is not installed" in fails("resume", str(folder))
+
+
 # Values
 
 

@@ -72,6 +72,13 @@ def test_a_round_of_each_run_and_the_comparison(path, small_set, tmp_path):
     assert set(recipe.reported(folders[1])) > {"median_round_seconds", "density"}
 
 
+def test_a_recipe_that_names_no_engine_takes_the_run_of_any():
+    config = RunConfig("fedavg")
+    assert recipe.repeats(config, replace(config, engine="native"))
+    assert not recipe.repeats(replace(config, engine="torch"), replace(config, engine="native"))
+    assert not recipe.repeats(config, replace(config, engine="native", seed=1))
+
+
 def test_card_table_by_hand():
     """1,000 s against 400 s is 2.50 times sooner; 1 + 1 GB against 0.4 + 0.1 GB is a quarter."""
 

@@ -23,6 +23,7 @@ def config(group: str, method: str, settings: dict) -> RunConfig:
         clients=10,
         rounds=ROUNDS,
         device="raspberry_pi_4",
+        engine="torch",  # expected.json was made on it
         target_accuracy=TARGETS[group],
         eval_examples=2000,
         settings=settings,

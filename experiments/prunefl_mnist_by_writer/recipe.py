@@ -23,6 +23,7 @@ def config(method: str, settings: dict, **changes) -> RunConfig:
         "clients": 10,
         "rounds": ROUNDS,
         "device": "raspberry_pi_4",
+        "engine": "torch",  # expected.json was made on it
         "target_accuracy": TARGETS,
         "eval_examples": 2000,
     }

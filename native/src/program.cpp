@@ -62,11 +62,11 @@ Program::Program(const Network& network, const std::vector<std::unique_ptr<Layer
   }
   tensors_[output_].tapped = true;
   tensors_[output_].seed = mode.training && tensors_[output_].needs_grad;
-  swap_relu_and_pool(network);
+  swap_relu_and_pool();
   producer_.assign(tensors_.size(), -1);
   for (std::size_t i = 0; i < steps_.size(); ++i) producer_[steps_[i].output] = int(i);
   find_region();
-  share_values(mode);
+  share_values();
   if (mode.training) share_gradients();
   lay_out(mode);
 }
@@ -97,7 +97,7 @@ void Program::wire(const Network& network, const std::vector<std::unique_ptr<Lay
 
 // max(relu(x)) = relu(max(x)), gradients included: the ReLU then works on the pooled image, and the
 // convolution's output is free once it is pooled.
-void Program::swap_relu_and_pool(const Network&) {
+void Program::swap_relu_and_pool() {
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     Step& relu = steps_[i];
     if (relu.layer->node.kind != Kind::kReLU || tensors_[relu.output].tapped ||
@@ -119,6 +119,7 @@ void Program::swap_relu_and_pool(const Network&) {
     tensor.value_layout = tensors_[relu.output].value_layout;
     tensor.grad_layout = tensors_[relu.output].grad_layout = {tensor.value_layout.shape, 0};
     std::rotate(steps_.begin() + i, steps_.begin() + i + 1, steps_.begin() + j + 1);
+    --i;  // another step is here now
   }
 }
 
@@ -155,7 +156,7 @@ bool Program::overwritable(const Step& step, int slot) const {
   return true;
 }
 
-void Program::share_values(const Mode&) {
+void Program::share_values() {
   for (Step& step : steps_) {
     Tensor& out = tensors_[step.output];
     const Tensor& in = tensors_[step.inputs[0]];
@@ -320,21 +321,22 @@ Pass Program::pass_of(const Step& step, const Kernels& kernels, ThreadPool& pool
   return pass;
 }
 
-// (examples, F) -> panels, idle lanes 0.
+// (examples, F) -> panels.
 void Program::pack_vectors(const Pass& pass, const float* x) const {
   const std::size_t width = pass.out.layout.shape.channels;
   pass.split(int(width), [&](int, int begin, int end) {
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       const int lanes = pass.lanes(p), used = pass.batch.used(p);
       const float* rows[kPanelLanes] = {};
-      for (int l = 0; l < used; ++l) rows[l] = x + (std::size_t(p) * kPanelLanes + l) * width + begin;
+      for (int l = 0; l < lanes; ++l)
+        rows[l] = x + (std::size_t(p) * kPanelLanes + std::min(l, used - 1)) * width + begin;
       pass.kernels.interleave(rows, pass.out.panel(p) + std::size_t(begin) * lanes, lanes,
                               end - begin);
     }
   });
 }
 
-// (examples, C, H, W) -> panels, idle lanes 0.
+// (examples, C, H, W) -> panels.
 void Program::pack(const Pass& pass, const float* x) const {
   const View& v = pass.out;
   const Shape& s = v.layout.shape;
@@ -350,8 +352,8 @@ void Program::pack(const Pass& pass, const float* x) const {
         for (int y = 0; y < s.height; ++y) {
           float* const to = v.interior(p, lanes) +
                             (std::size_t(c) * v.layout.plane() + y * v.layout.row()) * lanes;
-          for (int l = 0; l < used; ++l)
-            rows[l] = from + l * s.size() + c * plane + std::size_t(y) * s.width;
+          for (int l = 0; l < lanes; ++l)
+            rows[l] = from + std::min(l, used - 1) * s.size() + c * plane + std::size_t(y) * s.width;
           pass.kernels.interleave(rows, to, lanes, s.width);
         }
       }

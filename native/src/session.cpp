@@ -220,9 +220,9 @@ float* Session::arena(std::size_t floats) {
 const Program& Session::training_program(bool importance) {
   if (!importance) return *training_;
   if (!importance_) {
-    importance_ = std::make_unique<Program>(network_, layers_, *structure_, mode(true, true));
     for (auto [node, slot] : trainable())
       tensor(node, slot).squares.resize(tensor_size(node, slot));
+    importance_ = std::make_unique<Program>(network_, layers_, *structure_, mode(true, true));
   }
   return *importance_;
 }

@@ -62,15 +62,15 @@ struct ThreadPool::Workers {
     for (auto& thread : threads) thread.join();
   }
 
-  void run(const std::function<void(int)>& f) {
-    job = &f;
+  void run(Job todo) {
+    job = todo;
     pending = int(threads.size());
     ++generation;  // sequentially consistent, as `sleepers` is: one of the two sides sees the other
     if (sleepers > 0) {
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
     }
-    f(0);
+    todo.call(todo.data, 0);
     while (!spin([this] { return pending == 0; })) std::this_thread::yield();
   }
 
@@ -86,13 +86,13 @@ struct ThreadPool::Workers {
       }
       seen = generation;
       if (stop) return;
-      (*job)(thread);
+      job.call(job.data, thread);
       --pending;
     }
   }
 
   const int born;  // in which process, counted by forks
-  const std::function<void(int)>* job = nullptr;
+  Job job = {};
   std::atomic<unsigned> generation{0};
   std::atomic<int> pending{0}, sleepers{0};
   std::atomic<bool> stop{false};
@@ -110,13 +110,13 @@ ThreadPool::~ThreadPool() {
   if (workers_ && workers_->born != forks) workers_.release();  // its threads are not here
 }
 
-void ThreadPool::run(const std::function<void(int)>& f) {
-  if (!workers_) return f(0);
+void ThreadPool::run(Job job) {
+  if (!workers_) return job.call(job.data, 0);
   if (workers_->born != forks) {
     workers_.release();
     workers_ = std::make_unique<Workers>(threads_ - 1);
   }
-  workers_->run(f);
+  workers_->run(job);
 }
 
 }  // namespace fedlean

@@ -20,7 +20,7 @@ void check_lanes(int lanes, int pixels, Random& random) {
   const Results start = {before, before, u, v, u};
   auto run = [&](const Kernels& k, Results& r) {
     k.affine(x.data(), s.data(), t.data(), r.affine.data(), lanes, pixels, accumulate);
-    k.blend(x.data(), s.data(), other, t.data(), u.data(), r.blend.data(), lanes, pixels,
+    k.blend(x.data(), s.data(), other, v.data(), t.data(), u.data(), r.blend.data(), lanes, pixels,
             accumulate);
     k.lane_sums(x.data(), other, s.data(), r.sums.data(), r.products.data(), lanes, pixels);
     k.lane_squares(x.data(), s.data(), r.squares.data(), lanes, pixels);
@@ -52,8 +52,8 @@ void check_lanes_by_hand() {
     float y[8] = {}, sums[4] = {0, 100}, products[4] = {0, 200}, squares[4] = {0, 300};
     kernels->affine(x, scale, shift, y, 4, 2, false);
     CHECK(y[1] == 7 && y[5] == 10);
-    kernels->blend(x, scale, b, half, shift, y, 4, 2, true);
-    CHECK(y[1] == 7 + 3 + 5 + 4 && y[5] == 10 + 6 + 10 + 4);
+    kernels->blend(x, scale, b, half, half, shift, y, 4, 2, true);
+    CHECK(y[1] == 7 + 3 + 4.75f + 4 && y[5] == 10 + 6 + 9.75f + 4);
     kernels->lane_sums(x, b, half, sums, products, 4, 2);
     CHECK(sums[1] == 103 && products[1] == 200 + 9.5f + 39);
     kernels->lane_squares(x, half, squares, 4, 2);

@@ -62,7 +62,7 @@ def run(
     batch: Whole | None = None,
     lr: float | None = None,
     seed: Whole = 0,
-    engine: str = "torch",
+    engine: str | None = None,
     threads: Whole = 1,
     device: str = "raspberry_pi_4",
     target_accuracy: Annotated[
@@ -102,9 +102,9 @@ def run(
     seed
         everything random follows from it
     engine
-        torch
+        native or torch (default: native, or torch where native is missing or lacks a layer)
     threads
-        threads of the engine; results are bit-equal only at the same number
+        threads of the engine; torch gives the same bits only at the same number, native at any
     device
         profile of the emulated devices, from 'fedlean devices' or a .json file
     target_accuracy
@@ -141,7 +141,7 @@ def run(
     )
     folder = out or Path("runs") / _folder_name(config)
     with watch_run(config, folder) as watch:
-        summary = runs.start(config, folder, watch)
+        summary = runs.start(config, folder, watch, _say)
     _finish(folder, summary)
 
 
@@ -156,13 +156,7 @@ def resume(folder: Path, /) -> None:
     """
     config = runs.read_config(folder)
     with watch_run(config, folder) as watch:
-        summary = runs.resume(
-            folder,
-            watch,
-            lambda line: err.print(
-                line, highlight=False, markup=False, emoji=False, soft_wrap=True
-            ),
-        )
+        summary = runs.resume(folder, watch, _say)
     _finish(folder, summary)
 
 
@@ -225,6 +219,10 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 
 def _print(what: Any) -> None:
     out.print(what, highlight=False, markup=False, emoji=False, soft_wrap=isinstance(what, str))
+
+
+def _say(line: str) -> None:
+    err.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _folder_name(config: runs.RunConfig) -> str:

@@ -68,19 +68,25 @@ def run_once(config: RunConfig, folder: Path) -> None:
 
     Raises ValueError when the folder holds a run of another configuration.
     """
-    if (folder / "config.json").is_file() and read_config(folder) != config:
+    if (folder / "config.json").is_file() and not repeats(config, read_config(folder)):
         raise ValueError(
             f"{folder} holds a run of another configuration than the recipe's: remove it or "
             "choose another --out"
         )
     if (folder / "summary.json").is_file():
         return
+    say = Console(stderr=True).print
     with watch_run(config, folder) as watch:
         if (folder / "config.json").is_file():
-            resume(folder, watch, Console(stderr=True).print)
+            resume(folder, watch, say)
         else:
-            start(config, folder, watch)
+            start(config, folder, watch, say)
     write_page(folder / "report.html", run_page(read_run(folder)))
+
+
+def repeats(config: RunConfig, written: RunConfig) -> bool:
+    """A recipe that names no engine takes the run of any."""
+    return replace(config, engine=config.engine or written.engine) == written
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:

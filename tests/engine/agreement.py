@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from engine.cases import batch, opened, start
+from engine.cases import FULL_SGD, batch, opened, start
 from engine.oracle import Oracle
 
 from fedlean.engine.protocol import SGD, Engine, Session
@@ -22,7 +22,6 @@ from fedlean.spec import ModelSpec
 TOLERANCE = {"native": 1e-5, "torch": 5e-5}
 SIZES = [1, 3, 4, 5, 15, 16, 17, 20, 31, 33, 64]  # around the widths of vectors and panels
 DENSITIES = [0.0, 0.01, 0.1, 0.3, 0.6, 1.0]
-FULL_SGD = SGD(0.2, 0.9, 0.05, clip_norm=1.0, proximal=0.1)
 KINKS_APART = 3e-6  # of the largest activation, more than float32 is off
 MAX_AMPLIFICATION = 10
 ATTEMPTS = 8

@@ -8,10 +8,25 @@ import numpy as np
 
 from fedlean.core import SubModel
 from fedlean.engine.protocol import SGD, Engine, Session
-from fedlean.layers import BatchNorm, Conv2d, Flatten, GroupNorm, Hardswish, Linear, MaxPool2d, ReLU
-from fedlean.spec import ModelSpec, sequential
+from fedlean.layers import (
+    Add,
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    GroupNorm,
+    Hardsigmoid,
+    Hardswish,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Scale,
+)
+from fedlean.spec import INPUT, ModelSpec, Node, sequential
 
 LOSSES = ["ce", "bce"]
+FULL_SGD = SGD(0.2, 0.9, 0.05, clip_norm=1.0, proximal=0.1)
 MLP = sequential((7,), [("fc1", Linear(6)), ("relu", ReLU()), ("fc2", Linear(4))])
 CONV = sequential(
     (2, 6, 6),
@@ -52,6 +67,32 @@ NET = sequential(
         ("relu2", ReLU()),
         ("fc2", Linear(5)),
     ],
+)
+
+BLOCK = ModelSpec(  # MobileNetV3's
+    (3, 9, 8),
+    (
+        Node("stem", Conv2d(4, 3, 2, 1, bias=False), (INPUT,)),
+        Node("expand", Conv2d(12, 1, bias=False), ("stem",)),
+        Node("bn1", BatchNorm(), ("expand",)),
+        Node("swish1", Hardswish(), ("bn1",)),
+        Node("depth", Conv2d(12, 5, 1, 2, groups=12, bias=False), ("swish1",)),
+        Node("bn2", BatchNorm(), ("depth",)),
+        Node("swish2", Hardswish(), ("bn2",)),
+        Node("squeeze", GlobalAvgPool(), ("swish2",)),
+        Node("reduce", Linear(4), ("squeeze",)),
+        Node("relu", ReLU(), ("reduce",)),
+        Node("excite", Linear(12), ("relu",)),
+        Node("gate", Hardsigmoid(), ("excite",)),
+        Node("scale", Scale(), ("swish2", "gate")),
+        Node("project", Conv2d(4, 1, bias=False), ("scale",)),
+        Node("bn3", BatchNorm(), ("project",)),
+        Node("sum", Add(), ("bn3", "stem")),
+        Node("grouped", Conv2d(6, 3, 1, 1, groups=2), ("sum",)),
+        Node("avg", AvgPool2d(3, 2, 1), ("grouped",)),
+        Node("flat", Flatten(), ("avg",)),
+        Node("fc", Linear(5), ("flat",)),
+    ),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engine.agreement import SIZES, check_gradients, check_training
-from engine.cases import masks_of
+from engine.cases import BLOCK, masks_of
 
 from fedlean.layers import (
     Add,
@@ -150,24 +150,7 @@ CASES = {
         ("sum", Add(), "pool", "pool2"),
         ("head", Linear(3)),
     ),
-    "inverted residual": graph(
-        ("stem", conv(4)),
-        ("expand", conv(12, 1)),
-        ("bn1", BatchNorm()),
-        ("swish1", Hardswish()),
-        ("depth", conv(12, 5, 1, 12)),
-        ("bn2", BatchNorm()),
-        ("swish2", Hardswish()),
-        ("pool", GlobalAvgPool()),
-        ("squeeze", Linear(4)),
-        ("relu", ReLU()),
-        ("excite", Linear(12)),
-        ("gate", Hardsigmoid()),
-        ("scale", Scale(), "swish2", "gate"),
-        ("project", conv(4, 1)),
-        ("bn3", BatchNorm()),
-        ("sum", Add(), "bn3", "stem"),
-    ),
+    "inverted residual": BLOCK,
     "flatten of flatten": graph(
         ("a", conv()), ("flat1", Flatten()), ("flat2", Flatten()), ("head", Linear(3))
     ),

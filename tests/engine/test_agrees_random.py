@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from engine.agreement import FULL_SGD, SIZES, IllPosed, check_gradients, check_training
-from engine.cases import LOSSES, masks_of
+from engine.agreement import SIZES, IllPosed, check_gradients, check_training
+from engine.cases import FULL_SGD, LOSSES, masks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

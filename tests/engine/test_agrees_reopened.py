@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine.agreement import FULL_SGD, SIZES, TOLERANCE, check_training
-from engine.cases import CONV, NET, batch, masks_of, opened, packed, start
+from engine.agreement import SIZES, TOLERANCE, check_training
+from engine.cases import CONV, FULL_SGD, NET, batch, masks_of, opened, packed, start
 from engine.oracle import Oracle
 
 from fedlean.tree import apply_mask

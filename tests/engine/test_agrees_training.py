@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine.agreement import DENSITIES, FULL_SGD, SIZES, check_gradients, check_training
-from engine.cases import LOSSES, NET, masks_of
+from engine.agreement import DENSITIES, SIZES, check_gradients, check_training
+from engine.cases import FULL_SGD, LOSSES, NET, masks_of
 
 from fedlean.engine.protocol import SGD
 from fedlean.layers import (

@@ -153,9 +153,9 @@ def test_native_conv_by_hand():
     assert memory.parameter_bytes == 2 * 6 + 16 + 3 + 4 * 4
 
 
-def test_from_half_the_weights_on_storage_is_dense():
-    """500 of 1000 kept: all values, and a byte of mask each."""
+def test_a_nearly_full_linear_is_stored_densely():
+    """From 99% on all 1000 values and a byte of mask each; below 4 + 2 bytes each, and 11 starts."""
     spec = sequential((100,), [("flat", Flatten()), ("fc", Linear(10, bias=False))])
     assert step_memory(spec, {}, batch_size=1).parameter_bytes == 4000
-    assert step_memory(spec, {"fc.weight": 500}, batch_size=1).parameter_bytes == 5000
-    assert step_memory(spec, {"fc.weight": 499}, batch_size=1).parameter_bytes < 4000
+    assert step_memory(spec, {"fc.weight": 990}, batch_size=1).parameter_bytes == 5000
+    assert step_memory(spec, {"fc.weight": 989}, batch_size=1).parameter_bytes == 989 * 6 + 44

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conformance import Case
 from federation import (
+    ENGINE,
     ROUNDS,
     SPEC,
     client_data,
@@ -24,7 +25,7 @@ from federation import (
 
 from fedlean import wire
 from fedlean.core import ClientUpdate, Statistic, SubModel
-from fedlean.engine.torch import TorchEngine
+from fedlean.engine.protocol import SGD
 from fedlean.methods.prunefl import client_update, prunefl
 from fedlean.pruning.density import density, full_masks
 from fedlean.runtime.clientstore import ClientStore
@@ -70,10 +71,8 @@ def test_equation_2_by_hand():
     algorithm = prunefl(server(), lr=0.5, local_steps=1, batch_size=4, reconfigure_every=0)
     state = train_state(algorithm, masks)
     task = algorithm.configure(state, devices())[1]
-    update, _ = client_update(task, client_data()[1], TorchEngine(1), {})
-    from fedlean.engine.protocol import SGD
-
-    session = TorchEngine(1).open(SPEC, task.params, SubModel(), batch_size=4, optimizer=SGD(1.0))
+    update, _ = client_update(task, client_data()[1], ENGINE, {})
+    session = ENGINE.open(SPEC, task.params, SubModel(), batch_size=4, optimizer=SGD(1.0))
     ((x, y),) = client_data()[1].draw(steps=1, batch_size=4, seed=task.seed)
     session.step(x, y)
     gradient = {name: task.params[name] - value for name, value in session.params().items()}
@@ -90,13 +89,11 @@ def test_importance_is_g_squared_of_all_coordinates_summed_over_steps():
     algorithm = prunefl(server(), lr=1e-12, local_steps=3, batch_size=4, reconfigure_every=1)
     state = train_state(algorithm, masks)
     task = algorithm.configure(state, devices())[0]
-    update, held = client_update(task, client_data()[0], TorchEngine(1), {})
+    update, held = client_update(task, client_data()[0], ENGINE, {})
     assert held == {}
-    from fedlean.engine.protocol import SGD
-
     expected = {name: np.zeros(shape) for name, shape in SPEC.param_shapes.items()}
     for x, y in client_data()[0].draw(steps=3, batch_size=4, seed=task.seed):
-        session = TorchEngine(1).open(
+        session = ENGINE.open(
             SPEC, task.params, SubModel(masks=masks), batch_size=4, optimizer=SGD(1.0)
         )
         logits = session.forward(x, training=True)["fc2"].astype(np.float64)
@@ -176,17 +173,17 @@ def test_importance_of_several_rounds_is_summed_and_stale_sums_are_dropped():
     algorithm = prunefl(server(), **{**SMALL, "lr": 1e-12})
     state = train_state(algorithm)
     first = algorithm.configure(state, devices())[0]
-    update, held = client_update(first, client_data()[0], TorchEngine(1), {})
+    update, held = client_update(first, client_data()[0], ENGINE, {})
     assert "importance" not in update.statistics and held
     second = algorithm.configure(replace(state, round=1), devices())[0]
-    both, after = client_update(second, client_data()[0], TorchEngine(1), held)
-    alone, _ = client_update(second, client_data()[0], TorchEngine(1), {})
+    both, after = client_update(second, client_data()[0], ENGINE, held)
+    alone, _ = client_update(second, client_data()[0], ENGINE, {})
     assert after == {}
     for name, total in both.statistics["importance"].tensors.items():
         expected = alone.statistics["importance"].tensors[name] + held[f"importance/{name}"]
         assert np.array_equal(total, expected)
     stale = {**held, "reconfigurations": np.array(7)}
-    fresh, _ = client_update(second, client_data()[0], TorchEngine(1), stale)
+    fresh, _ = client_update(second, client_data()[0], ENGINE, stale)
     assert same(fresh, alone)
 
 

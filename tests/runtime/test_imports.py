@@ -41,6 +41,15 @@ def test_listing_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
+def test_a_native_run_loads_no_torch(tmp_path):
+    code = (
+        "import sys; from fedlean import cli\n"
+        f"cli.main(['run', 'prunefl', '--rounds', '1', '--out', {str(tmp_path / 'run')!r}])\n"
+        "assert 'torch' not in sys.modules and 'fedlean._native' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="not in a checkout")
 def test_import_contracts():
     beside = str(Path(sys.executable).parent)

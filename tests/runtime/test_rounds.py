@@ -10,6 +10,7 @@ import pytest
 from conformance import case_of
 from federation import (
     CLIENTS,
+    ENGINE,
     SPEC,
     Around,
     client_data,
@@ -24,7 +25,6 @@ from fedlean import wire
 from fedlean.core import ClientTask, FederatedAlgorithm, Masks, Params
 from fedlean.cost.profile import load_profile
 from fedlean.cost.time import link_seconds
-from fedlean.engine.torch import TorchEngine
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.prunefl import prunefl
 from fedlean.runtime.clientstore import ClientStore
@@ -202,7 +202,7 @@ def test_a_failing_client_is_named():
             raise ZeroDivisionError("float division by zero")
         return algorithm.client_update(task, batches, engine, held)
 
-    dispatch = LocalDispatch(client_update, TorchEngine(1), client_data())
+    dispatch = LocalDispatch(client_update, ENGINE, client_data())
     with pytest.raises(ClientError) as failed:
         run(algorithm, rounds=3, dispatch=dispatch)
     assert str(failed.value) == (
@@ -215,7 +215,7 @@ def test_ctrl_c_in_a_client_is_no_client_error():
     def client_update(task, batches, engine, held):
         raise KeyboardInterrupt
 
-    dispatch = LocalDispatch(client_update, TorchEngine(1), client_data())
+    dispatch = LocalDispatch(client_update, ENGINE, client_data())
     with pytest.raises(KeyboardInterrupt):
         run(quick(1), rounds=1, dispatch=dispatch)
 

@@ -86,7 +86,9 @@ def test_config_repeats_the_run(folder, tmp_path):
     assert config["settings"].items() >= {"cohort": 3, "batch_size": 10}.items()
     assert config["target_accuracy"] == [0.15, 0.9999]
     assert config["threads"] == 1
-    assert {"fedlean", "numpy", "torch", "python", "machine"} <= config["environment"].keys()
+    assert config["engine"] == config["environment"]["engine"] == "native"
+    where = {"fedlean", "numpy", "python", "machine", "instruction_set"}
+    assert where <= config["environment"].keys()
     assert ModelSpec.from_json(json.dumps(config["spec"])).output_shape == (10,)
 
 
@@ -165,6 +167,13 @@ def test_the_same_command_gives_the_same_bytes(folder, tmp_path):
     assert (again / model).read_bytes() == (folder / model).read_bytes()
     assert without_wall_times(again) == without_wall_times(folder)
     assert (again / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_native_gives_the_same_bytes_on_any_number_of_threads(folder, tmp_path):
+    cli.main([*arguments(folder.name, tmp_path / "more"), "--threads", "3"])
+    more, model = tmp_path / "more", "model.safetensors"
+    assert (more / model).read_bytes() == (folder / model).read_bytes()
+    assert without_wall_times(more) == without_wall_times(folder)
 
 
 def test_evaluation_now_and_then(tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 
 from fedlean.core import SubModel
 from fedlean.engine.protocol import SGD
-from fedlean.engine.torch import TorchEngine
 from fedlean.train.sgd import local_sgd
 
 
@@ -57,7 +56,7 @@ def test_no_steps():
 
 
 def open_session():
-    return TorchEngine(1).open(
+    return federation.ENGINE.open(
         federation.SPEC, federation.params(), SubModel(), batch_size=8, optimizer=SGD(0.05)
     )
 

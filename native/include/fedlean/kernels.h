@@ -139,9 +139,10 @@ struct Kernels {
   // y[lane + i*lanes] (+)= x * scale[lane] + shift[lane] for n pixels
   void (*affine)(const float* x, const float* scale, const float* shift, float* y, int lanes,
                  int pixels, bool accumulate);
-  // y[lane + i*lanes] (+)= a * scale_a[lane] + b * scale_b[lane] + shift[lane] for n pixels
-  void (*blend)(const float* a, const float* scale_a, const float* b, const float* scale_b,
-                const float* shift, float* y, int lanes, int pixels, bool accumulate);
+  // y[lane + i*lanes] (+)= a * scale_a[lane] + (b - center[lane]) * scale_b[lane] + shift[lane]
+  void (*blend)(const float* a, const float* scale_a, const float* b, const float* center,
+                const float* scale_b, const float* shift, float* y, int lanes, int pixels,
+                bool accumulate);
   // sums[lane] += sum_i x; products[lane] += sum_i x * (z - center[lane]), over n pixels
   void (*lane_sums)(const float* x, const float* z, const float* center, float* sums,
                     float* products, int lanes, int pixels);

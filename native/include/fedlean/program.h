@@ -69,9 +69,9 @@ class Program {
   };
 
   void wire(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers);
-  void swap_relu_and_pool(const Network& network);
+  void swap_relu_and_pool();
   void find_region();
-  void share_values(const Mode& mode);
+  void share_values();
   void share_gradients();
   void lay_out(const Mode& mode);
   bool overwritable(const Step& step, int slot) const;

@@ -278,11 +278,13 @@ void affine(const float* x, const float* scale, const float* shift, float* y, in
   }
 }
 
-void blend(const float* a, const float* scale_a, const float* b, const float* scale_b,
-           const float* shift, float* y, int lanes, int pixels, bool accumulate) {
+void blend(const float* a, const float* scale_a, const float* b, const float* center,
+           const float* scale_b, const float* shift, float* y, int lanes, int pixels,
+           bool accumulate) {
   for (std::size_t i = 0; i < std::size_t(pixels) * lanes; ++i) {
     const int lane = int(i % lanes);
-    const double mixed = double(a[i]) * scale_a[lane] + double(b[i]) * scale_b[lane] + shift[lane];
+    const double mixed = double(a[i]) * scale_a[lane] +
+                         (double(b[i]) - center[lane]) * scale_b[lane] + shift[lane];
     y[i] = float(accumulate ? y[i] + mixed : mixed);
   }
 }

@@ -292,10 +292,10 @@ class DenseLinear : public Layer {
       pass.kernels.dense_forward(rows, tensors[kWeight].value.data(),
                                  node.bias ? tensors[kBias].value.data() : nullptr, out, examples,
                                  inputs_, outputs_, first, last);
-      clear_idle(pass, first, last);
       for_elements(pass, pass.out, first, last, [&](float& y, int b, int o) {
         y = out[std::size_t(b) * outputs_ + o];
       });
+      fill_idle(pass, first, last);
     });
   }
 
@@ -336,11 +336,12 @@ class DenseLinear : public Layer {
  private:
   static constexpr int kGradRows = 8, kNearRows = 32;
 
-  void clear_idle(const Pass& pass, int begin, int end) const {
+  // Idle lanes repeat the last example.
+  void fill_idle(const Pass& pass, int begin, int end) const {
     const int p = pass.panel_end - 1, lanes = pass.lanes(p), used = pass.batch.used(p);
+    float* const y = pass.out.panel(p);
     for (int i = begin; i < end && used < lanes; ++i)
-      std::fill(pass.out.panel(p) + std::size_t(i) * lanes + used,
-                pass.out.panel(p) + std::size_t(i + 1) * lanes, 0.0f);
+      std::fill_n(y + std::size_t(i) * lanes + used, lanes - used, y[std::size_t(i) * lanes + used - 1]);
   }
 
   void add_rows(const Pass& pass, const float* grad_rows, int begin, int end) const {

@@ -62,9 +62,9 @@ class Norm : public Layer {
       pass.kernels.affine(x, scale, shift, y, lanes, int(n / lanes), accumulate);
     });
   }
-  // dX (+)= dY * scale_grad + x * scale_in + shift, all per lane
-  static void blend_channel(const Pass& pass, int p, int c, Lanes& scale_grad, Lanes& scale_in,
-                            Lanes& shift) {
+  // dX (+)= dY * scale_grad + (x - mean) * scale_in + shift, all per lane
+  static void blend_channel(const Pass& pass, int p, int c, Lanes& scale_grad, Lanes& mean,
+                            Lanes& scale_in, Lanes& shift) {
     const int lanes = pass.lanes(p);
     const View &grad = pass.grad_out, &in = pass.in[0], &to = pass.grad_in[0];
     const int height = in.layout.shape.height, width = in.layout.shape.width;
@@ -73,8 +73,8 @@ class Norm : public Layer {
              (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
     };
     for (int y = 0; y < height; ++y)
-      pass.kernels.blend(row(grad, y), scale_grad, row(in, y), scale_in, shift, row(to, y), lanes,
-                         width, pass.accumulate[0]);
+      pass.kernels.blend(row(grad, y), scale_grad, row(in, y), mean, scale_in, shift, row(to, y),
+                         lanes, width, pass.accumulate[0]);
   }
   // One channel's gradients of scale and shift.
   void take(Pass& pass, int c, float weight_grad, float bias_grad) {
@@ -97,6 +97,7 @@ class GroupNorm : public Norm {
   Needs needs(const Situation& s) const override {
     Needs needs;
     if (s.training) needs.saved = std::size_t(2) * node.groups * s.panels * kPanelLanes;
+    needs.backward_scratch = std::size_t(2) * s.threads * (shape_.channels / node.groups);
     return needs;
   }
 
@@ -134,12 +135,12 @@ class GroupNorm : public Norm {
   void backward(Pass& pass) override {
     const int per_group = shape_.channels / node.groups;
     const float count = float(per_group) * float(pixels());
-    pass.split(node.groups, [&](int, int begin, int end) {
-      std::vector<float> weight_grad(per_group), bias_grad(per_group);
+    pass.split(node.groups, [&](int thread, int begin, int end) {
+      float* const weight_grad = pass.scratch + std::size_t(2) * thread * per_group;
+      float* const bias_grad = weight_grad + per_group;
       for (int group = begin; group < end; ++group) {
         const int first = group * per_group;
-        weight_grad.assign(per_group, 0);
-        bias_grad.assign(per_group, 0);
+        std::memset(weight_grad, 0, 2 * per_group * sizeof(float));
         for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
           Lanes mean, inverse, sum, product;
           std::memcpy(mean.v, saved(pass, group, p), sizeof mean.v);
@@ -172,9 +173,9 @@ class GroupNorm : public Norm {
       const float i = inverse[l];
       scale_grad[l] = i * tensors[kWeight].value[c];
       scale_in[l] = -i * i * i * product[l] / count;
-      shift[l] = -mean[l] * scale_in[l] - i * sum[l] / count;
+      shift[l] = -i * sum[l] / count;
     }
-    blend_channel(pass, p, c, scale_grad, scale_in, shift);
+    blend_channel(pass, p, c, scale_grad, mean, scale_in, shift);
   }
   float* saved(const Pass& pass, int group, int p) const {
     return pass.saved + std::size_t(2 * kPanelLanes) *
@@ -272,14 +273,15 @@ class BatchNorm : public Norm {
                       float mean_product) {
     const float weight = inverse * tensors[kWeight].value[c];
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
-      Lanes scale_grad, scale_in, shift;
+      Lanes scale_grad, center, scale_in, shift;
       for (int l = 0; l < pass.batch.used(p); ++l) {
         scale_grad[l] = weight;
+        center[l] = mean;
         scale_in[l] = -weight * inverse * inverse * mean_product;
-        shift[l] = -mean * scale_in[l] - weight * mean_grad;
+        shift[l] = -weight * mean_grad;
       }
       if (mixes_examples()) {
-        blend_channel(pass, p, c, scale_grad, scale_in, shift);
+        blend_channel(pass, p, c, scale_grad, center, scale_in, shift);
       } else {
         scale_channel(pass, pass.grad_out, pass.grad_in[0], p, c, scale_grad, shift,
                       pass.accumulate[0]);

@@ -7,8 +7,8 @@
 
 namespace fedlean {
 
-constexpr double kSparseConvBelow = 0.5;
-constexpr double kSparseLinearBelow = 0.5;
+constexpr double kSparseConvBelow = 0.7;
+constexpr double kSparseLinearBelow = 0.55;
 
 // Input channels per chunk of a sparse convolution: enough non-zeros per output channel to pay for
 // loading and storing its tile, few enough that the chunk's window stays near.

@@ -36,7 +36,9 @@ class NativeEngine:
         """Raises ValueError when `threads` or FEDLEAN_INSTRUCTION_SET is not possible here."""
         count = 1 if threads is None else threads
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MAX_THREADS:
-            raise ValueError(f"threads must be an integer from 1 to {_MAX_THREADS}, got {threads!r}")
+            raise ValueError(
+                f"threads must be an integer from 1 to {_MAX_THREADS}, got {threads!r}"
+            )
         try:
             self._native = _native.Engine(count)
         except RuntimeError as error:
@@ -98,8 +100,9 @@ def _settings(node: Node) -> dict[str, Any]:
             return {"bias": bias}
         case L.Conv2d(kernel_size=k, stride=s, padding=p, groups=g, bias=bias):
             return {"kernel": k, "stride": s, "padding": p, "groups": g, "bias": bias}
-        case L.MaxPool2d(kernel_size=k, stride=s, padding=p) | L.AvgPool2d(
-            kernel_size=k, stride=s, padding=p
+        case (
+            L.MaxPool2d(kernel_size=k, stride=s, padding=p)
+            | L.AvgPool2d(kernel_size=k, stride=s, padding=p)
         ):
             if isinstance(node.layer, L.MaxPool2d) and k > _MAX_POOL_KERNEL:
                 raise ValueError(

@@ -17,7 +17,8 @@ FLOAT_BYTES = 4
 OFFSET_BYTES = 2  # of a kept weight within its chunk or block
 START_BYTES = 4
 CHUNK_BYTES = 16
-SPARSE_BELOW = 0.5  # density from which a layer is stored and computed densely
+# densities from which a layer is stored and computed densely (native/src/layers/thresholds.h)
+SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW = 0.7, 0.99
 MOST_PIXELS = 65536  # of a convolution's chunk: offsets have 16 bits
 GATHER_STRIP = 4096  # kept weights whose partial sums are held at once
 COLUMN_STRIP = 2048
@@ -76,16 +77,17 @@ def stored_bytes(
     return total
 
 
-def is_sparse(
-    spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry]
-) -> bool:
+def is_sparse(spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry]) -> bool:
     if not isinstance(node.layer, Linear | Conv2d):
         return False
-    below = values < SPARSE_BELOW * prod(spec.param_shapes[f"{node.name}.weight"])
-    if isinstance(node.layer, Linear) or node.layer.groups > 1:
-        return below or isinstance(node.layer, Conv2d)
+    size = prod(spec.param_shapes[f"{node.name}.weight"])
+    if isinstance(node.layer, Linear):
+        return values < SPARSE_LINEAR_BELOW * size
+    if node.layer.groups > 1:
+        return True
     window = _window(spec, node, values, geometries[node.name])
-    return below and max(window.in_pixels, window.grad_pixels) <= MOST_PIXELS
+    addressable = max(window.in_pixels, window.grad_pixels) <= MOST_PIXELS
+    return addressable and values < SPARSE_CONV_BELOW * size
 
 
 def scratch(

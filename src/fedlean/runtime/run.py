@@ -14,7 +14,7 @@ import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fedlean.data.batches import ClientData, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import load_dataset
 from fedlean.data.partition import partition
-from fedlean.engine.open import open_engine
+from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import Engine
 from fedlean.models.catalog import build as build_model
 from fedlean.models.initialise import init_params
@@ -65,7 +65,7 @@ class RunConfig:
     clients: int = 10
     rounds: int = 100
     seed: int = 0
-    engine: str = "torch"
+    engine: str | None = None  # None: native where it can; a run folder names the one that ran
     threads: int = 1
     device: str = "raspberry_pi_4"
     target_accuracy: tuple[float, ...] = ()
@@ -75,6 +75,7 @@ class RunConfig:
 
 
 Watch = Callable[[dict[str, Any]], None]  # called with every log entry
+Say = Callable[[str], None]  # called with a line that is worth knowing
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,13 @@ class _Run:
     evaluate: Evaluate
 
 
-def start(config: RunConfig, folder: Path, watch: Watch) -> dict[str, Any]:
-    """Runs to the end; the summary.  Raises ValueError before anything is written."""
+def start(
+    config: RunConfig, folder: Path, watch: Watch, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Runs to the end; the summary.  `say` gets why the native engine does not serve.
+
+    Raises ValueError before anything is written.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
     # a kill before config.json was whole leaves its .tmp only: nothing was done yet
@@ -102,10 +108,11 @@ def start(config: RunConfig, folder: Path, watch: Watch) -> dict[str, Any]:
             f"--out {folder} {what}: name another folder, or continue with "
             f"'fedlean resume {folder}'"
         )
-    run = _prepare(config, folder)
+    run = _prepare(config, folder, say)
     state = run.algorithm.init(init_params(run.server.spec, config.seed))
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, **asdict(config), "environment": environment(run.server.engine)}
+    document = {"format": FORMAT, **asdict(run.config)}
+    document["environment"] = environment(run.server.engine)
     document["spec"] = json.loads(run.server.spec.to_json())
     write_atomically(folder / "config.json", json.dumps(document, indent=1).encode())
     return _go(
@@ -113,13 +120,13 @@ def start(config: RunConfig, folder: Path, watch: Watch) -> dict[str, Any]:
     )
 
 
-def resume(folder: Path, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
-    """Continues from the newest whole checkpoint, bit for bit; `say` gets what is worth knowing.
+def resume(folder: Path, watch: Watch, say: Say) -> dict[str, Any]:
+    """Continues from the newest whole checkpoint on the run's engine, bit for bit.
 
     Raises ValueError when the folder holds no run or its files are damaged.
     """
     config = read_config(folder)
-    run = _prepare(config, folder)
+    run = _prepare(config, folder, say)
     written = json.loads((folder / "config.json").read_bytes())["environment"]
     if written != environment(run.server.engine):
         say("made with other versions or on another machine: the last bits may differ")
@@ -174,15 +181,20 @@ def _typed(config: RunConfig) -> RunConfig:
 
 
 def environment(engine: Engine) -> dict[str, Any]:
-    """Where the run was made: results are bit-equal only on the same versions and processor."""
+    """Where the run was made, and by what: results are bit-equal only on the same of all these.
+
+    Of threads, too, with the torch engine; the native engine gives the same bits at any number.
+    """
     versions = {"fedlean": fedlean.__version__, "python": platform.python_version()}
-    for package in ("numpy", "torch"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
+    for package in ("numpy", "torch") if engine.name == "torch" else ("numpy",):
+        versions[package] = metadata.version(package)
     where = {"machine": platform.machine(), "system": platform.system()}
-    return {**versions, **where, "instruction_set": engine.instruction_set}
+    return {
+        **versions,
+        **where,
+        "engine": engine.name,
+        "instruction_set": engine.instruction_set,
+    }
 
 
 def _check(config: RunConfig) -> None:
@@ -207,20 +219,22 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name} must be from 0 to {config.clients - 1}, got {client}")
 
 
-def _prepare(config: RunConfig, folder: Path) -> _Run:
+def _prepare(config: RunConfig, folder: Path, say: Say) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
     _check(config)
     profile = load_profile(config.device)
-    engine = open_engine(config.engine, config.threads)
     dataset = with_inputs(load_dataset(config.dataset), config.inputs)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
+    engine, why_not_native = engine_for(spec, config.engine, config.threads)
+    if why_not_native:
+        say(why_not_native)
     server = Server(spec, engine, config.seed, config.rounds, profile)
     algorithm = build_method(config.method, server, config.settings)
     parts = partition(config.partition, dataset, config.clients, config.seed)
     data = [ClientData(dataset, indices) for indices in parts]
     subset = test_subset(dataset, config.eval_examples) if config.eval_examples else None
     return _Run(
-        config,
+        replace(config, engine=engine.name),
         folder,
         dataset,
         server,
@@ -239,7 +253,7 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
         book.totals = book.totals.after(record, config.clients)
         due = state.round % config.eval_every == 0 or last
         moved = state.params is not book.params or last  # initial pruning leaves them for long
-        score = run.evaluate(state.params, last) if due and moved else None
+        score = run.evaluate(state.params, state.masks, last) if due and moved else None
         book.params = state.params
         if score is not None:
             book.totals = book.totals.scored(state.round, score.accuracy, config.target_accuracy)
@@ -305,7 +319,7 @@ def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
     write_atomically(run.folder / "model.safetensors", save({**tensors, **masks}))
     final = book.last_entry["accuracy"] if book.last_entry else None
     if final is None:  # resumed after the last step
-        final = run.evaluate(state.params, True).accuracy
+        final = run.evaluate(state.params, state.masks, True).accuracy
     targets = {f"{t:g}": totals.targets.get(f"{t:g}") for t in config.target_accuracy}
     summary = {
         "method": config.method,
