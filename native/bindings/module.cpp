@@ -35,12 +35,18 @@ bool aligned(const In<T>& array) {
 
 Kind kind_of(const std::string& name) {
   static const std::pair<const char*, Kind> kinds[] = {
-      {"Linear", Kind::kLinear},           {"Conv2d", Kind::kConv2d},
-      {"MaxPool2d", Kind::kMaxPool},       {"AvgPool2d", Kind::kAvgPool},
-      {"GlobalAvgPool", Kind::kGlobalAvgPool}, {"GroupNorm", Kind::kGroupNorm},
-      {"BatchNorm", Kind::kBatchNorm},     {"ReLU", Kind::kReLU},
-      {"Hardswish", Kind::kHardswish},     {"Hardsigmoid", Kind::kHardsigmoid},
-      {"Flatten", Kind::kFlatten},         {"Add", Kind::kAdd},
+      {"Linear", Kind::kLinear},
+      {"Conv2d", Kind::kConv2d},
+      {"MaxPool2d", Kind::kMaxPool},
+      {"AvgPool2d", Kind::kAvgPool},
+      {"GlobalAvgPool", Kind::kGlobalAvgPool},
+      {"GroupNorm", Kind::kGroupNorm},
+      {"BatchNorm", Kind::kBatchNorm},
+      {"ReLU", Kind::kReLU},
+      {"Hardswish", Kind::kHardswish},
+      {"Hardsigmoid", Kind::kHardsigmoid},
+      {"Flatten", Kind::kFlatten},
+      {"Add", Kind::kAdd},
       {"Scale", Kind::kScale},
   };
   for (const auto& [known, kind] : kinds)
@@ -64,10 +70,13 @@ class Bound {
     return f();
   }
 
- public:
+public:
   Bound(std::shared_ptr<Engine> engine, const Network& network, const Options& options,
         int input_rank)
-      : engine_(engine), network_(network), options_(options), input_rank_(input_rank),
+      : engine_(engine),
+        network_(network),
+        options_(options),
+        input_rank_(input_rank),
         session_(std::move(engine), network, options) {
     for (int i = 0; i < int(network.nodes.size()); ++i) {
       bool empty = true;
@@ -189,7 +198,7 @@ class Bound {
     alone([&] { session_.apply(tensors); });
   }
 
- private:
+private:
   void check(int node, int slot) const {
     if (node < 0 || node >= int(network_.nodes.size()) || slot < 0 || slot >= kSlots)
       throw std::invalid_argument("no such tensor");
@@ -217,8 +226,8 @@ class Bound {
       throw std::invalid_argument("x must have 1 to batch_size examples");
     const bool image = x.ndim() == 4 && int(x.shape(1)) == shape.channels &&
                        int(x.shape(2)) == shape.height && int(x.shape(3)) == shape.width;
-    const bool vector = x.ndim() == 2 && shape.height * shape.width == 1 &&
-                        int(x.shape(1)) == shape.channels;
+    const bool vector =
+        x.ndim() == 2 && shape.height * shape.width == 1 && int(x.shape(1)) == shape.channels;
     if (!(input_rank_ == 3 ? image : vector)) throw std::invalid_argument("x has another shape");
     if (!aligned(x) || (y && !aligned(*y))) throw std::invalid_argument("an array is not aligned");
     if (!engine_->kernels.all_finite(x.data(), x.size()))
@@ -259,56 +268,58 @@ NB_MODULE(_native, m) {
            [](Network* self, const std::vector<int>& input) {
              new (self) Network{shape_of(input), {}};
            })
-      .def("add",
-           [](Network& self, const std::string& name, const std::string& kind,
-              const std::vector<int>& inputs, const std::vector<int>& shape, int kernel, int stride,
-              int padding, int groups, bool bias, float eps, float momentum) {
-             for (int input : inputs)
-               if (input < kModelInput || input >= int(self.nodes.size()))
-                 throw std::invalid_argument("inputs must be earlier nodes");
-             if (inputs.empty()) throw std::invalid_argument("a node needs an input");
-             if (kernel < 1 || stride < 1 || groups < 1 || padding < 0)
-               throw std::invalid_argument("kernel, stride and groups must be at least 1");
-             self.nodes.push_back({name, kind_of(kind), inputs, shape_of(shape), kernel, stride,
-                                   padding, groups, bias, eps, momentum});
-           },
-           nb::arg("name"), nb::arg("kind"), nb::arg("inputs"), nb::arg("shape"), nb::kw_only(),
-           nb::arg("kernel") = 1, nb::arg("stride") = 1, nb::arg("padding") = 0,
-           nb::arg("groups") = 1, nb::arg("bias") = false, nb::arg("eps") = 1e-5f,
-           nb::arg("momentum") = 0.1f);
+      .def(
+          "add",
+          [](Network& self, const std::string& name, const std::string& kind,
+             const std::vector<int>& inputs, const std::vector<int>& shape, int kernel, int stride,
+             int padding, int groups, bool bias, float eps, float momentum) {
+            for (int input : inputs)
+              if (input < kModelInput || input >= int(self.nodes.size()))
+                throw std::invalid_argument("inputs must be earlier nodes");
+            if (inputs.empty()) throw std::invalid_argument("a node needs an input");
+            if (kernel < 1 || stride < 1 || groups < 1 || padding < 0)
+              throw std::invalid_argument("kernel, stride and groups must be at least 1");
+            self.nodes.push_back({name, kind_of(kind), inputs, shape_of(shape), kernel, stride,
+                                  padding, groups, bias, eps, momentum});
+          },
+          nb::arg("name"), nb::arg("kind"), nb::arg("inputs"), nb::arg("shape"), nb::kw_only(),
+          nb::arg("kernel") = 1, nb::arg("stride") = 1, nb::arg("padding") = 0,
+          nb::arg("groups") = 1, nb::arg("bias") = false, nb::arg("eps") = 1e-5f,
+          nb::arg("momentum") = 0.1f);
 
   nb::class_<Bound>(m, "Session")
-      .def("__init__",
-           [](Bound* self, std::shared_ptr<Engine> engine, const Network& network, int batch_size,
-              const std::string& loss, float lr, float momentum, float weight_decay, float proximal,
-              float clip_norm, int input_rank,
-              const std::vector<std::vector<bool>>& trainable,
-              const std::vector<std::vector<std::int64_t>>& kept) {
-             expect_size("trainable", trainable.size(), network.nodes.size());
-             expect_size("kept", kept.size(), network.nodes.size());
-             if (batch_size < 1) throw std::invalid_argument("batch_size must be at least 1");
-             if (network.nodes.empty()) throw std::invalid_argument("a network needs a layer");
-             Options options;
-             options.batch_size = batch_size;
-             if (loss != "ce" && loss != "bce") throw std::invalid_argument("loss is 'ce' or 'bce'");
-             options.loss = loss == "ce" ? Loss::kCrossEntropy : Loss::kBinaryCrossEntropy;
-             options.rule = {lr, momentum, weight_decay, proximal};
-             options.clip_norm = clip_norm;
-             for (std::size_t i = 0; i < network.nodes.size(); ++i) {
-               TensorOptions tensor;
-               expect_size("trainable", trainable[i].size(), kSlots);
-               expect_size("kept", kept[i].size(), kSlots);
-               for (int s = 0; s < kSlots; ++s) {
-                 tensor.trainable[s] = trainable[i][s];
-                 tensor.kept[s] = kept[i][s];
-               }
-               options.tensors.push_back(tensor);
-             }
-             new (self) Bound(std::move(engine), network, options, input_rank);
-           },
-           nb::arg("engine"), nb::arg("network"), nb::kw_only(), nb::arg("batch_size"),
-           nb::arg("loss"), nb::arg("lr"), nb::arg("momentum"), nb::arg("weight_decay"),
-           nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("input_rank"), nb::arg("trainable"), nb::arg("kept"))
+      .def(
+          "__init__",
+          [](Bound* self, std::shared_ptr<Engine> engine, const Network& network, int batch_size,
+             const std::string& loss, float lr, float momentum, float weight_decay, float proximal,
+             float clip_norm, int input_rank, const std::vector<std::vector<bool>>& trainable,
+             const std::vector<std::vector<std::int64_t>>& kept) {
+            expect_size("trainable", trainable.size(), network.nodes.size());
+            expect_size("kept", kept.size(), network.nodes.size());
+            if (batch_size < 1) throw std::invalid_argument("batch_size must be at least 1");
+            if (network.nodes.empty()) throw std::invalid_argument("a network needs a layer");
+            Options options;
+            options.batch_size = batch_size;
+            if (loss != "ce" && loss != "bce") throw std::invalid_argument("loss is 'ce' or 'bce'");
+            options.loss = loss == "ce" ? Loss::kCrossEntropy : Loss::kBinaryCrossEntropy;
+            options.rule = {lr, momentum, weight_decay, proximal};
+            options.clip_norm = clip_norm;
+            for (std::size_t i = 0; i < network.nodes.size(); ++i) {
+              TensorOptions tensor;
+              expect_size("trainable", trainable[i].size(), kSlots);
+              expect_size("kept", kept[i].size(), kSlots);
+              for (int s = 0; s < kSlots; ++s) {
+                tensor.trainable[s] = trainable[i][s];
+                tensor.kept[s] = kept[i][s];
+              }
+              options.tensors.push_back(tensor);
+            }
+            new (self) Bound(std::move(engine), network, options, input_rank);
+          },
+          nb::arg("engine"), nb::arg("network"), nb::kw_only(), nb::arg("batch_size"),
+          nb::arg("loss"), nb::arg("lr"), nb::arg("momentum"), nb::arg("weight_decay"),
+          nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("input_rank"), nb::arg("trainable"),
+          nb::arg("kept"))
       .def("planned_bytes", &Bound::planned_bytes, nb::arg("importance") = false)
       .def("held_bytes", &Bound::held_bytes)
       .def("build", &Bound::build)

@@ -37,11 +37,10 @@ void Plan::place() {
     }
     array.offset = at;
     floats_ = std::max(floats_, at + array.floats);
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), id,
-                                   [&](int a, int b) {
-                                     return arrays_[a].offset < arrays_[b].offset;
-                                   }),
-                  id);
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), id,
+                         [&](int a, int b) { return arrays_[a].offset < arrays_[b].offset; }),
+        id);
   }
 }
 

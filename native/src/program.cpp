@@ -161,8 +161,9 @@ void Program::share_values() {
     Tensor& out = tensors_[step.output];
     const Tensor& in = tensors_[step.inputs[0]];
     const Kind kind = step.layer->node.kind;
-    const bool elementwise = may_share(kind) || (!step.training && (kind == Kind::kHardswish ||
-                                                                   kind == Kind::kHardsigmoid));
+    const bool elementwise =
+        may_share(kind) ||
+        (!step.training && (kind == Kind::kHardswish || kind == Kind::kHardsigmoid));
     const bool fits = kind == Kind::kFlatten
                           ? in.value_layout.halo == 0 && out.value_layout.halo == 0
                           : in.value_layout.halo == out.value_layout.halo;
@@ -195,8 +196,7 @@ void Program::share_gradients() {
       const bool flat = step.layer->node.kind == Kind::kFlatten;
       const bool fits = flat ? in.grad_layout.halo == 0 && out.grad_layout.halo == 0
                              : in.grad_layout.halo == out.grad_layout.halo;
-      if (!shared && !written[t] && in.readers == 1 && !in.seed && fits &&
-          step.layer->in_place()) {
+      if (!shared && !written[t] && in.readers == 1 && !in.seed && fits && step.layer->in_place()) {
         in.grad_array = -2 - step.output;
         shared = true;
       } else if (!written[t]) {
@@ -243,7 +243,8 @@ void Program::lay_out(const Mode& mode) {
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     Step& step = steps_[i];
     add_value(step.output, forward_time(i));
-    for (int t : step.inputs) plan_.extend(tensors_[t].value_array, forward_time(i), forward_time(i));
+    for (int t : step.inputs)
+      plan_.extend(tensors_[t].value_array, forward_time(i), forward_time(i));
     if (i < region_)
       for (int t : step.inputs)
         if (!tensors_[t].local) plan_.extend(tensors_[t].value_array, 0, end_of_region);
@@ -266,8 +267,7 @@ void Program::lay_out(const Mode& mode) {
     const int time = backward_time(i);
     Tensor& out = tensors_[step.output];
     const std::size_t floats = out.grad_layout.pixels() * batch.padded();
-    if (out.grad_array == -1)
-      out.grad_array = plan_.add(floats, out.seed ? loss_time : time, time);
+    if (out.grad_array == -1) out.grad_array = plan_.add(floats, out.seed ? loss_time : time, time);
     plan_.extend(out.grad_array, out.seed ? loss_time : time, time);
     for (int t : step.inputs) {
       Tensor& in = tensors_[t];
@@ -309,8 +309,9 @@ View Program::gradient(float* arena, int tensor) const {
 
 Pass Program::pass_of(const Step& step, const Kernels& kernels, ThreadPool& pool, float* arena,
                       Batch batch, int panel_begin, int panel_end) const {
-  Pass pass{kernels, pool, batch, panel_begin, panel_end, step.training, importance_,
-            {}, {}, nullptr, nullptr, {}, {}, {}, {}};
+  Pass pass{kernels,       pool,        batch, panel_begin, panel_end,
+            step.training, importance_, {},    {},          nullptr,
+            nullptr,       {},          {},    {},          {}};
   auto value_of = [&](int t) {
     const Tensor& tensor = tensors_[t];
     return view(arena, tensor.value_array, tensor.value_layout, tensor.local ? panel_begin : 0);
@@ -353,7 +354,8 @@ void Program::pack(const Pass& pass, const float* x) const {
           float* const to = v.interior(p, lanes) +
                             (std::size_t(c) * v.layout.plane() + y * v.layout.row()) * lanes;
           for (int l = 0; l < lanes; ++l)
-            rows[l] = from + std::min(l, used - 1) * s.size() + c * plane + std::size_t(y) * s.width;
+            rows[l] =
+                from + std::min(l, used - 1) * s.size() + c * plane + std::size_t(y) * s.width;
           pass.kernels.interleave(rows, to, lanes, s.width);
         }
       }
@@ -364,7 +366,8 @@ void Program::pack(const Pass& pass, const float* x) const {
 void Program::forward(const Kernels& kernels, ThreadPool& pool, float* arena, const float* x,
                       Batch batch) const {
   auto input_pass = [&](int begin, int end) {
-    Pass pass{kernels, pool, batch, begin, end, false, false, {}, {}, nullptr, nullptr, {}, {}, {}, {}};
+    Pass pass{kernels, pool,    batch,   begin, end, false, false, {},
+              {},      nullptr, nullptr, {},    {},  {},    {}};
     pass.out = view(arena, tensors_[0].value_array, tensors_[0].value_layout,
                     tensors_[0].local ? begin : 0);
     return pass;
@@ -386,8 +389,8 @@ void Program::forward(const Kernels& kernels, ThreadPool& pool, float* arena, co
 
 void Program::clear_seeds(const Kernels& kernels, ThreadPool& pool, float* arena,
                           Batch batch) const {
-  const Pass pass{kernels, pool, batch, 0, batch.panels(), false, false,
-                  {}, {}, nullptr, nullptr, {}, {}, {}, {}};
+  const Pass pass{kernels, pool, batch, 0, batch.panels(), false, false, {}, {}, nullptr, nullptr,
+                  {},      {},   {},    {}};
   for (std::size_t t = 0; t < tensors_.size(); ++t)
     if (tensors_[t].seed) clear(pass, gradient(arena, int(t)));
 }

@@ -49,7 +49,9 @@ std::unique_ptr<Layer> make_layer(const Network& network, const Structure& struc
 }  // namespace
 
 Session::Session(std::shared_ptr<Engine> engine, const Network& network, const Options& options)
-    : engine_(std::move(engine)), network_(network), options_(options),
+    : engine_(std::move(engine)),
+      network_(network),
+      options_(options),
       arena_(nullptr, free_floats) {
   std::vector<bool> trainable;
   for (const TensorOptions& t : options.tensors)
@@ -208,7 +210,8 @@ float* Session::arena(std::size_t floats) {
   if (floats > arena_floats_) {
     arena_.reset();
     arena_floats_ = 0;
-    const std::size_t bytes = (floats * sizeof(float) + kAlignBytes - 1) / kAlignBytes * kAlignBytes;
+    const std::size_t bytes =
+        (floats * sizeof(float) + kAlignBytes - 1) / kAlignBytes * kAlignBytes;
     void* const memory = std::aligned_alloc(kAlignBytes, bytes);
     if (!memory) throw std::bad_alloc();
     arena_.reset(static_cast<float*>(memory));
@@ -278,7 +281,8 @@ void Session::update_unreached(const Program& program, const Sink& sink) {
     for (Slot slot : {kWeight, kBias}) {
       Weight& weight = layer->tensors[slot];
       for (std::size_t i = 0; i < weight.size(); i += std::size(zeros))
-        weight.take(engine_->kernels, sink, i, zeros, std::min(std::size(zeros), weight.size() - i));
+        weight.take(engine_->kernels, sink, i, zeros,
+                    std::min(std::size(zeros), weight.size() - i));
     }
   }
 }
@@ -354,8 +358,9 @@ void for_values(const View& v, Batch batch, F&& f) {
     const int lanes = batch.lanes(p);
     for (int c = 0; c < s.channels; ++c) {
       for (int y = 0; y < s.height; ++y) {
-        float* const row = v.interior(p, lanes) +
-                           (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
+        float* const row =
+            v.interior(p, lanes) +
+            (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
         for (int x = 0; x < s.width; ++x)
           for (int l = 0; l < batch.used(p); ++l)
             f(row[std::size_t(x) * lanes + l],
@@ -379,8 +384,7 @@ void Session::backward(const std::vector<int>& nodes, const std::vector<const fl
   tapped_->clear_seeds(engine_->kernels, engine_->pool, memory, tapped_batch_);
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     const View v = tapped_->gradient(memory, tapped_->tensor_of(nodes[i]));
-    if (v)
-      for_values(v, tapped_batch_, [&](float& g, std::size_t at) { g += gradients[i][at]; });
+    if (v) for_values(v, tapped_batch_, [&](float& g, std::size_t at) { g += gradients[i][at]; });
   }
   hold_gradients(dense);
   Sink sink;

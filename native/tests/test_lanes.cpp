@@ -62,19 +62,33 @@ void check_lanes_by_hand() {
 }
 
 // Sums over images without their halo: `rows` rows of n floats, `step` apart.
-void check_sum_rows(int n, Random& random) {
-  const int rows = pick(random, 0, 9), step = n + 4 * pick(random, 0, 5);
-  check_context = std::to_string(rows) + " rows of " + std::to_string(n);
-  Floats x(rows > 0 ? std::size_t(rows - 1) * step + n : 0);  // between the rows: NaN
-  double largest = 0;
-  for (int row = 0; row < rows; ++row)
-    for (int i = 0; i < n; ++i)
-      x[row * step + i] = float(pick(random, -1000, 1000)) / 512, largest += 2;
-  double want = 0;
-  for (int row = 0; row < rows; ++row)
-    for (int i = 0; i < n; ++i) want += x[row * step + i];
-  for (const Kernels* kernels : available_kernels())
-    CHECK(std::fabs(kernels->sum_rows(x.data(), n, rows, step) - want) <= 1e-6 * largest);
+void check_sum_channels(int n, Random& random) {
+  const int channels = pick(random, 0, 9), rows = pick(random, 1, 9);
+  const int step = n + 4 * pick(random, 0, 5), channel_step = rows * step + 4 * pick(random, 0, 3);
+  check_context = std::to_string(channels) + " channels of " + std::to_string(rows) + " rows of " +
+                  std::to_string(n);
+  Floats x(std::size_t(channels) * channel_step);  // between the rows: NaN
+  std::vector<double> want(channels, 0.25), largest(channels, 1.0);
+  for (int c = 0; c < channels; ++c) {
+    for (int row = 0; row < rows; ++row) {
+      for (int i = 0; i < n; ++i) {
+        float& to = x[c * channel_step + row * step + i];
+        to = float(pick(random, -1000, 1000)) / 512;
+        want[c] += to;
+        largest[c] += 2;
+      }
+    }
+  }
+  for (const Kernels* kernels : available_kernels()) {
+    std::vector<float> sums(channels, 0.25f), parts(channels, 0.25f);
+    kernels->sum_channels(x.data(), n, rows, step, channels, channel_step, sums.data());
+    const int cut = pick(random, 0, channels);  // results do not depend on cuts
+    kernels->sum_channels(x.data(), n, rows, step, cut, channel_step, parts.data());
+    kernels->sum_channels(x.data() + cut * channel_step, n, rows, step, channels - cut,
+                          channel_step, parts.data() + cut);
+    CHECK(sums == parts);
+    for (int c = 0; c < channels; ++c) CHECK(std::fabs(sums[c] - want[c]) <= 1e-6 * largest[c]);
+  }
 }
 
 // Examples, one after the other, to a panel; some lanes are idle.
@@ -160,7 +174,7 @@ int main() {
   Random random(5);
   check_lanes_by_hand();
   check_pool_by_hand();
-  for (int n = 0; n <= 120; n += 4) check_sum_rows(n, random);
+  for (int n = 0; n <= 120; n += 4) check_sum_channels(n, random);
   for (int lanes = kLaneStep; lanes <= kPanelLanes; lanes += kLaneStep) {
     for (int pixels = 1; pixels <= 40; ++pixels) {
       check_lanes(lanes, pixels, random);

@@ -25,7 +25,8 @@ Sparse random_sparse(Random& random) {
     for (int i = 0; i < inputs; ++i)
       s.kept[std::size_t(o) * inputs + i] =
           !empty_row[o] && !empty_column[i] && toss(random, density);
-  s.pattern = build_columns(s.kept.data(), outputs, inputs, inputs, 1, pick(random, 1, outputs + 5));
+  s.pattern =
+      build_columns(s.kept.data(), outputs, inputs, inputs, 1, pick(random, 1, outputs + 5));
   s.panels = pick(random, 1, 2);
   s.lanes[0] = s.panels == 2 ? kPanelLanes : kLaneStep * pick(random, 1, 4);
   s.lanes[1] = s.panels == 2 ? kLaneStep * pick(random, 1, 4) : 0;
@@ -140,6 +141,19 @@ void check_column_backward(const Sparse& s, Random& random) {
     check_result(whole.second, want.second, before.second,
                  [&](std::size_t i) { return input_written(i / s.lanes[1]); });
     CHECK(whole_value.same_bits(parts_value));
+    if (with_inputs) {  // `collect` is the half of it that makes the columns
+      Panels collected = before;
+      const bool two = s.panels == 2;
+      const ColumnArgs args = {&p,
+                               value.data(),
+                               s.panels,
+                               {s.lanes[0], s.lanes[1]},
+                               {nullptr, nullptr},
+                               {grad.first.data(), two ? grad.second.data() : nullptr},
+                               {collected.first.data(), two ? collected.second.data() : nullptr}};
+      for (int b = 0; b < p.blocks(); ++b) kernels->collect(args, b, begin, end);
+      CHECK(collected.first.same_bits(whole.first) && collected.second.same_bits(whole.second));
+    }
     CHECK(whole.first.same_bits(parts.first) && whole.second.same_bits(parts.second));
   }
 }

@@ -103,8 +103,8 @@ struct Kernels {
   void (*scatter)(const ColumnArgs&, int block);
   // out[column] += value * rows[row]
   void (*collect)(const ColumnArgs&, int block, int begin, int end);
-  // `collect`, unless out is null, and grad_value[k] += <columns[column], rows[row]> over the lanes;
-  // grad_value's first element is the first non-zero of (block, begin).
+  // `collect`, unless out is null, and grad_value[k] += <columns[column], rows[row]> over the
+  // lanes; grad_value's first element is the first non-zero of (block, begin).
   void (*column_backward)(const ColumnArgs&, int block, int begin, int end, float* grad_value);
 
   // Linear, dense, on row-major matrices (not panels): X (B, I), Y (B, O), W (O, I), and the
@@ -146,8 +146,9 @@ struct Kernels {
   // sums[lane] += sum_i x; products[lane] += sum_i x * (z - center[lane]), over n pixels
   void (*lane_sums)(const float* x, const float* z, const float* center, float* sums,
                     float* products, int lanes, int pixels);
-  // The sum of `rows` rows of n floats each (a multiple of 4), `step` floats apart.
-  float (*sum_rows)(const float* x, std::size_t n, int rows, std::size_t step);
+  // sums[c] += the sum of channel c: `rows` rows of n floats (a multiple of 4), `step` apart.
+  void (*sum_channels)(const float* x, std::size_t n, int rows, std::size_t step, int channels,
+                       std::size_t channel_step, float* sums);
   bool (*all_finite)(const float* x, std::size_t n);
   // to[i*lanes + l] = rows[l][i] for i < n, l < lanes; rows[l] may be null: 0.
   void (*interleave)(const float* const* rows, float* to, int lanes, int n);

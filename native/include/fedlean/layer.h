@@ -23,7 +23,9 @@ struct View {
   float* panel(int p) const {
     return data + layout.pixels() * kPanelLanes * std::size_t(p - first_panel);
   }
-  float* interior(int p, int lanes) const { return panel(p) + std::size_t(layout.origin()) * lanes; }
+  float* interior(int p, int lanes) const {
+    return panel(p) + std::size_t(layout.origin()) * lanes;
+  }
 };
 
 // One layer's part of one pass.
@@ -74,7 +76,7 @@ struct Needs {
 enum Slot { kWeight, kBias, kRunningMean, kRunningVar, kSlots };
 
 class Layer {
- public:
+public:
   explicit Layer(const Node& node) : node(node) {}
   virtual ~Layer() = default;
 
@@ -104,9 +106,7 @@ class Layer {
   // Coordinates of the dense weight in stored order; empty when it is stored densely.
   virtual std::vector<std::uint32_t> weight_positions() const { return {}; }
 
-  bool any_trainable() const {
-    return tensors[kWeight].trainable || tensors[kBias].trainable;
-  }
+  bool any_trainable() const { return tensors[kWeight].trainable || tensors[kBias].trainable; }
 
   const Node node;
   Weight tensors[kSlots];

@@ -4,8 +4,9 @@
 // as many lanes as are left, rounded up to 4.  Each panel is its own array
 //     [channel][row][column][lane]   of float,
 // with `halo` zero pixels around every image, so that a convolution never asks whether a pixel is
-// inside.  Lanes beyond B are idle: they repeat the last example, so that they overflow only if it does, and
-// their gradients are 0, so that sums over all lanes are right.  A vector (F,) is an image of F channels and one pixel.
+// inside.  Lanes beyond B are idle: they repeat the last example, so that they overflow only if it
+// does, and their gradients are 0, so that sums over all lanes are right.  A vector (F,) is an
+// image of F channels and one pixel.
 #pragma once
 
 #include <cstddef>

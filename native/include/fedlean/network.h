@@ -10,8 +10,19 @@
 namespace fedlean {
 
 enum class Kind {
-  kLinear, kConv2d, kMaxPool, kAvgPool, kGlobalAvgPool, kGroupNorm, kBatchNorm,
-  kReLU, kHardswish, kHardsigmoid, kFlatten, kAdd, kScale
+  kLinear,
+  kConv2d,
+  kMaxPool,
+  kAvgPool,
+  kGlobalAvgPool,
+  kGroupNorm,
+  kBatchNorm,
+  kReLU,
+  kHardswish,
+  kHardsigmoid,
+  kFlatten,
+  kAdd,
+  kScale
 };
 
 struct Node {

@@ -58,8 +58,8 @@ inline std::size_t gather_bytes(const std::vector<Chunk>& chunks, std::size_t no
 GatherPattern build_gather(std::vector<Chunk> chunks, std::uint32_t chunk_pixels, int outputs,
                            const std::vector<Tap>& taps, std::vector<std::uint32_t>& position);
 
-// A sparse Linear weight by columns, cut into blocks of rows so that one block's activations stay in
-// the near caches.  Columns are the layer's inputs and rows its outputs, or the other way round
+// A sparse Linear weight by columns, cut into blocks of rows so that one block's activations stay
+// in the near caches.  Columns are the layer's inputs and rows its outputs, or the other way round
 // where no gradient of the input is needed: nothing is scattered then.  Non-zeros are ordered
 // (block, column, row).
 struct ColumnPattern {

@@ -8,7 +8,7 @@
 namespace fedlean {
 
 class Plan {
- public:
+public:
   // An array of `floats`, alive from time `first` to time `last`, both included; returns its id.
   int add(std::size_t floats, int first, int last);
   // Lengthens a lifetime.
@@ -21,7 +21,7 @@ class Plan {
   std::size_t size(int id) const { return arrays_[id].floats; }
   int first(int id) const { return arrays_[id].first; }
 
- private:
+private:
   struct Array {
     std::size_t floats;
     int first, last;

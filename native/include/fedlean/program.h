@@ -28,7 +28,7 @@ struct Mode {
 };
 
 class Program {
- public:
+public:
   // Panels that run at once where nothing is kept for backward.
   static constexpr int kGroupPanels = 2;
 
@@ -51,7 +51,7 @@ class Program {
   View value(float* arena, int tensor) const;
   View gradient(float* arena, int tensor) const;  // null where none is needed
 
- private:
+private:
   struct Tensor {
     Layout value_layout, grad_layout;
     int value_array = -1, grad_array = -1;

@@ -36,7 +36,7 @@ struct Engine {  // what sessions share
 };
 
 class Session {
- public:
+public:
   Session(std::shared_ptr<Engine> engine, const Network& network, const Options& options);
 
   // Bytes of everything that a training step (with importance) holds, from shapes and counts alone.
@@ -68,7 +68,7 @@ class Session {
   // One optimiser step of the tensors named by (node, slot), whose gradients were set.
   void apply(const std::vector<std::pair<int, Slot>>& tensors);
 
- private:
+private:
   const Program& training_program(bool importance);
   Mode mode(bool training, bool importance) const;
   float* arena(std::size_t floats);

@@ -10,7 +10,7 @@
 namespace fedlean {
 
 class ThreadPool {
- public:
+public:
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -25,7 +25,7 @@ class ThreadPool {
          const_cast<void*>(static_cast<const void*>(&f))});
   }
 
- private:
+private:
   // A call without std::function's allocation: a step makes dozens.
   struct Job {
     void (*call)(void* data, int thread);

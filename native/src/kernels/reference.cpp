@@ -126,7 +126,8 @@ void scatter(const ColumnArgs& a, int block) {
       const std::size_t cell = std::size_t(block) * pattern.columns + i;
       for (std::uint32_t k = pattern.start[cell]; k < pattern.start[cell + 1]; ++k)
         for (std::size_t lane = 0; lane < lanes; ++lane)
-          sums[pattern.row[k] * lanes + lane] += double(a.value[k]) * a.columns[panel][i * lanes + lane];
+          sums[pattern.row[k] * lanes + lane] +=
+              double(a.value[k]) * a.columns[panel][i * lanes + lane];
     }
     float* const out = a.out[panel] + first * lanes;
     for (std::size_t i = 0; i < sums.size(); ++i) out[i] = float(out[i] + sums[i]);
@@ -283,8 +284,8 @@ void blend(const float* a, const float* scale_a, const float* b, const float* ce
            bool accumulate) {
   for (std::size_t i = 0; i < std::size_t(pixels) * lanes; ++i) {
     const int lane = int(i % lanes);
-    const double mixed = double(a[i]) * scale_a[lane] +
-                         (double(b[i]) - center[lane]) * scale_b[lane] + shift[lane];
+    const double mixed =
+        double(a[i]) * scale_a[lane] + (double(b[i]) - center[lane]) * scale_b[lane] + shift[lane];
     y[i] = float(accumulate ? y[i] + mixed : mixed);
   }
 }
@@ -302,11 +303,14 @@ void lane_sums(const float* x, const float* z, const float* center, float* sums,
   }
 }
 
-float sum_rows(const float* x, std::size_t n, int rows, std::size_t step) {
-  double sum = 0;
-  for (int row = 0; row < rows; ++row)
-    for (std::size_t i = 0; i < n; ++i) sum += x[row * step + i];
-  return float(sum);
+void sum_channels(const float* x, std::size_t n, int rows, std::size_t step, int channels,
+                  std::size_t channel_step, float* sums) {
+  for (int c = 0; c < channels; ++c) {
+    double sum = sums[c];
+    for (int row = 0; row < rows; ++row)
+      for (std::size_t i = 0; i < n; ++i) sum += x[c * channel_step + row * step + i];
+    sums[c] = float(sum);
+  }
 }
 
 bool all_finite(const float* x, std::size_t n) {
@@ -398,7 +402,7 @@ const Kernels reference_table = {
     affine,
     blend,
     lane_sums,
-    sum_rows,
+    sum_channels,
     all_finite,
     interleave,
     lane_squares,

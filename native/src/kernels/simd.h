@@ -81,15 +81,15 @@ struct Cut {
 };
 
 // The widest vector, of KERNEL_LANES or less, that divides a row of `floats`.
-#define KERNEL_WITH_WIDTH(floats, CALL)                        \
-  do {                                                         \
-    if (KERNEL_LANES >= 16 && (floats) % 16 == 0) {            \
-      CALL((KERNEL_LANES >= 16 ? 16 : 4));                     \
-    } else if (KERNEL_LANES >= 8 && (floats) % 8 == 0) {       \
-      CALL((KERNEL_LANES >= 8 ? 8 : 4));                       \
-    } else {                                                   \
-      CALL(4);                                                 \
-    }                                                          \
+#define KERNEL_WITH_WIDTH(floats, CALL)                  \
+  do {                                                   \
+    if (KERNEL_LANES >= 16 && (floats) % 16 == 0) {      \
+      CALL((KERNEL_LANES >= 16 ? 16 : 4));               \
+    } else if (KERNEL_LANES >= 8 && (floats) % 8 == 0) { \
+      CALL((KERNEL_LANES >= 8 ? 8 : 4));                 \
+    } else {                                             \
+      CALL(4);                                           \
+    }                                                    \
   } while (0)
 
 }  // namespace

@@ -5,8 +5,14 @@
 namespace fedlean {
 
 ConvGeometry::ConvGeometry(const Node& node, const Shape& in, int in_halo, int grad_halo)
-    : in(in), out(node.shape), kernel(node.kernel), stride(node.stride), padding(node.padding),
-      groups(node.groups), in_halo(in_halo), grad_halo(grad_halo) {
+    : in(in),
+      out(node.shape),
+      kernel(node.kernel),
+      stride(node.stride),
+      padding(node.padding),
+      groups(node.groups),
+      in_halo(in_halo),
+      grad_halo(grad_halo) {
   const int used = split() ? std::min(stride, kernel) : 1;  // a phase beyond the kernel has no tap
   for (int y = 0; y < used; ++y)
     for (int x = 0; x < used; ++x) phase_of.push_back({y, x});
@@ -47,8 +53,8 @@ int gradient_halo(const Node& conv, const Shape& in) {
   if (conv.stride == 1) return std::max(0, conv.kernel - 1 - conv.padding);
   const int height = (in.height + 2 * conv.padding + conv.stride - 1) / conv.stride;
   const int width = (in.width + 2 * conv.padding + conv.stride - 1) / conv.stride;
-  return std::max({(conv.kernel - 1) / conv.stride, height - conv.shape.height,
-                   width - conv.shape.width});
+  return std::max(
+      {(conv.kernel - 1) / conv.stride, height - conv.shape.height, width - conv.shape.width});
 }
 
 }  // namespace fedlean

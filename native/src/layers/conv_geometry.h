@@ -46,7 +46,7 @@ struct ConvGeometry {
 
   ConvShape forward_shape(int lanes, int out_row, int out_plane) const;
 
- private:
+private:
   // The furthest that a tap of the stride-1 convolution reaches.
   int reach() const { return split() ? (kernel - 1) / stride : kernel - 1; }
 };

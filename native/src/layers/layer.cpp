@@ -45,10 +45,10 @@ void bias_gradient(const Pass& pass, Weight& bias) {
       std::fill_n(sums, n, 0.0f);
       for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
         const std::size_t lanes = pass.lanes(p);
-        const float* const from = pass.grad_out.interior(p, int(lanes)) + c * layout.plane() * lanes;
-        for (int i = 0; i < n; ++i)
-          sums[i] += pass.kernels.sum_rows(from + i * layout.plane() * lanes, pixels * lanes, rows,
-                                           layout.row() * lanes);
+        const float* const from =
+            pass.grad_out.interior(p, int(lanes)) + c * layout.plane() * lanes;
+        pass.kernels.sum_channels(from, pixels * lanes, rows, layout.row() * lanes, n,
+                                  layout.plane() * lanes, sums);
       }
       bias.take_all(pass.kernels, pass.sink, c, sums, n);
       bias.take(pass.kernels, pass.sink, c, sums, n);

@@ -13,9 +13,12 @@ namespace {
 // Columns are inputs (forward scatters, backward collects) or, where no gradient of the input is
 // needed, outputs (forward collects, and there is nothing to scatter).
 class SparseLinear : public Layer {
- public:
+public:
   SparseLinear(const Node& node, const Shape& in, std::size_t nonzeros, bool needs_grad_in)
-      : Layer(node), nonzeros_(nonzeros), inputs_(in.channels), outputs_(node.shape.channels),
+      : Layer(node),
+        nonzeros_(nonzeros),
+        inputs_(in.channels),
+        outputs_(node.shape.channels),
         by_output_(!needs_grad_in) {
     const double density = double(nonzeros) / (double(outputs_) * inputs_);
     pattern_.columns = by_output_ ? outputs_ : inputs_;
@@ -52,8 +55,8 @@ class SparseLinear : public Layer {
     Needs needs;
     needs.backward_scratch = std::size_t(s.threads) * strip();
     if (s.importance)
-      needs.backward_scratch += std::size_t(inputs_ + outputs_) * s.examples +
-                                std::size_t(kGradRows) * inputs_;
+      needs.backward_scratch +=
+          std::size_t(inputs_ + outputs_) * s.examples + std::size_t(kGradRows) * inputs_;
     return needs;
   }
 
@@ -63,8 +66,9 @@ class SparseLinear : public Layer {
     for (int b = 0; b < pattern_.blocks(); ++b)
       for (int c = 0; c < pattern_.columns; ++c)
         for (std::uint32_t k = start(b, c); k < start(b, c + 1); ++k)
-          positions[k] = std::uint32_t(
-              (std::size_t(b) * pattern_.block_rows + pattern_.row[k]) * row_step + c * column_step);
+          positions[k] =
+              std::uint32_t((std::size_t(b) * pattern_.block_rows + pattern_.row[k]) * row_step +
+                            c * column_step);
     return positions;
   }
 
@@ -99,7 +103,7 @@ class SparseLinear : public Layer {
     });
   }
 
- private:
+private:
   static constexpr std::size_t kStrip = 2048;  // non-zeros whose gradients wait for their update
   static constexpr int kGradRows = 8;
   static constexpr int kParts = 48;
@@ -174,7 +178,8 @@ class SparseLinear : public Layer {
     for (int c = 0; c < pattern_.columns; ++c) {
       ++sum;
       for (int b = 0; b < pattern_.blocks(); ++b) sum += start(b, c + 1) - start(b, c);
-      if (sum * parts >= total * parts_.size() && int(parts_.size()) < parts) parts_.push_back(c + 1);
+      if (sum * parts >= total * parts_.size() && int(parts_.size()) < parts)
+        parts_.push_back(c + 1);
     }
     parts_.push_back(pattern_.columns);
   }
@@ -260,7 +265,7 @@ void SparseLinear::all_gradients(Pass& pass) {
 }
 
 class DenseLinear : public Layer {
- public:
+public:
   DenseLinear(const Node& node, const Shape& in)
       : Layer(node), inputs_(in.channels), outputs_(node.shape.channels) {}
 
@@ -276,8 +281,8 @@ class DenseLinear : public Layer {
     const std::size_t columns = std::size_t(s.examples) * outputs_;
     Needs needs;
     needs.forward_scratch = rows + columns;
-    needs.backward_scratch = rows + columns + (s.needs_grad_in ? rows : 0) +
-                             std::size_t(kGradRows) * inputs_;
+    needs.backward_scratch =
+        rows + columns + (s.needs_grad_in ? rows : 0) + std::size_t(kGradRows) * inputs_;
     return needs;
   }
 
@@ -292,9 +297,8 @@ class DenseLinear : public Layer {
       pass.kernels.dense_forward(rows, tensors[kWeight].value.data(),
                                  node.bias ? tensors[kBias].value.data() : nullptr, out, examples,
                                  inputs_, outputs_, first, last);
-      for_elements(pass, pass.out, first, last, [&](float& y, int b, int o) {
-        y = out[std::size_t(b) * outputs_ + o];
-      });
+      for_elements(pass, pass.out, first, last,
+                   [&](float& y, int b, int o) { y = out[std::size_t(b) * outputs_ + o]; });
       fill_idle(pass, first, last);
     });
   }
@@ -333,7 +337,7 @@ class DenseLinear : public Layer {
     });
   }
 
- private:
+private:
   static constexpr int kGradRows = 8, kNearRows = 32;
 
   // Idle lanes repeat the last example.
@@ -341,7 +345,8 @@ class DenseLinear : public Layer {
     const int p = pass.panel_end - 1, lanes = pass.lanes(p), used = pass.batch.used(p);
     float* const y = pass.out.panel(p);
     for (int i = begin; i < end && used < lanes; ++i)
-      std::fill_n(y + std::size_t(i) * lanes + used, lanes - used, y[std::size_t(i) * lanes + used - 1]);
+      std::fill_n(y + std::size_t(i) * lanes + used, lanes - used,
+                  y[std::size_t(i) * lanes + used - 1]);
   }
 
   void add_rows(const Pass& pass, const float* grad_rows, int begin, int end) const {

@@ -16,14 +16,14 @@ struct Lanes {
 };
 
 class Norm : public Layer {
- public:
+public:
   Norm(const Node& node, const Shape& in) : Layer(node), shape_(in) {}
 
   std::size_t stored(Slot slot) const override {
     return slot == kWeight || slot == kBias ? shape_.channels : 0;
   }
 
- protected:
+protected:
   int pixels() const { return shape_.height * shape_.width; }
 
   // f(row of channel c, pixels)
@@ -42,9 +42,8 @@ class Norm : public Layer {
   static void add_squares(const Pass& pass, const View& v, int p, int c, Lanes& center,
                           Lanes& squares) {
     const int lanes = pass.lanes(p);
-    rows(v, p, lanes, c, [&](const float* x, int n) {
-      pass.kernels.lane_squares(x, center, squares, lanes, n);
-    });
+    rows(v, p, lanes, c,
+         [&](const float* x, int n) { pass.kernels.lane_squares(x, center, squares, lanes, n); });
   }
   // sums += dY, products += dY * (x - center)
   static void add_products(const Pass& pass, int p, int c, Lanes& center, Lanes& sums,
@@ -89,7 +88,7 @@ class Norm : public Layer {
 };
 
 class GroupNorm : public Norm {
- public:
+public:
   GroupNorm(const Node& node, const Shape& in) : Norm(node, in) {}
 
   bool reads_input() const override { return true; }
@@ -165,7 +164,7 @@ class GroupNorm : public Norm {
     });
   }
 
- private:
+private:
   void input_gradient(Pass& pass, int p, int c, float count, Lanes& mean, Lanes& inverse,
                       Lanes& sum, Lanes& product) {
     Lanes scale_grad, scale_in, shift;
@@ -178,13 +177,13 @@ class GroupNorm : public Norm {
     blend_channel(pass, p, c, scale_grad, mean, scale_in, shift);
   }
   float* saved(const Pass& pass, int group, int p) const {
-    return pass.saved + std::size_t(2 * kPanelLanes) *
-                            (std::size_t(group) * pass.batch.panels() + p);
+    return pass.saved +
+           std::size_t(2 * kPanelLanes) * (std::size_t(group) * pass.batch.panels() + p);
   }
 };
 
 class BatchNorm : public Norm {
- public:
+public:
   BatchNorm(const Node& node, const Shape& in) : Norm(node, in) {}
 
   std::size_t stored(Slot) const override { return shape_.channels; }
@@ -228,14 +227,15 @@ class BatchNorm : public Norm {
         const float mean = pass.saved[2 * c], inverse = pass.saved[2 * c + 1];
         float sum = 0, product = 0;
         if (batch || any_trainable()) products_of(pass, c, mean, sum, product);
-        if (pass.grad_in[0]) input_gradient(pass, c, mean, inverse, batch ? sum / count : 0,
-                                            batch ? product / count : 0);
+        if (pass.grad_in[0])
+          input_gradient(pass, c, mean, inverse, batch ? sum / count : 0,
+                         batch ? product / count : 0);
         take(pass, c, product * inverse, sum);
       }
     });
   }
 
- private:
+private:
   void statistics(Pass& pass, int c, float& mean, float& var) {
     const double count = double(pass.batch.examples) * pixels();
     double sum = 0, square = 0;

@@ -31,7 +31,7 @@ void copy_or_add(const Pass& pass, const View& from, const View& to, bool accumu
 }
 
 class Activation : public Layer {
- public:
+public:
   explicit Activation(const Node& node) : Layer(node) {}
 
   // ReLU's gradient needs the sign of its output, the others' the input.
@@ -89,7 +89,7 @@ class Activation : public Layer {
 };
 
 class Add : public Layer {
- public:
+public:
   explicit Add(const Node& node) : Layer(node) {}
   bool in_place() const override { return true; }
 
@@ -106,7 +106,7 @@ class Add : public Layer {
 };
 
 class Scale : public Layer {
- public:
+public:
   explicit Scale(const Node& node) : Layer(node) {}
   bool reads_input() const override { return true; }
 
@@ -139,7 +139,7 @@ class Scale : public Layer {
     });
   }
 
- private:
+private:
   static void gate_gradient(const Pass& pass, int p, int lanes, int c) {
     const float zero[kPanelLanes] = {};
     float sums[kPanelLanes] = {}, products[kPanelLanes] = {};
@@ -154,7 +154,7 @@ class Scale : public Layer {
 
 // (C, H, W) -> (C*H*W): the same order in memory, so that only a halo makes it a copy.
 class Flatten : public Layer {
- public:
+public:
   explicit Flatten(const Node& node) : Layer(node) {}
   bool in_place() const override { return true; }
 
@@ -163,7 +163,7 @@ class Flatten : public Layer {
     if (pass.grad_in[0]) move(pass, as_image(pass.grad_out, pass.grad_in[0]), false);
   }
 
- private:
+private:
   static View as_image(View vector, const View& image) {
     vector.layout = {image.layout.shape, 0};
     return vector;
@@ -181,10 +181,14 @@ class Flatten : public Layer {
 
 std::unique_ptr<Layer> make_pointwise(const Node& node) {
   switch (node.kind) {
-    case Kind::kAdd: return std::make_unique<Add>(node);
-    case Kind::kScale: return std::make_unique<Scale>(node);
-    case Kind::kFlatten: return std::make_unique<Flatten>(node);
-    default: return std::make_unique<Activation>(node);
+    case Kind::kAdd:
+      return std::make_unique<Add>(node);
+    case Kind::kScale:
+      return std::make_unique<Scale>(node);
+    case Kind::kFlatten:
+      return std::make_unique<Flatten>(node);
+    default:
+      return std::make_unique<Activation>(node);
   }
 }
 

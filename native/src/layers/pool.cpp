@@ -22,10 +22,10 @@ void clear_channel(const View& v, int p, int lanes, int c) {
 }
 
 class Pool : public Layer {
- public:
+public:
   Pool(const Node& node, const Shape& in) : Layer(node), in_(in), out_(node.shape) {}
 
- protected:
+protected:
   // f(pixel index within the window, y, x) for the window's pixels that are inside the image.
   template <typename F>
   void window(int oy, int ox, F&& f) const {
@@ -49,7 +49,7 @@ class Pool : public Layer {
 };
 
 class MaxPool : public Pool {
- public:
+public:
   using Pool::Pool;
 
   Needs needs(const Situation& s) const override {
@@ -102,7 +102,7 @@ class MaxPool : public Pool {
     });
   }
 
- private:
+private:
   std::uint8_t* winners(const Pass& pass, int p, int lanes, int c, int y) const {
     const std::size_t row = std::size_t(c) * out_.height + y;
     return reinterpret_cast<std::uint8_t*>(pass.saved) +
@@ -129,7 +129,7 @@ class MaxPool : public Pool {
 };
 
 class AvgPool : public Pool {
- public:
+public:
   using Pool::Pool;
 
   void forward(Pass& pass) override {
@@ -168,7 +168,7 @@ class AvgPool : public Pool {
 };
 
 class GlobalAvgPool : public Pool {
- public:
+public:
   using Pool::Pool;
 
   void forward(Pass& pass) override {

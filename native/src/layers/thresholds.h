@@ -18,14 +18,16 @@ inline int chunk_channels(int kernel, double density, int channel_pixels) {
   return std::clamp(int(wanted + 0.5), 1, std::min(most, 128));
 }
 
-// Input channels at once of a dense convolution: the window of a tile, of about 7 pixels in 16 lanes,
-// stays in the first-level cache while all output channels pass over it.
+// Input channels at once of a dense convolution: the window of a tile, of about 7 pixels in 16
+// lanes, stays in the first-level cache while all output channels pass over it.
 inline int dense_chunk(int kernel) {
   const int window_bytes = kernel * (kernel + 6) * 64;
   return std::max(4, 20000 / window_bytes);
 }
 
 // Rows per block of a sparse Linear: their activations stay in the near caches.
-inline int block_rows(int rows, double density) { return std::min(rows, density < 0.03 ? 1024 : 512); }
+inline int block_rows(int rows, double density) {
+  return std::min(rows, density < 0.03 ? 1024 : 512);
+}
 
 }  // namespace fedlean
