@@ -101,8 +101,7 @@ public:
       const auto mask = nb::cast<In<bool>>(masks[s]);
       expect_size("mask", mask.size(), session_.tensor_size(node, Slot(s)));
       pointers[s] = reinterpret_cast<const std::uint8_t*>(mask.data());
-      std::int64_t kept = 0;
-      for (std::size_t i = 0; i < mask.size(); ++i) kept += pointers[s][i];
+      const std::int64_t kept = count_kept(pointers[s], mask.size());
       if (kept != options_.tensors[node].kept[s])
         throw std::invalid_argument("mask keeps another number of coordinates than was planned");
     }
@@ -118,6 +117,16 @@ public:
     check_built(node);
     expect_size("tensor", values.size(), size(node, slot, packed));
     alone([&] { session_.read(node, Slot(slot), values.data(), packed); });
+  }
+
+  // Of a tensor that was built with a mask.
+  void read_mask(int node, int slot, Out<bool> kept) const {
+    expect_size("mask", kept.size(), size(node, slot, false));
+    check_built(node);
+    if (options_.tensors[node].kept[slot] < 0) throw std::invalid_argument("there is no mask");
+    alone([&] {
+      session_.read_mask(node, Slot(slot), reinterpret_cast<std::uint8_t*>(kept.data()));
+    });
   }
 
   double step(In<float> x, In<std::int64_t> y, bool importance) {
@@ -327,6 +336,8 @@ NB_MODULE(_native, m) {
            nb::arg("packed"), nb::arg("reference"))
       .def("read", &Bound::read, nb::arg("node"), nb::arg("slot"), nb::arg("values").noconvert(),
            nb::arg("packed"))
+      .def("read_mask", &Bound::read_mask, nb::arg("node"), nb::arg("slot"),
+           nb::arg("kept").noconvert())
       .def("step", &Bound::step, nb::arg("x").noconvert(), nb::arg("y").noconvert(),
            nb::arg("importance"))
       .def("loss", &Bound::loss, nb::arg("x").noconvert(), nb::arg("y").noconvert())

@@ -4,6 +4,12 @@
 
 namespace fedlean {
 
+std::size_t count_kept(const std::uint8_t* kept, std::size_t n) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < n; ++i) count += kept[i];
+  return count;
+}
+
 std::vector<Chunk> cut_chunks(int channels, int channel_pixels, int chunk_channels, int outputs,
                               int groups) {
   const int group_in = channels / groups, group_out = outputs / groups;
@@ -66,10 +72,12 @@ ColumnPattern build_columns(const std::uint8_t* kept, int rows, int columns, std
     const int outer = by_row ? rows : columns, inner = by_row ? columns : rows;
     for (int i = 0; i < outer; ++i) {
       const std::uint8_t* const line = kept + i * (by_row ? row_step : column_step);
-      for (int j = 0; j < inner; ++j) {
-        if (!line[j]) continue;
-        const int row = by_row ? i : j, column = by_row ? j : i;
-        f(std::size_t(row / block_rows) * columns + column, row);
+      if (by_row) {
+        const std::size_t cells_before = std::size_t(i / block_rows) * columns;
+        for_kept(line, inner, [&](std::size_t j) { f(cells_before + j, i % block_rows); });
+      } else {
+        for_kept(line, inner,
+                 [&](std::size_t j) { f(j / block_rows * columns + i, int(j % block_rows)); });
       }
     }
   };
@@ -77,9 +85,7 @@ ColumnPattern build_columns(const std::uint8_t* kept, int rows, int columns, std
   for (std::size_t i = 0; i < cells; ++i) pattern.start[i + 1] += pattern.start[i];
   pattern.row.resize(pattern.start[cells]);
   std::vector<std::uint32_t> next(pattern.start.begin(), pattern.start.end() - 1);
-  visit([&](std::size_t cell, int row) {
-    pattern.row[next[cell]++] = std::uint16_t(row % block_rows);
-  });
+  visit([&](std::size_t cell, int row) { pattern.row[next[cell]++] = std::uint16_t(row); });
   return pattern;
 }
 

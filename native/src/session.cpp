@@ -206,6 +206,16 @@ void Session::read(int node, Slot slot, float* values, bool packed) const {
   }
 }
 
+void Session::read_mask(int node, Slot slot, std::uint8_t* kept) const {
+  const Layer& layer = *layers_[node];
+  if (slot == kWeight && layer.sparse()) {
+    std::memset(kept, 0, tensor_size(node, slot));
+    for (std::uint32_t position : layer.weight_positions()) kept[position] = 1;
+  } else {
+    std::copy(layer.tensors[slot].kept.begin(), layer.tensors[slot].kept.end(), kept);
+  }
+}
+
 float* Session::arena(std::size_t floats) {
   if (floats > arena_floats_) {
     arena_.reset();

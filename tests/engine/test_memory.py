@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from live_memory import peak_bytes
 
 from fedlean.core import SubModel
 from fedlean.engine.memory import step_memory
+from fedlean.engine.native_storage import SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
 from fedlean.engine.torch import TorchEngine
@@ -16,6 +20,7 @@ from fedlean.models import catalog
 from fedlean.models.initialise import init_params
 from fedlean.spec import sequential
 
+THRESHOLDS = Path(__file__).parents[2] / "native" / "src" / "layers" / "thresholds.h"
 SHAPES = {"lenet300": (1, 28, 28), "conv2": (1, 28, 28), "vgg11": (3, 32, 32)}
 SHAPES |= {"resnet8": (3, 32, 32), "resnet20": (3, 32, 32)}
 
@@ -153,9 +158,19 @@ def test_native_conv_by_hand():
     assert memory.parameter_bytes == 2 * 6 + 16 + 3 + 4 * 4
 
 
-def test_a_nearly_full_linear_is_stored_densely():
-    """From 99% on all 1000 values and a byte of mask each; below 4 + 2 bytes each, and 11 starts."""
+def test_a_linear_that_keeps_much_is_stored_densely():
+    """Then 1000 values and a byte of mask each; else 4 + 2 bytes for each kept, and 11 starts."""
     spec = sequential((100,), [("flat", Flatten()), ("fc", Linear(10, bias=False))])
     assert step_memory(spec, {}, batch_size=1).parameter_bytes == 4000
-    assert step_memory(spec, {"fc.weight": 990}, batch_size=1).parameter_bytes == 5000
-    assert step_memory(spec, {"fc.weight": 989}, batch_size=1).parameter_bytes == 989 * 6 + 44
+    many = round(1000 * SPARSE_LINEAR_BELOW)
+    few = many - 1
+    assert step_memory(spec, {"fc.weight": many}, batch_size=1).parameter_bytes == 5000
+    assert step_memory(spec, {"fc.weight": few}, batch_size=1).parameter_bytes == few * 6 + 44
+
+
+@pytest.mark.skipif(not THRESHOLDS.is_file(), reason="not in a checkout")
+def test_thresholds_are_those_of_the_native_engine():
+    text = THRESHOLDS.read_text()
+    for name, ours in (("Conv", SPARSE_CONV_BELOW), ("Linear", SPARSE_LINEAR_BELOW)):
+        (theirs,) = re.findall(rf"kSparse{name}Below = ([0-9.]+);", text)
+        assert ours == float(theirs), name

@@ -9,29 +9,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.cases import FULL_SGD, NET, batch, masks_of, opened
+from engine.cases import BLOCK, FULL_SGD, NET, batch, masks_of, opened
 from federation import same
 
 from fedlean.engine.open import open_engine
+from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
+from fedlean.spec import ModelSpec, sequential
 
 pytestmark = pytest.mark.usefixtures("has_native")
 PATHS = ["reference", "avx2", "avx512", "neon"]  # instruction sets that there are kernels for
 CPU_FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}}
 
 
-def trained(threads: int, masks, size: int) -> tuple:
+# layers large enough to be cut between threads
+LARGE = sequential(
+    (8, 14, 14),
+    [
+        ("conv1", Conv2d(40, 3, padding=1)),
+        ("relu1", ReLU()),
+        ("conv2", Conv2d(48, 5, padding=2)),
+        ("pool", MaxPool2d(2)),
+        ("flat", Flatten()),
+        ("fc1", Linear(200)),
+        ("relu2", ReLU()),
+        ("fc2", Linear(10)),
+    ],
+)
+
+
+def trained(spec: ModelSpec, threads: int, masks, size: int) -> tuple:
     """All that a session computes, through every kind of call."""
-    session = opened(
-        open_engine("native", threads), NET, masks=masks, sgd=FULL_SGD, batch_size=size
-    )
+    engine = open_engine("native", threads)
+    session = opened(engine, spec, masks=masks, sgd=FULL_SGD, batch_size=size)
     losses = []
     for step in range(3):
-        x, y = batch(NET, size, step)
+        x, y = batch(spec, size, step)
         losses.append(session.step(x, y, importance=step != 1))
         losses.append(session.loss(x, y))
         losses.append(session.loss_perturbed(x, y, seed=1, k=step, sigma=0.1))
-    out = session.forward(x, taps=list(NET.by_name), training=True)
-    gradients = session.backward({"fc2": np.ones_like(out["fc2"])}, dense=True)
+    out = session.forward(x, taps=list(spec.by_name), training=True)
+    output = spec.nodes[-1].name
+    gradients = session.backward({output: np.ones_like(out[output])}, dense=True)
     session.apply(gradients)
     return losses, out, gradients, session.importance(), session.params()
 
@@ -40,13 +58,22 @@ def trained(threads: int, masks, size: int) -> tuple:
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
 def test_equal_bits_for_any_number_of_threads(density, size):
     masks = masks_of(NET, density)
-    expected = trained(1, masks, size)
+    expected = trained(NET, 1, masks, size)
     for threads in (1, 2, 3, 7):
-        assert same(trained(threads, masks, size), expected), threads
+        assert same(trained(NET, threads, masks, size), expected), threads
+
+
+@pytest.mark.parametrize(("density", "size"), [(0.03, 20), (0.2, 17), (0.7, 5)])
+def test_equal_bits_of_large_layers(density, size):
+    masks = masks_of(LARGE, density)
+    expected = trained(LARGE, 1, masks, size)
+    for threads in (1, 2, 3):
+        assert same(trained(LARGE, threads, masks, size), expected), threads
 
 
 def test_equal_bits_without_masks():
-    assert same(trained(1, {}, 20), trained(2, {}, 20))
+    for spec in (NET, BLOCK):
+        assert same(trained(spec, 1, {}, 20), trained(spec, 2, {}, 20))
 
 
 def test_sessions_of_several_threads_side_by_side():
@@ -71,7 +98,8 @@ from fedlean.engine.open import open_engine
 engine = open_engine("native", 1)
 results = {{}}
 for spec, size, density in (
-    (NET, 5, 0.1), (NET, 16, 0.3), (NET, 33, 0.05), (NET, 20, 1.0), (BLOCK, 6, 0.3), (BLOCK, 17, 1.0)
+    (NET, 5, 0.1), (NET, 16, 0.3), (NET, 33, 0.05), (NET, 20, 1.0),
+    (BLOCK, 6, 0.3), (BLOCK, 17, 1.0),
 ):
     masks = masks_of(spec, density)
     session = opened(engine, spec, masks=masks, sgd=FULL_SGD, batch_size=size)

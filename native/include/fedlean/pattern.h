@@ -1,12 +1,29 @@
 // Where the kept weights of a layer are: the sparse formats that the kernels walk.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "fedlean/layout.h"
 
 namespace fedlean {
+
+// f(i) for every i < n with kept[i] = 1; the others are 0.  Eight at a time: masks are long and
+// sparse, and a branch per coordinate costs more than the rest of building a pattern.
+template <typename F>
+void for_kept(const std::uint8_t* kept, std::size_t n, F&& f) {
+  std::size_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, kept + i, 8);
+    for (; word; word &= word - 1) f(i + __builtin_ctzll(word) / 8);  // little-endian
+  }
+  for (; i < n; ++i)
+    if (kept[i]) f(i);
+}
+std::size_t count_kept(const std::uint8_t* kept, std::size_t n);
 
 // Every convolution runs as one of stride 1: a stride s first splits its padded input into s*s
 // phases (space to depth), after which tap (ky, kx) reads phase (ky % s, kx % s) at the offset

@@ -49,6 +49,7 @@ public:
   // `reference`: also take it as what a proximal term pulls towards.
   void load(int node, Slot slot, const float* values, bool packed, bool reference);
   void read(int node, Slot slot, float* values, bool packed) const;
+  void read_mask(int node, Slot slot, std::uint8_t* kept) const;  // of a masked tensor
   std::size_t tensor_size(int node, Slot slot) const;  // dense
   std::size_t stored_size(int node, Slot slot) const;
 

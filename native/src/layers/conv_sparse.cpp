@@ -194,17 +194,20 @@ private:
 
   void build_forward(const std::uint8_t* kept) {
     const int channel = channel_pixels();
+    const int group_out = g.out.channels / g.groups, per_out = group_inputs() * taps();
+    std::vector<std::uint32_t> pixel(per_out);  // of each weight of an output channel
+    for (int i = 0; i < per_out; ++i)
+      pixel[i] = std::uint32_t(i / taps() * channel + tap_offset_[i % taps()]);
     std::vector<Tap> taps_of;
     taps_of.reserve(nonzeros_);
-    std::size_t i = 0;
-    const int group_out = g.out.channels / g.groups;
     for (int o = 0; o < g.out.channels; ++o) {
-      const int first = o / group_out * group_inputs();
-      for (int c = 0; c < group_inputs(); ++c)
-        for (int t = 0; t < taps(); ++t, ++i)
-          if (!kept || kept[i])
-            taps_of.push_back(
-                {std::uint32_t(o), std::uint32_t((first + c) * channel + tap_offset_[t])});
+      const std::uint32_t first = std::uint32_t(o / group_out * group_inputs()) * channel;
+      auto add = [&](std::size_t i) { taps_of.push_back({std::uint32_t(o), first + pixel[i]}); };
+      if (kept) {
+        for_kept(kept + std::size_t(o) * per_out, per_out, add);
+      } else {
+        for (int i = 0; i < per_out; ++i) add(i);
+      }
     }
     std::vector<std::uint32_t> position;
     forward_ =
@@ -228,19 +231,24 @@ private:
   // f(non-zero, output channel, input channel, ky, kx)
   template <typename F>
   void visit(F&& f) const {
-    const int plane = g.in_plane(), channel = plane * g.phases();
-    const int across = g.split() ? std::min(g.stride, g.kernel) : 1;
+    struct Source {
+      std::uint16_t channel, ky, kx;
+    };
+    std::vector<Source> source(std::size_t(chunk_) * channel_pixels());  // by offset
+    for (int c = 0; c < chunk_; ++c)
+      for (int t = 0; t < taps(); ++t)
+        source[c * channel_pixels() + tap_offset_[t]] = {
+            std::uint16_t(c), std::uint16_t(t / g.kernel), std::uint16_t(t % g.kernel)};
+    int first = 0;
     for (const Chunk& chunk : forward_.chunks) {
       for (std::uint32_t o = chunk.out_begin; o < chunk.out_end; ++o) {
         const std::uint32_t row = chunk.first_row + (o - chunk.out_begin);
         for (std::uint32_t k = forward_.row_start[row]; k < forward_.row_start[row + 1]; ++k) {
-          const int pixel = int(chunk.in_pixel) + forward_.offset[k];
-          const int phase = pixel % channel / plane, tap = pixel % plane;
-          const int y = tap / g.in_row(), x = tap % g.in_row();
-          f(k, int(o), pixel / channel, y * g.stride + phase / across,
-            x * g.stride + phase % across);
+          const Source& s = source[forward_.offset[k]];
+          f(k, int(o), first + s.channel, int(s.ky), int(s.kx));
         }
       }
+      first += chunk_;
     }
   }
 

@@ -136,8 +136,6 @@ class NativeSession:
         self._frozen = sub_model.frozen
         self._trainable = [name for name in spec.param_shapes if name not in sub_model.frozen]
         self._kept = {name: int(np.count_nonzero(m)) for name, m in sub_model.masks.items()}
-        # A bit per coordinate: the caller may change its arrays, and bytes would be 8 times as many.
-        self._bits = {name: np.packbits(mask) for name, mask in sub_model.masks.items()}
         nodes = {node.name: i for i, node in enumerate(spec.nodes)}
         self._nodes = nodes
         self._places = {
@@ -176,7 +174,7 @@ class NativeSession:
         return self._session.held_bytes()
 
     def load(self, params: Params) -> None:
-        masks = {name: self._mask(name) for name in self._bits}
+        masks = {name: self._mask(name) for name in self._kept}
         checks.check_params(self._spec, params, masks)
         self._returned = frozenset()
         self._load(params)
@@ -223,7 +221,7 @@ class NativeSession:
                 shape = self._spec.param_shapes[name]
                 rng = generator(seed, 0, k, f"direction/{name}")
                 z = rng.standard_normal(shape, dtype=np.float32)
-                z = z[self._mask(name)] if name in self._bits else z
+                z = z[self._mask(name)] if name in self._kept else z
                 self._write(name, values + np.float32(sigma) * z, packed=True)
             return self.loss(x, y)
         finally:
@@ -287,8 +285,10 @@ class NativeSession:
         return table
 
     def _mask(self, name: str) -> np.ndarray:
-        shape = self._spec.tensor_shapes[name]
-        return np.unpackbits(self._bits[name], count=prod(shape)).view(np.bool_).reshape(shape)
+        mask = np.ones(self._spec.tensor_shapes[name], np.bool_)
+        if self._pruned_to(name) >= 0:
+            self._session.read_mask(*self._places[name], mask)
+        return mask
 
     def _build(self, masks_by_name: Masks) -> None:
         by_node: dict[int, list[np.ndarray | None]] = {}

@@ -1,6 +1,6 @@
 """What the native engine stores of a layer, from the number of kept weights alone.
 
-A model of `native/src/layers/conv.cpp` and `linear.cpp`, for servers and planners that have no
+A model of the layers in `native/src/layers`, for servers and planners that have no
 extension; tests hold it against the engine's own plan.
 """
 
@@ -18,7 +18,7 @@ OFFSET_BYTES = 2  # of a kept weight within its chunk or block
 START_BYTES = 4
 CHUNK_BYTES = 16
 # densities from which a layer is stored and computed densely (native/src/layers/thresholds.h)
-SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW = 0.7, 0.99
+SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW = 0.7, 0.55
 MOST_PIXELS = 65536  # of a convolution's chunk: offsets have 16 bits
 GATHER_STRIP = 4096  # kept weights whose partial sums are held at once
 COLUMN_STRIP = 2048

@@ -59,7 +59,10 @@ class SGD:
 class Session(Protocol):
     """One sub-model in training.  B is the number of examples in x, at most batch_size."""
 
-    peak_memory_bytes: int  # what the engine says it needs for a step
+    @property
+    def peak_memory_bytes(self) -> int:
+        """What the engine says it needs for a step."""
+        ...
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
         """Forward, backward, update on x (B, *input_shape), y (B,); the mean loss before it.
