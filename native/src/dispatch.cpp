@@ -35,7 +35,11 @@ std::vector<const Kernels*> available_kernels() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (avx2) tables.push_back(&avx2_table);
+#if defined(FEDLEAN_WITHOUT_AVX512)
+  (void)avx512;
+#else
   if (avx2 && avx512) tables.push_back(&avx512_table);
+#endif
 #elif defined(FEDLEAN_ARM)
   tables.push_back(&neon_table);  // part of every aarch64 processor
 #endif
