@@ -23,9 +23,9 @@ TOLERANCE = {"native": 1e-5, "torch": 5e-5}
 SIZES = [1, 3, 4, 5, 15, 16, 17, 20, 31, 33, 64]  # around the widths of vectors and panels
 DENSITIES = [0.0, 0.01, 0.1, 0.3, 0.6, 1.0]
 KINKS_APART = 3e-6  # of the largest activation, more than float32 is off
-MAX_AMPLIFICATION = 10
-ATTEMPTS = 8
-ALLOWANCE = 10
+MAX_AMPLIFICATION = 10  # of roundings in a norm; about 4 where its values are normal
+ATTEMPTS = 8  # seeds tried for a problem with neither
+ALLOWANCE = 10  # times the largest change that the oracle's own roundings make
 
 Results = dict[str, np.ndarray]
 

@@ -138,7 +138,7 @@ def _index_bytes(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -
     shape = spec.param_shapes[f"{node.name}.weight"]
     if isinstance(node.layer, Linear):  # by columns where there is a gradient of the input
         columns, rows = shape[::-1] if geometry.needs_grad_in else shape
-        block = min(rows, 1024 if values < 0.03 * prod(shape) else 512)
+        block = min(rows, 1024 if values < 0.03 * prod(shape) else 256)
         return START_BYTES * (-(-rows // block) * columns + 1) + OFFSET_BYTES * values
     assert isinstance(node.layer, Conv2d)
     window = _window(spec, node, values, geometry)
