@@ -11,11 +11,13 @@ constexpr double kSparseConvBelow = 0.7;
 constexpr double kSparseLinearBelow = 0.55;
 
 // Input channels per chunk of a sparse convolution: enough non-zeros per output channel to pay for
-// loading and storing its tile, few enough that the chunk's window stays near.
+// loading and storing its tile, and at least what fits the first-level cache: the window of a tile
+// of about 4 by 8 pixels in 16 lanes.
 inline int chunk_channels(int kernel, double density, int channel_pixels) {
   const double wanted = 20.0 / (kernel * kernel * std::max(density, 1e-3));
+  const int near = 28000 / ((kernel + 3) * (kernel + 7) * 64);
   const int most = std::max(1, 65536 / channel_pixels);
-  return std::clamp(int(wanted + 0.5), 1, std::min(most, 128));
+  return std::clamp(std::max(int(wanted + 0.5), near), 1, std::min(most, 128));
 }
 
 // Input channels at once of a dense convolution: the window of a tile, of about 7 pixels in 16

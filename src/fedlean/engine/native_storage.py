@@ -176,7 +176,9 @@ def _window(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> _Wi
         phases = 1
         in_pixels = prod(side + 2 * geometry.in_halo for side in (height, width))
     grad_pixels = prod(side + 2 * geometry.grad_halo for side in (out_height, out_width))
-    wanted = int(20 / (layer.kernel_size**2 * max(values / size, 1e-3)) + 0.5)
+    side = layer.kernel_size
+    wanted = int(20 / (side**2 * max(values / size, 1e-3)) + 0.5)
+    wanted = max(wanted, 28000 // ((side + 3) * (side + 7) * 64))
 
     def chunk(pixels: int) -> int:
         return max(1, min(wanted, MOST_PIXELS // pixels, 128))
