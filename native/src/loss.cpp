@@ -19,15 +19,15 @@ double cross_entropy(const Example& x, int classes, int label, const Example* gr
   for (int c = 1; c < classes; ++c) top = std::max(top, x[c]);
   double sum = 0;
   for (int c = 0; c < classes; ++c) {
-    const double e = std::exp(double(x[c]) - top);
+    const float e = std::exp(x[c] - top);  // in float: it is most of a small network's loss
     sum += e;
-    if (grad) (*grad)[c] = float(e);
+    if (grad) (*grad)[c] = e;
   }
   if (grad) {
     const double scale = share / sum;
     for (int c = 0; c < classes; ++c) (*grad)[c] = float((*grad)[c] * scale);
     // Not p - 1, which would round p first.
-    (*grad)[label] = float((std::exp(double(x[label]) - top) - sum) * scale);
+    (*grad)[label] = float((std::exp(x[label] - top) - sum) * scale);
   }
   return std::log(sum) - (double(x[label]) - top);
 }
