@@ -118,8 +118,6 @@ std::size_t Session::tensor_size(int node, Slot slot) const {
   return std::size_t(n.shape.channels) * inputs * n.kernel * n.kernel;
 }
 
-std::size_t Session::stored_size(int node, Slot slot) const { return layers_[node]->stored(slot); }
-
 void Session::build(int node, const std::uint8_t* const masks[kSlots]) {
   Layer& layer = *layers_[node];
   if (layer.sparse()) layer.build(masks[kWeight]);

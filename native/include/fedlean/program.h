@@ -1,5 +1,5 @@
 // How a network is run in one mode: the order of its layers, which activations share memory, what
-// is recomputed per group of panels, and the memory plan of the whole pass.
+// runs group by group of panels, and the memory plan of the whole pass.
 #pragma once
 
 #include <memory>
@@ -44,7 +44,7 @@ public:
 
   // `x`: (examples, C, H, W) row-major.  Activations stay in `arena` until the next call.
   void forward(const Kernels&, ThreadPool&, float* arena, const float* x, Batch batch) const;
-  // After forward in training mode and after the gradients were put with `seed_gradient`.
+  // After forward in training mode and after the outputs' gradients were put into `gradient`.
   void backward(const Kernels&, ThreadPool&, float* arena, Batch batch, const Sink& sink) const;
   void clear_seeds(const Kernels&, ThreadPool&, float* arena, Batch batch) const;
 

@@ -51,7 +51,6 @@ public:
   void read(int node, Slot slot, float* values, bool packed) const;
   void read_mask(int node, Slot slot, std::uint8_t* kept) const;  // of a masked tensor
   std::size_t tensor_size(int node, Slot slot) const;  // dense
-  std::size_t stored_size(int node, Slot slot) const;
 
   double step(const float* x, const std::int64_t* y, int examples, bool importance);
   double loss(const float* x, const std::int64_t* y, int examples);

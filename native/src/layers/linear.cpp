@@ -197,7 +197,7 @@ int examples_of(const Pass& pass) {
   return n;
 }
 
-// Panels [F][lanes] <-> row-major (examples, F), or (F, examples) when `transposed`.
+// f(element, example, feature) for the examples of the pass and the features [begin, end).
 template <typename F>
 void for_elements(const Pass& pass, const View& v, int begin, int end, F&& f) {
   int first = 0;

@@ -1,6 +1,6 @@
-// Below which density a sparse kernel beats our dense one, and how much input makes a chunk: from
-// benchmarks/layers.py.  Constants, not measured when a model is opened: the same model must give
-// the same bits on every run.
+// Below which density a sparse kernel beats our dense one, and how much input makes a chunk: found
+// by changing them under the shapes of benchmarks/layers.py and steps.py.  Constants, not measured
+// when a model is opened: the same model must give the same bits on every run.
 #pragma once
 
 #include <algorithm>

@@ -14,7 +14,7 @@ from math import isfinite, prod
 
 import numpy as np
 
-from fedlean.core import Masks, Params
+from fedlean.core import Masks, Params, SubModel
 from fedlean.layers import BatchNorm, Shape
 from fedlean.spec import ModelSpec
 
@@ -25,6 +25,17 @@ def check_settings(batch_size: int, loss: str) -> None:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     if loss not in ("ce", "bce"):
         raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
+
+
+def check_sub_model(spec: ModelSpec, sub_model: SubModel, engine: str) -> None:
+    """ValueError naming what of it does not fit the model, or what `engine` cannot train yet."""
+    if sub_model.index or sub_model.output_module:
+        raise ValueError(
+            f"the {engine} engine trains masks and frozen tensors only, got a sub-model with "
+            f"{'slices' if sub_model.index else 'an output module'}"
+        )
+    check_masks(spec, sub_model.masks)
+    check_frozen(spec, sub_model.frozen)
 
 
 def check_masks(spec: ModelSpec, masks: Masks) -> None:

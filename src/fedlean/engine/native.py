@@ -56,14 +56,8 @@ class NativeEngine:
         loss: Loss = "ce",
     ) -> NativeSession:
         """Raises ValueError naming the argument or the layer that cannot be trained."""
-        if sub_model.index or sub_model.output_module:
-            raise ValueError(
-                "the native engine trains masks and frozen tensors only, got a sub-model with "
-                f"{'slices' if sub_model.index else 'an output module'}"
-            )
         checks.check_settings(batch_size, loss)
-        checks.check_masks(spec, sub_model.masks)
-        checks.check_frozen(spec, sub_model.frozen)
+        checks.check_sub_model(spec, sub_model, self.name)
         network = _network(spec)
         return NativeSession(
             self._native, network, spec, params, sub_model, batch_size, optimizer, loss

@@ -46,14 +46,8 @@ class TorchEngine:
         loss: Loss = "ce",
     ) -> TorchSession:
         """Raises ValueError when the parameters do not fit the spec or the sub-model is sliced."""
-        if sub_model.index or sub_model.output_module:
-            raise ValueError(
-                "the torch engine trains masks and frozen tensors only, got a sub-model with "
-                f"{'slices' if sub_model.index else 'an output module'}"
-            )
         checks.check_settings(batch_size, loss)
-        checks.check_masks(spec, sub_model.masks)
-        checks.check_frozen(spec, sub_model.frozen)
+        checks.check_sub_model(spec, sub_model, self.name)
         return TorchSession(spec, params, sub_model, batch_size, optimizer, loss)
 
 
