@@ -104,10 +104,12 @@ inline Floats awkward_floats(std::size_t n, Random& random) {
 constexpr auto everywhere = [](std::size_t) { return true; };
 
 // Checks `got` (initially `before`): within 1e-5 of `want`'s largest magnitude where `written(i)`,
-// and untouched, to the bit, everywhere else.
+// and untouched, to the bit, everywhere else.  `terms`: what the summands reach, where the results
+// may all cancel to less.
 template <typename Written>
-void check_result(const Floats& got, const Floats& want, const Floats& before, Written written) {
-  double largest = 0;
+void check_result(const Floats& got, const Floats& want, const Floats& before, Written written,
+                  double terms = 0) {
+  double largest = terms;
   for (std::size_t i = 0; i < want.size(); ++i)
     if (written(i) && std::isfinite(want[i])) largest = std::fmax(largest, std::fabs(want[i]));
   std::size_t wrong = 0, touched = 0;

@@ -120,28 +120,22 @@ void check_gather(const Case& c, Random& random) {
 void check_sample(const Case& c, Random& random) {
   const Floats in = random_floats(c.in_floats(), random);
   const Floats grad = random_floats(c.out_floats(), random);
-  const Floats before = random_floats(4 * c.taps.size(), random);
+  const Floats before = random_floats(c.taps.size(), random);
   // Each chunk's rows, in one call or in several.
   std::vector<std::vector<int>> cuts;
   for (const Chunk& chunk : c.pattern.chunks) {
     const int rows = int(chunk.out_end - chunk.out_begin), first = int(chunk.first_row);
     cuts.push_back(random_cuts(first, first + rows, random));
   }
-  auto run = [&](const Kernels& kernels, Floats& partial, bool whole) {
+  auto run = [&](const Kernels& kernels, Floats& sums, bool whole) {
     for (std::size_t j = 0; j < cuts.size(); ++j) {
       const std::vector<int> ends =
           whole ? std::vector<int>{cuts[j].front(), cuts[j].back()} : cuts[j];
       for (std::size_t i = 1; i < ends.size(); ++i)
         kernels.sample({c.shape, &c.pattern, in.data(), grad.data() + c.origin * c.shape.lanes,
                         int(j), std::uint32_t(ends[i - 1]), std::uint32_t(ends[i]),
-                        partial.data() + 4 * c.pattern.row_start[ends[i - 1]]});
+                        sums.data() + c.pattern.row_start[ends[i - 1]]});
     }
-  };
-  // Only the sums of the four partial sums mean something.
-  auto folded = [&](const Floats& partial) {
-    Floats sums(c.taps.size());
-    reference_kernels().fold_partials(partial.data(), sums.data(), sums.size());
-    return sums;
   };
   Floats want = before;
   run(reference_kernels(), want, true);
@@ -149,7 +143,7 @@ void check_sample(const Case& c, Random& random) {
     Floats whole = before, parts = before;
     run(*kernels, whole, true);
     run(*kernels, parts, false);
-    check_result(folded(whole), folded(want), folded(before), [](std::size_t) { return true; });
+    check_result(whole, want, before, [](std::size_t) { return true; });
     CHECK(whole.same_bits(parts));
     CHECK(whole.intact() && parts.intact());
   }
@@ -165,14 +159,14 @@ void check_sample_range(const Case& c, Random& random) {
   const std::size_t first = c.pattern.row_start[begin], last = c.pattern.row_start[end];
   const Floats in = random_floats(c.in_floats(), random);
   const Floats grad = random_floats(c.out_floats(), random);
-  const Floats before = random_floats(4 * c.taps.size(), random);
+  const Floats before = random_floats(c.taps.size(), random);
   for (const Kernels* kernels : available_kernels()) {
-    Floats partial = before;
+    Floats sums = before;
     kernels->sample({c.shape, &c.pattern, in.data(), grad.data() + c.origin * c.shape.lanes, j,
-                     begin, end, partial.data() + 4 * first});
-    for (std::size_t i = 0; i < partial.size(); ++i)
-      if (i < 4 * first || i >= 4 * last) CHECK(partial[i] == before[i]);
-    CHECK(partial.intact());
+                     begin, end, sums.data() + first});
+    for (std::size_t i = 0; i < sums.size(); ++i)
+      if (i < first || i >= last) CHECK(sums[i] == before[i]);
+    CHECK(sums.intact());
   }
 }
 
@@ -181,7 +175,7 @@ void check_sample_range(const Case& c, Random& random) {
 void check_by_hand() {
   check_context = "by hand";
   const float pixels[] = {1, 2, 3, 4, 5, 6}, factor[] = {1, 10, 100, 1000};
-  Floats in(24), out(8), value(2), bias(1), partial(8);
+  Floats in(24), out(8), value(2), bias(1), sums(2);
   for (int i = 0; i < 24; ++i) in[i] = pixels[i / 4] * factor[i % 4];
   const ConvShape shape = {4, 1, 2, 3, 2, 2};
   std::vector<std::uint32_t> position;
@@ -198,12 +192,13 @@ void check_by_hand() {
       CHECK(out[4 + lane] == (2 * 3 - 3 * 5) * factor[lane] + 0.5f);
     }
     // The gradient of the output is the pixel's number, in every lane.
-    for (int i = 0; i < 8; ++i) out[i] = float(i / 4 + 1), partial[i] = 0;
+    for (int i = 0; i < 8; ++i) out[i] = float(i / 4 + 1);
+    sums[0] = sums[1] = 0;
     for (int chunk = 0; chunk < 2; ++chunk)
       kernels->sample({shape, &pattern, in.data(), out.data(), chunk, std::uint32_t(chunk),
-                       std::uint32_t(chunk) + 1, partial.data() + 4 * chunk});
-    CHECK((partial[0] + partial[1]) + (partial[2] + partial[3]) == (1 * 2 + 2 * 3) * 1111);
-    CHECK((partial[4] + partial[5]) + (partial[6] + partial[7]) == (1 * 4 + 2 * 5) * 1111);
+                       std::uint32_t(chunk) + 1, sums.data() + chunk});
+    CHECK(sums[0] == (1 * 2 + 2 * 3) * 1111);
+    CHECK(sums[1] == (1 * 4 + 2 * 5) * 1111);
   }
 }
 

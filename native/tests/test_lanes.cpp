@@ -91,22 +91,34 @@ void check_sum_channels(int n, Random& random) {
   }
 }
 
-// Examples, one after the other, to a panel; some lanes are idle.
+// Examples, one after the other, to a panel; idle lanes repeat the last.
 void check_interleave(int lanes, int n, Random& random) {
   check_context = "interleave, lanes " + std::to_string(lanes) + ", " + std::to_string(n);
   std::vector<Floats> examples;
   const float* rows[kPanelLanes] = {};
   for (int lane = 0; lane < lanes; ++lane) examples.push_back(random_floats(n, random));
-  const int used = pick(random, 0, lanes);
-  for (int lane = 0; lane < used; ++lane) rows[lane] = examples[lane].data();
-  if (toss(random, 0.3)) rows[pick(random, 0, lanes - 1)] = nullptr;
+  const int used = pick(random, 1, lanes);
+  for (int lane = 0; lane < lanes; ++lane) rows[lane] = examples[std::min(lane, used - 1)].data();
   for (const Kernels* kernels : available_kernels()) {
     Floats panel(std::size_t(n) * lanes);
     kernels->interleave(rows, panel.data(), lanes, n);
     bool same = true;
     for (int i = 0; i < n; ++i)
-      for (int lane = 0; lane < lanes; ++lane)
-        same &= panel[i * lanes + lane] == (rows[lane] ? rows[lane][i] : 0.0f);
+      for (int lane = 0; lane < lanes; ++lane) same &= panel[i * lanes + lane] == rows[lane][i];
+    CHECK(same && panel.intact());
+  }
+}
+
+void check_fill(int lanes, int channels, Random& random) {
+  check_context = "fill, lanes " + std::to_string(lanes) + ", " + std::to_string(channels);
+  const Floats values = random_floats(channels, random);
+  const bool zeros = toss(random, 0.3);
+  for (const Kernels* kernels : available_kernels()) {
+    Floats panel(std::size_t(channels) * lanes);
+    kernels->fill_channels(zeros ? nullptr : values.data(), panel.data(), lanes, channels);
+    bool same = true;
+    for (int i = 0; i < channels * lanes; ++i)
+      same &= panel[i] == (zeros ? 0.0f : values[i / lanes]);
     CHECK(same && panel.intact());
   }
 }
@@ -179,6 +191,7 @@ int main() {
     for (int pixels = 1; pixels <= 40; ++pixels) {
       check_lanes(lanes, pixels, random);
       check_interleave(lanes, pixels, random);
+      check_fill(lanes, pixels, random);
     }
     for (int width = 1; width <= 28; ++width)
       for (int i = 0; i < 5; ++i) check_pool(lanes, width, random);

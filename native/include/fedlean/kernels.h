@@ -41,7 +41,7 @@ struct SampleArgs {
   const float* grad;  // of the output; interior pixel (0, 0) of channel 0
   int chunk;
   std::uint32_t row_begin, row_end;  // rows of `row_start`, all within the chunk
-  float* partial;  // 4 floats per non-zero from row_start[row_begin] on; added to
+  float* sums;  // one per non-zero from row_start[row_begin] on; added to
 };
 
 // A dense convolution as one of stride 1: `taps` reads per input channel, tap t at pixel
@@ -124,8 +124,6 @@ struct Kernels {
   void (*update)(float* w, float* velocity, const float* reference, const float* grad,
                  const std::uint8_t* kept, std::size_t n, const Update&);
   void (*add_squares)(float* sum, const float* grad, std::size_t n);
-  // partial (n, 4) -> out[i] = sum of its four
-  void (*fold_partials)(const float* partial, float* out, std::size_t n);
 
   // Elementwise on n floats (callers pass whole rows).
   void (*relu)(const float* x, float* y, std::size_t n);
@@ -150,8 +148,10 @@ struct Kernels {
   void (*sum_channels)(const float* x, std::size_t n, int rows, std::size_t step, int channels,
                        std::size_t channel_step, float* sums);
   bool (*all_finite)(const float* x, std::size_t n);
-  // to[i*lanes + l] = rows[l][i] for i < n, l < lanes; rows[l] may be null: 0.
+  // to[i*lanes + l] = rows[l][i] for i < n, l < lanes
   void (*interleave)(const float* const* rows, float* to, int lanes, int n);
+  // to[c*lanes + l] = values[c], or 0 where values is null
+  void (*fill_channels)(const float* values, float* to, int lanes, int channels);
   // squares[lane] += sum_i (x - center[lane])^2
   void (*lane_squares)(const float* x, const float* center, float* squares, int lanes, int pixels);
 

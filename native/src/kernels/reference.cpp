@@ -45,18 +45,18 @@ void sample(const SampleArgs& a) {
   for (std::uint32_t row = a.row_begin; row < a.row_end; ++row) {
     const std::size_t o = chunk.out_begin + (row - chunk.first_row);
     for (std::uint32_t k = pattern.row_start[row]; k < pattern.row_start[row + 1]; ++k) {
-      double sum[4] = {0, 0, 0, 0};
+      double sum = 0;
       for (int y = 0; y < s.height; ++y) {
         for (int x = 0; x < s.width; ++x) {
           const std::size_t from =
               std::size_t(chunk.in_pixel) + pattern.offset[k] + std::size_t(y) * s.in_row + x;
           const std::size_t to = o * s.out_plane + std::size_t(y) * s.out_row + x;
           for (int lane = 0; lane < s.lanes; ++lane)
-            sum[lane % 4] += double(a.grad[to * s.lanes + lane]) * a.in[from * s.lanes + lane];
+            sum += double(a.grad[to * s.lanes + lane]) * a.in[from * s.lanes + lane];
         }
       }
-      float* const partial = a.partial + std::size_t(k - pattern.row_start[a.row_begin]) * 4;
-      for (int i = 0; i < 4; ++i) partial[i] = float(partial[i] + sum[i]);
+      float& to = a.sums[k - pattern.row_start[a.row_begin]];
+      to = float(to + sum);
     }
   }
 }
@@ -229,14 +229,6 @@ void add_squares(float* sum, const float* grad, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) sum[i] = float(sum[i] + double(grad[i]) * grad[i]);
 }
 
-void fold_partials(const float* partial, float* out, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) {
-    double sum = 0;
-    for (int j = 0; j < 4; ++j) sum += partial[4 * i + j];
-    out[i] = float(sum);
-  }
-}
-
 // min(max(x + 3, 0), 6); NaN stays NaN.
 double gate(double x) { return x < -3 ? 0.0 : x > 3 ? 6.0 : x + 3; }
 
@@ -321,8 +313,12 @@ bool all_finite(const float* x, std::size_t n) {
 
 void interleave(const float* const* rows, float* to, int lanes, int n) {
   for (int i = 0; i < n; ++i)
-    for (int lane = 0; lane < lanes; ++lane)
-      to[std::size_t(i) * lanes + lane] = rows[lane] ? rows[lane][i] : 0.0f;
+    for (int lane = 0; lane < lanes; ++lane) to[std::size_t(i) * lanes + lane] = rows[lane][i];
+}
+
+void fill_channels(const float* values, float* to, int lanes, int channels) {
+  for (int c = 0; c < channels; ++c)
+    std::fill_n(to + std::size_t(c) * lanes, lanes, values ? values[c] : 0.0f);
 }
 
 void lane_squares(const float* x, const float* center, float* squares, int lanes, int pixels) {
@@ -391,7 +387,6 @@ const Kernels reference_table = {
     dense_grad,
     update,
     add_squares,
-    fold_partials,
     relu,
     relu_backward,
     hardswish,
@@ -405,6 +400,7 @@ const Kernels reference_table = {
     sum_channels,
     all_finite,
     interleave,
+    fill_channels,
     lane_squares,
     max_pool_row,
     max_unpool_row,

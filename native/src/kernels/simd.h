@@ -54,22 +54,69 @@ KERNEL_INLINE Vec<N> multiply_add(Vec<N> a, Vec<N> b, Vec<N> c) {
 #endif
 }
 
-// Sums lanes until four are left.
+// Sums lanes until four are left.  (Given the halves' shuffles, GCC shuffles whole vectors.)
 KERNEL_INLINE Vec<4> to_four(Vec<4> v) { return v; }
 KERNEL_INLINE Vec<4> to_four(Vec<8> v) {
+#if defined(__AVX__)
+  return Vec<4>(_mm256_castps256_ps128(__m256(v))) + Vec<4>(_mm256_extractf128_ps(__m256(v), 1));
+#else
   return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#endif
 }
 KERNEL_INLINE Vec<4> to_four(Vec<16> v) {
+#if defined(__AVX512F__)
+  const __m512d wide = _mm512_castps_pd(__m512(v));
+  return to_four(Vec<8>(_mm512_castps512_ps256(__m512(v))) +
+                 Vec<8>(_mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1))));
+#else
   return to_four(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#endif
 }
-KERNEL_INLINE float to_one(Vec<4> v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+KERNEL_INLINE float to_one(Vec<4> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-// Four vectors -> the four sums of their lanes, each in the order of `to_one`.
-KERNEL_INLINE Vec<4> sums_of(Vec<4> a, Vec<4> b, Vec<4> c, Vec<4> d) {
-  Vec<4> ab = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
-  Vec<4> cd = __builtin_shufflevector(c, d, 0, 4, 2, 6) + __builtin_shufflevector(c, d, 1, 5, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+// Shuffles of a and b within every four lanes; `low_halves`, for one, is a0 b0 a1 b1.
+#define KERNEL_AT(N, G, I) ((I) < 4 ? 4 * (G) + (I) : (N) + 4 * (G) + (I) - 4)
+#define KERNEL_FOUR(N, G, I, J, K, L) \
+  KERNEL_AT(N, G, I), KERNEL_AT(N, G, J), KERNEL_AT(N, G, K), KERNEL_AT(N, G, L)
+#define KERNEL_INDICES_4(...) KERNEL_FOUR(4, 0, __VA_ARGS__)
+#define KERNEL_INDICES_8(...) KERNEL_FOUR(8, 0, __VA_ARGS__), KERNEL_FOUR(8, 1, __VA_ARGS__)
+#define KERNEL_INDICES_16(...)                                      \
+  KERNEL_FOUR(16, 0, __VA_ARGS__), KERNEL_FOUR(16, 1, __VA_ARGS__), \
+      KERNEL_FOUR(16, 2, __VA_ARGS__), KERNEL_FOUR(16, 3, __VA_ARGS__)
+#define KERNEL_SHUFFLES(N)                                                \
+  KERNEL_INLINE Vec<N> low_halves(Vec<N> a, Vec<N> b) {                   \
+    return __builtin_shufflevector(a, b, KERNEL_INDICES_##N(0, 4, 1, 5)); \
+  }                                                                       \
+  KERNEL_INLINE Vec<N> high_halves(Vec<N> a, Vec<N> b) {                  \
+    return __builtin_shufflevector(a, b, KERNEL_INDICES_##N(2, 6, 3, 7)); \
+  }                                                                       \
+  KERNEL_INLINE Vec<N> low_pairs(Vec<N> a, Vec<N> b) {                    \
+    return __builtin_shufflevector(a, b, KERNEL_INDICES_##N(0, 1, 4, 5)); \
+  }                                                                       \
+  KERNEL_INLINE Vec<N> high_pairs(Vec<N> a, Vec<N> b) {                   \
+    return __builtin_shufflevector(a, b, KERNEL_INDICES_##N(2, 3, 6, 7)); \
+  }
+KERNEL_SHUFFLES(4)
+#if KERNEL_LANES >= 8
+KERNEL_SHUFFLES(8)
+#endif
+#if KERNEL_LANES >= 16
+KERNEL_SHUFFLES(16)
+#endif
+#undef KERNEL_SHUFFLES
+#undef KERNEL_INDICES_4
+#undef KERNEL_INDICES_8
+#undef KERNEL_INDICES_16
+#undef KERNEL_FOUR
+#undef KERNEL_AT
+
+// Four vectors -> the four sums of their lanes.
+template <typename V>
+KERNEL_INLINE Vec<4> sums_of(V a, V b, V c, V d) {
+  const V ab = low_halves(a, b) + high_halves(a, b);
+  const V cd = low_halves(c, d) + high_halves(c, d);
+  return to_four(low_pairs(ab, cd) + high_pairs(ab, cd));
 }
 
 // How to cut n into the fewest parts of at most `most`, as evenly as possible: part i is

@@ -42,29 +42,29 @@ public:
   }
 
   void forward(Pass& pass) override {
-    for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
-      const float* in = phases_of(pass, p);
-      pass.split(int(out_parts_.size()) - 1, [&](int, int begin, int end) {
-        convolve(pass, p, in, out_parts_[begin], out_parts_[end]);
-      });
-    }
+    if (g.split())
+      for (int p = pass.panel_begin; p < pass.panel_end; ++p) split_phases(pass, p);
+    pass.split(int(out_parts_.size()) - 1, [&](int, int begin, int end) {
+      for (int p = pass.panel_begin; p < pass.panel_end; ++p)
+        convolve(pass, p, out_parts_[begin], out_parts_[end]);
+    });
   }
 
   void backward(Pass& pass) override {
     if (pass.grad_in[0]) {
       prepare_backward(pass);
-      for (int p = pass.panel_begin; p < pass.panel_end; ++p) gradient_in(pass, p);
+      gradient_in(pass);
     }
     if (tensors[kBias].trainable) bias_gradient(pass, tensors[kBias]);
     if (!tensors[kWeight].trainable) return;
     if (g.split())
-      for (int p = pass.panel_begin; p < pass.panel_end; ++p) phases_of(pass, p);
+      for (int p = pass.panel_begin; p < pass.panel_end; ++p) split_phases(pass, p);
     if (sparse() && pass.sink.all_coordinates()) all_gradients(pass);
     if (!sparse() || pass.sink.update || pass.sink.store) gradient_weight(pass);
   }
 
 protected:
-  virtual void convolve(Pass&, int panel, const float* in, int begin, int end) = 0;
+  virtual void convolve(Pass&, int panel, int begin, int end) = 0;
   virtual void prepare_backward(Pass&) {}
   virtual void convolve_backward(Pass&, int panel, float* out, int out_row, int out_plane,
                                  bool accumulate, int begin, int end) = 0;
@@ -75,19 +75,18 @@ protected:
   int taps() const { return g.kernel * g.kernel; }
   int group_inputs() const { return g.in.channels / g.groups; }
 
-  // Where tap offsets of panel p count from; a strided input is first split into its phases.
-  float* phases_of(Pass& pass, int p) const {
+  // A strided input is first split into its phases.
+  void split_phases(Pass& pass, int p) const {
     const View& in = pass.in[0];
     const int lanes = pass.lanes(p);
-    if (!g.split()) return in.panel(p) + g.in_start() * std::ptrdiff_t(lanes);
     float* const to = phase_panel(pass, p);
     pass.split(g.in.channels, [&](int, int begin, int end) {
       for (int c = begin; c < end; ++c)
         split_channel(in.interior(p, lanes), in.layout, to, c, lanes);
     });
-    return to;
   }
-  float* inputs_of(const Pass& pass, int p) const {  // after phases_of
+  // Where tap offsets of panel p count from.
+  float* inputs_of(const Pass& pass, int p) const {
     if (g.split()) return phase_panel(pass, p);
     return pass.in[0].panel(p) + g.in_start() * std::ptrdiff_t(pass.lanes(p));
   }
@@ -133,22 +132,24 @@ protected:
     });
   }
 
-  void gradient_in(Pass& pass, int p) {
-    const int lanes = pass.lanes(p);
+  void gradient_in(Pass& pass) {
     const View& to = pass.grad_in[0];
-    if (!g.split()) {
-      pass.split(int(in_parts_.size()) - 1, [&](int, int begin, int end) {
-        convolve_backward(pass, p, to.interior(p, lanes), to.layout.row(), to.layout.plane(),
-                          pass.accumulate[0], in_parts_[begin], in_parts_[end]);
-      });
-      return;
-    }
-    float* const images = phase_panel(pass, p);
-    pass.split(int(in_parts_.size()) - 1, [&](int, int begin, int end) {
-      convolve_backward(pass, p, images, g.in_row(), g.in_plane(), false, in_parts_[begin],
-                        in_parts_[end]);
-      for (int c = in_parts_[begin]; c < in_parts_[end]; ++c)
-        join_channel(images, to.interior(p, lanes), to.layout, c, lanes, pass.accumulate[0]);
+    const bool accumulate = pass.accumulate[0];
+    pass.split(int(in_parts_.size()) - 1, [&](int, int first, int last) {
+      const int begin = in_parts_[first], end = in_parts_[last];
+      for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
+        const int lanes = pass.lanes(p);
+        float* const out = to.interior(p, lanes);
+        if (!g.split()) {
+          convolve_backward(pass, p, out, to.layout.row(), to.layout.plane(), accumulate, begin,
+                            end);
+          continue;
+        }
+        float* const images = phase_panel(pass, p);
+        convolve_backward(pass, p, images, g.in_row(), g.in_plane(), false, begin, end);
+        for (int c = begin; c < end; ++c)
+          join_channel(images, out, to.layout, c, lanes, accumulate);
+      }
     });
   }
 

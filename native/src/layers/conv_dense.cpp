@@ -31,9 +31,10 @@ public:
   }
 
 protected:
-  void convolve(Pass& pass, int p, const float* in, int begin, int end) override {
+  void convolve(Pass& pass, int p, int begin, int end) override {
     const int lanes = pass.lanes(p);
     const View& out = pass.out;
+    const float* const in = inputs_of(pass, p);
     DenseConvArgs args;
     args.shape = g.forward_shape(lanes, out.layout.row(), out.layout.plane());
     args.weight = tensors[kWeight].value.data();
@@ -103,7 +104,7 @@ private:
   // Whole register blocks of output channels (12 = 2*6 = 3*4).
   static std::vector<int> cut_even(int channels) {
     std::vector<int> at;
-    for (int c = 0; c < channels; c += channels >= 48 ? 12 : 4) at.push_back(c);
+    for (int c = 0; c < channels; c += 4) at.push_back(c);
     at.push_back(channels);
     return at;
   }

@@ -25,7 +25,7 @@ public:
 
   Needs needs(const Situation& s) const override {
     Needs needs = Conv::needs(s);
-    // The transposed copy of the values; after its use, partial sums of the weights' gradients.
+    // The transposed copy of the values; after its use, sums of the weights' gradients.
     needs.backward_scratch +=
         std::max(s.needs_grad_in ? nonzeros_ : 0, std::size_t(s.threads) * strip_floats()) + 16;
     return needs;
@@ -62,14 +62,14 @@ public:
   }
 
 protected:
-  void convolve(Pass& pass, int p, const float* in, int begin, int end) override {
+  void convolve(Pass& pass, int p, int begin, int end) override {
     const int lanes = pass.lanes(p);
     const View& out = pass.out;
     GatherArgs args;
     args.shape = g.forward_shape(lanes, out.layout.row(), out.layout.plane());
     args.pattern = &forward_;
     args.value = tensors[kWeight].value.data();
-    args.in = in;
+    args.in = inputs_of(pass, p);
     args.out = out.interior(p, lanes);
     args.bias = node.bias ? tensors[kBias].value.data() : nullptr;
     args.accumulate = false;
@@ -124,13 +124,13 @@ protected:
   }
 
 private:
-  static constexpr std::uint32_t kStrip = 4096;  // non-zeros whose partial sums are kept at once
+  static constexpr std::uint32_t kStrip = 4096;  // non-zeros whose gradients wait for their update
 
   std::size_t nonzeros() const { return nonzeros_; }
   int channel_pixels() const { return g.in_plane() * g.phases(); }
   std::size_t strip_floats() const {
     const std::size_t longest = std::size_t(chunk_) * taps();  // one row may exceed the strip
-    return 5 * (std::max<std::size_t>(std::min<std::size_t>(kStrip, nonzeros_), longest) + 4);
+    return std::max<std::size_t>(std::min<std::size_t>(kStrip, nonzeros_), longest);
   }
   std::vector<Chunk> chunks() const {
     return cut_chunks(g.in.channels, channel_pixels(), chunk_, g.out.channels, g.groups);
@@ -140,11 +140,11 @@ private:
                       g.groups);
   }
 
-  void sample_rows(Pass& pass, int chunk, std::uint32_t begin, std::uint32_t end, float* partial) {
+  void sample_rows(Pass& pass, int chunk, std::uint32_t begin, std::uint32_t end, float* sums) {
     const std::uint32_t first = forward_.row_start[begin];
     const std::size_t n = forward_.row_start[end] - first;
     if (n == 0) return;
-    std::memset(partial, 0, 4 * n * sizeof(float));
+    std::memset(sums, 0, n * sizeof(float));
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       const int lanes = pass.lanes(p);
       const View& grad = pass.grad_out;
@@ -156,11 +156,9 @@ private:
       args.chunk = chunk;
       args.row_begin = begin;
       args.row_end = end;
-      args.partial = partial;
+      args.sums = sums;
       pass.kernels.sample(args);
     }
-    float* const sums = partial + 4 * n;
-    pass.kernels.fold_partials(partial, sums, n);
     tensors[kWeight].take(pass.kernels, pass.sink, first, sums, n);
   }
 

@@ -118,9 +118,9 @@ private:
   void fill_bias(const Pass& pass, int begin, int end) const {
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       const int lanes = pass.lanes(p);
-      float* const y = pass.out.panel(p);
-      for (int o = begin; o < end; ++o)
-        std::fill_n(y + std::size_t(o) * lanes, lanes, node.bias ? tensors[kBias].value[o] : 0.0f);
+      pass.kernels.fill_channels(node.bias ? tensors[kBias].value.data() + begin : nullptr,
+                                 pass.out.panel(p) + std::size_t(begin) * lanes, lanes,
+                                 end - begin);
     }
   }
 

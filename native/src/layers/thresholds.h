@@ -29,7 +29,7 @@ inline int dense_chunk(int kernel) {
 
 // Rows per block of a sparse Linear: their activations stay in the near caches.
 inline int block_rows(int rows, double density) {
-  return std::min(rows, density < 0.03 ? 1024 : 256);
+  return std::min(rows, density < 0.07 ? 1024 : 256);
 }
 
 }  // namespace fedlean

@@ -20,7 +20,7 @@ CHUNK_BYTES = 16
 # densities from which a layer is stored and computed densely (native/src/layers/thresholds.h)
 SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW = 0.7, 0.55
 MOST_PIXELS = 65536  # of a convolution's chunk: offsets have 16 bits
-GATHER_STRIP = 4096  # kept weights whose partial sums are held at once
+GATHER_STRIP = 4096  # kept weights whose gradients wait for their update
 COLUMN_STRIP = 2048
 CONV_GRAD_ROWS, LINEAR_GRAD_ROWS = 4, 8  # rows of a dense gradient at once
 
@@ -112,9 +112,9 @@ def scratch(
     if importance or not sparse:
         backward += CONV_GRAD_ROWS * channels // node.layer.groups * taps
     if sparse:
-        strip = max(min(GATHER_STRIP, values), window.chunk * taps) + 4
+        strip = max(min(GATHER_STRIP, values), window.chunk * taps)
         transposed = values if geometry.needs_grad_in else 0
-        backward += max(transposed, 5 * strip) + 16
+        backward += max(transposed, strip) + 16
     return Scratch(split, backward)
 
 
@@ -138,7 +138,7 @@ def _index_bytes(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -
     shape = spec.param_shapes[f"{node.name}.weight"]
     if isinstance(node.layer, Linear):  # by columns where there is a gradient of the input
         columns, rows = shape[::-1] if geometry.needs_grad_in else shape
-        block = min(rows, 1024 if values < 0.03 * prod(shape) else 256)
+        block = min(rows, 1024 if values < 0.07 * prod(shape) else 256)
         return START_BYTES * (-(-rows // block) * columns + 1) + OFFSET_BYTES * values
     assert isinstance(node.layer, Conv2d)
     window = _window(spec, node, values, geometry)
