@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlean.core import ClientUpdate, Statistic, SubModel
-from fedlean.tree import Fold, apply_mask, fold, num_kept
+from fedlean.tree import Fold, apply_mask, fold, num_kept, pack, unpack
 
 
 def floats(*values):
@@ -109,6 +109,30 @@ def test_fold_is_the_covered_mean(scene):
         np.testing.assert_allclose(got[covered], (total / np.where(covered, weight, 1))[covered],
                                    rtol=1e-6, atol=1e-7)  # fmt: skip
     assert {name: bits(value) for name, value in scene.base.items()} == before
+
+
+@settings(deadline=None, max_examples=150)
+@given(scenes(), st.integers(0, 2**5 - 1))
+def test_packed_updates_fold_to_the_same_bits(scene, which):
+    """Some clients send kept values alone, some the dense tensors."""
+    updates = [
+        replace(one, params=pack(one.params, one.sub_model.masks)) if which >> i & 1 else one
+        for i, one in enumerate(scene.updates)
+    ]
+    got, want = fold(scene.base, updates).params(), fold(scene.base, scene.updates).params()
+    assert {name: bits(v) for name, v in got.items()} == {n: bits(v) for n, v in want.items()}
+
+
+def test_pack_and_unpack_by_hand():
+    mask = np.array([[True, False], [False, True]])
+    dense = floats(1, 2, 3, 4).reshape(2, 2)
+    packed = pack({"w": dense, "b": floats(5)}, {"w": mask})
+    assert packed["w"].tolist() == [1, 4] and packed["b"].tolist() == [5]
+    assert pack(packed, {"w": mask})["w"] is packed["w"]
+    assert unpack(packed["w"], mask).tolist() == [[1, 0], [0, 4]]
+    assert unpack(dense, mask) is dense
+    with pytest.raises(ValueError, match=r"shape \(3,\), expected \(2, 2\)"):
+        fold({"w": dense}, [update(0, 1, {"w": floats(1, 2, 3)}, masks={"w": mask})])
 
 
 @settings(deadline=None, max_examples=60)

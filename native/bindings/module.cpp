@@ -108,6 +108,12 @@ public:
     alone([&] { session_.build(node, pointers); });
     built_[node] = true;
   }
+  void reset() {
+    alone([&] {
+      tapped_.clear();
+      session_.reset();
+    });
+  }
   void load(int node, int slot, In<float> values, bool packed, bool reference) {
     check_built(node);
     expect_size("tensor", values.size(), size(node, slot, packed));
@@ -332,6 +338,7 @@ NB_MODULE(_native, m) {
       .def("planned_bytes", &Bound::planned_bytes, nb::arg("importance") = false)
       .def("held_bytes", &Bound::held_bytes)
       .def("build", &Bound::build)
+      .def("reset", &Bound::reset)
       .def("load", &Bound::load, nb::arg("node"), nb::arg("slot"), nb::arg("values").noconvert(),
            nb::arg("packed"), nb::arg("reference"))
       .def("read", &Bound::read, nb::arg("node"), nb::arg("slot"), nb::arg("values").noconvert(),

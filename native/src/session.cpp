@@ -135,30 +135,30 @@ void Session::build(int node, const std::uint8_t* const masks[kSlots]) {
 // Stored index of each kept value, in row-major order of the dense tensor.
 std::vector<std::uint32_t> Session::packed_order(int node, Slot slot) const {
   const Layer& layer = *layers_[node];
+  if (slot == kWeight && layer.sparse()) return layer.row_major();
   const Weight& weight = layer.tensors[slot];
   std::vector<std::uint32_t> order;
-  if (slot == kWeight && layer.sparse()) {
-    const std::vector<std::uint32_t> positions = layer.weight_positions();
-    order.resize(positions.size());
-    std::iota(order.begin(), order.end(), 0);
-    // By output first: counting is linear, and most layers are then in order already.
-    const std::size_t outputs = network_.nodes[node].shape.channels;
-    const std::size_t row = tensor_size(node, slot) / outputs;
-    std::vector<std::uint32_t> start(outputs + 1, 0);
-    for (std::uint32_t p : positions) ++start[p / row + 1];
-    std::partial_sum(start.begin(), start.end(), start.begin());
-    std::vector<std::uint32_t> next(start.begin(), start.end() - 1);
-    for (std::uint32_t k = 0; k < positions.size(); ++k) order[next[positions[k] / row]++] = k;
-    auto less = [&](std::uint32_t a, std::uint32_t b) { return positions[a] < positions[b]; };
-    for (std::size_t o = 0; o < outputs; ++o) {
-      const auto begin = order.begin() + start[o], end = order.begin() + start[o + 1];
-      if (!std::is_sorted(begin, end, less)) std::sort(begin, end, less);
-    }
-    return order;
-  }
   for (std::uint32_t k = 0; k < weight.size(); ++k)
     if (weight.kept.empty() || weight.kept[k]) order.push_back(k);
   return order;
+}
+
+void Session::reset() {
+  for (const auto& layer : layers_) {
+    for (Weight& weight : layer->tensors) {
+      std::fill(weight.velocity.begin(), weight.velocity.end(), 0.0f);
+      for (auto* sums : {&weight.grad, &weight.squares, &weight.all}) {
+        sums->clear();
+        sums->shrink_to_fit();
+      }
+    }
+  }
+  tapped_.reset();
+  importance_.reset();
+  if (arena_floats_ > std::max(training_->floats(), evaluation_->floats())) {
+    arena_.reset();
+    arena_floats_ = 0;
+  }
 }
 
 void Session::load(int node, Slot slot, const float* values, bool packed, bool reference) {

@@ -62,7 +62,11 @@ class Work:
 
 @dataclass(frozen=True)
 class ClientTask:
-    """One client's order for one round.  `params` and `sub_model` are what it starts from."""
+    """One client's order for one round.  `params` and `sub_model` are what it starts from.
+
+    In tasks and updates a masked tensor is dense or "packed": its kept values alone (K,), in the
+    row-major order of its mask, as they travel.
+    """
 
     round: int
     phase: str

@@ -23,6 +23,32 @@ def apply_mask(params: Params, masks: Masks) -> dict[str, np.ndarray]:
     }
 
 
+def pack(params: Params, masks: Masks) -> dict[str, np.ndarray]:
+    """Masked tensors as their kept values alone (K,), in row-major order; the others as they are.
+
+    >>> pack({"fc.weight": np.array([1.0, 0.0, 3.0])}, {"fc.weight": np.array([True, False, True])})
+    {'fc.weight': array([1., 3.])}
+    """
+    return {
+        name: value[masks[name]] if name in masks and not is_packed(value, masks[name]) else value
+        for name, value in params.items()
+    }
+
+
+def is_packed(values: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether `values` are the kept ones alone.  Of a full vector both forms are the same."""
+    return values.shape != mask.shape and values.shape == (np.count_nonzero(mask),)
+
+
+def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The dense tensor of kept values (K,), 0 where pruned; `values` itself if it is dense."""
+    if not is_packed(values, mask):
+        return values
+    dense = np.zeros(mask.shape, values.dtype)
+    dense[mask] = values
+    return dense
+
+
 def kept_counts(masks: Masks) -> dict[str, int]:
     """Kept coordinates by masked tensor, as `Work.kept` wants them.
 
@@ -40,14 +66,17 @@ def num_kept(masks: Masks) -> int:
 class _Coverage:
     """Weighted sum of one tensor and, per coordinate, the weight of those who trained it.
 
-    While all clients share one mask object (PruneFL, dense FedAvg) the weight is one number.
+    While all clients share one mask object (PruneFL, dense FedAvg) the weight is one number, and
+    where they send kept values alone, the sum is of those.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, values: np.ndarray, shape: tuple[int, ...], mask: np.ndarray | None):
+        self.shape = shape
+        self.mask = mask
+        self.packed = mask is not None and is_packed(values, mask)
         # -0, the neutral element of addition: a lone client's -0 comes back as it was sent
-        self.total = np.full(shape, -0.0)
+        self.total = np.full(values.shape if self.packed else shape, -0.0)
         self.weight: float | np.ndarray = 0.0
-        self.mask: np.ndarray | None = None
 
     def add(
         self,
@@ -57,14 +86,15 @@ class _Coverage:
         index: tuple[np.ndarray, ...] | None,
     ) -> None:
         uniform = index is None and not isinstance(self.weight, np.ndarray)
-        if uniform and (self.weight == 0.0 or mask is self.mask):
-            self.mask = mask
+        if uniform and mask is self.mask and values.shape == self.total.shape:
             self.total += np.multiply(values, weight, dtype=np.float64)
             self.weight += weight
             return
         self._promote()
         assert isinstance(self.weight, np.ndarray)
         where = np.ix_(*index) if index is not None else np.index_exp[...]
+        if mask is not None:
+            values = unpack(values, mask)
         covered = np.ones(values.shape, bool) if mask is None else mask
         self.total[where] += np.where(covered, np.multiply(values, weight, dtype=np.float64), 0.0)
         self.weight[where] += np.where(covered, weight, 0.0)
@@ -73,8 +103,10 @@ class _Coverage:
         """From one weight to a weight per coordinate."""
         if isinstance(self.weight, np.ndarray):
             return
-        covered = np.ones(self.total.shape, bool) if self.mask is None else self.mask
-        self.total = np.where(covered, self.total, 0.0)
+        covered = np.ones(self.shape, bool) if self.mask is None else self.mask
+        total = unpack(self.total, covered) if self.packed else self.total
+        self.packed = False
+        self.total = np.where(covered, total, 0.0)
         self.weight = np.where(covered, self.weight, 0.0)
 
     def mean(self) -> np.ndarray:
@@ -91,7 +123,11 @@ class _Coverage:
         if self.weight == 0.0:
             return base
         mean = mean.astype(base.dtype)
-        return mean if self.mask is None else np.where(self.mask, mean, base)
+        if self.mask is None:
+            return mean
+        merged = base.copy()
+        merged[self.mask] = mean if self.packed else mean[self.mask]
+        return merged
 
 
 class Fold:
@@ -121,7 +157,8 @@ class Fold:
                 raise ValueError(f"client {update.client} sent {name!r}, which the model lacks")
             index = sub.index.get(name)
             expected = self._base[name].shape if index is None else tuple(map(len, index))
-            if values.shape != expected:
+            mask = sub.masks.get(name)
+            if values.shape != expected and not (mask is not None and is_packed(values, mask)):
                 raise ValueError(
                     f"client {update.client} sent {name!r} with shape {values.shape}, "
                     f"expected {expected}"
@@ -129,8 +166,10 @@ class Fold:
             if name in self._variances:
                 center = update.params[self._variances[name]].astype(np.float64)
                 values = values + center**2
-            coverage = self._tensors.setdefault(name, _Coverage(self._base[name].shape))
-            coverage.add(values, weight, sub.masks.get(name), index)
+            if name not in self._tensors:
+                whole = mask if index is None else None
+                self._tensors[name] = _Coverage(values, self._base[name].shape, whole)
+            self._tensors[name].add(values, weight, mask, index)
         self._add_statistics(update, weight)
         self.count += 1
 

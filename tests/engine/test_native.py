@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.cases import BLOCK, FULL_SGD, NET, batch, masks_of, opened
+from engine.cases import BLOCK, CONV, FULL_SGD, NET, batch, masks_of, opened, start
 from federation import same
 
 from fedlean.engine.open import open_engine
+from fedlean.engine.protocol import SGD
 from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.spec import ModelSpec, sequential
 
@@ -52,6 +53,46 @@ def trained(spec: ModelSpec, threads: int, masks, size: int) -> tuple:
     gradients = session.backward({output: np.ones_like(out[output])}, dense=True)
     session.apply(gradients)
     return losses, out, gradients, session.importance(), session.params()
+
+
+def test_a_session_leaves_nothing_to_the_next():
+    """Its patterns and memory serve again; momentum, sums and the enlarged arena do not."""
+    masks = masks_of(NET, 0.3)
+    used = open_engine("native", 1)
+    for _ in range(2):
+        session = opened(used, NET, start(NET, 3), masks=masks, sgd=FULL_SGD)
+        first = opened(open_engine("native", 1), NET, start(NET, 3), masks=masks, sgd=FULL_SGD)
+        assert session.held_bytes == first.held_bytes
+        assert session.peak_memory_bytes == first.peak_memory_bytes
+        x, y = batch(NET, 5, 0)
+        assert session.step(x, y) == first.step(x, y)
+        assert session.step(x, y, importance=True) == first.step(x, y, importance=True)
+        assert same(session.importance(), first.importance())
+        assert same(session.params(), first.params())
+        native = session.native
+        del session
+    assert opened(used, NET, start(NET), masks=masks, sgd=FULL_SGD).native is native
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sgd": SGD(0.2)}, {"batch_size": 6}, {"loss": "bce"}, {"frozen": ["fc.bias"]}],
+    ids=str,
+)
+def test_another_session_is_built_anew(change):
+    """Also one with as many kept weights elsewhere, and one beside a session in use."""
+    masks = masks_of(CONV, 0.3)
+    flipped = {name: mask[::-1].copy() for name, mask in masks.items()}
+    engine, x, y = open_engine("native", 1), *batch(CONV, 5, 0)
+    for settings in ({"masks": flipped}, {"masks": masks, **change}):
+        opened(engine, CONV, start(CONV), masks=masks).step(x, y)
+        got = opened(engine, CONV, start(CONV), **settings)
+        want = opened(open_engine("native", 1), CONV, start(CONV), **settings)
+        assert got.step(x, y) == want.step(x, y)
+        assert same(got.params(), want.params())
+    one, other = (opened(engine, CONV, start(CONV), masks=masks) for _ in range(2))
+    one.step(x, y)
+    assert not same(one.params(), other.params())
 
 
 @pytest.mark.parametrize("size", [1, 5, 33, 64])

@@ -14,7 +14,7 @@ from fedlean.methods import fedavg, prunefl
 from fedlean.runtime.checks import MAX_EXAMPLES, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.rounds import Progress, StepRecord
-from fedlean.tree import apply_mask
+from fedlean.tree import apply_mask, unpack
 
 POISONED = 1
 MASKS = {
@@ -68,7 +68,7 @@ def no_pattern(update: ClientUpdate) -> ClientUpdate:
 
 
 def outside_mask(update: ClientUpdate) -> ClientUpdate:
-    values = update.params["fc1.weight"].copy()
+    values = unpack(update.params["fc1.weight"], MASKS["fc1.weight"])
     values[~MASKS["fc1.weight"]] = 1e-3
     return replace(update, params={**update.params, "fc1.weight": values})
 

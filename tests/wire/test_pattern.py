@@ -145,6 +145,22 @@ def test_hash_names_a_pattern() -> None:
         pattern_hash({"a": np.ones(3)})
 
 
+def test_hash_follows_changes() -> None:
+    """Only masks that nobody can change are remembered."""
+    mask = np.array([True, False, True])
+    before = pattern_hash({"a": mask})
+    mask[1] = True
+    after = pattern_hash({"a": mask})
+    view = mask[:]
+    view.flags.writeable = False  # the array behind it can change all the same
+    assert pattern_hash({"a": view}) == after != before
+    mask[1] = False
+    assert pattern_hash({"a": view}) == before
+    mask.flags.writeable = False
+    assert [pattern_hash({"a": mask}) for _ in range(2)] == [before, before]
+    assert pattern_hash({"a": mask, "b": mask}) != before
+
+
 def test_pattern_payload_bytes_by_hand() -> None:
     """1 + 10 (bitmap of 80) + 1 (all kept); asked twice, the second from the cache."""
     masks = {"a": np.arange(80) % 2 == 0, "b": np.ones(9, bool)}

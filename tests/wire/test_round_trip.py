@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedlean.core import ClientTask, ClientUpdate, Statistic, SubModel, Work
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear
 from fedlean.spec import ModelSpec, sequential
+from fedlean.tree import pack
 from fedlean.wire import (
     HEADER_BYTES,
     Known,
@@ -266,6 +267,23 @@ def test_full_gradient_by_hand(task: ClientTask) -> None:
     full = replace(bare, statistics={"g": Statistic(gradient, "mean")})
     table = '{"statistics":{"g":["mean",{' + ",".join(f'"{n}":null' for n in gradient) + "}]}}"
     assert update_bytes(full, task) - update_bytes(bare, task) == 4 * 1498 + len(table) - len("{}")
+
+
+@pytest.mark.parametrize("value_dtype", DTYPES)
+def test_packed_values_are_the_same_message(
+    task: ClientTask, update: ClientUpdate, value_dtype: Any
+) -> None:
+    packed = replace(task, params=pack(task.params, task.sub_model.masks))
+    assert packed.params["fc.weight"].shape == (30,)
+    want = encode_task(task, value_dtype=value_dtype)
+    assert encode_task(packed, value_dtype=value_dtype) == want
+    assert task_bytes(packed, value_dtype=value_dtype) == len(want)
+    answer = replace(update, params=pack(update.params, update.sub_model.masks))
+    want = encode_update(update, task, value_dtype=value_dtype)
+    assert encode_update(answer, task, value_dtype=value_dtype) == want
+    short = replace(packed, params={**packed.params, "fc.weight": np.zeros(29, np.float32)})
+    with pytest.raises(WireError, match=r"'fc.weight' must be float32 of shape \(10, 144\)"):
+        task_bytes(short)
 
 
 def test_fp32_is_bit_exact(task: ClientTask) -> None:

@@ -105,6 +105,8 @@ public:
   virtual std::size_t built_bytes() const { return 0; }
   // Coordinates of the dense weight in stored order; empty when it is stored densely.
   virtual std::vector<std::uint32_t> weight_positions() const { return {}; }
+  // Stored index of each kept weight, in the row-major order of the dense tensor.
+  virtual std::vector<std::uint32_t> row_major() const { return {}; }
 
   bool any_trainable() const { return tensors[kWeight].trainable || tensors[kBias].trainable; }
 

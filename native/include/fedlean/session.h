@@ -46,6 +46,8 @@ public:
 
   // Sets up a node's weights and their patterns; masks are per slot, null where there is none.
   void build(int node, const std::uint8_t* const masks[kSlots]);
+  // As after `build`: momentum, gradients and sums are gone; values are loaded anew by the caller.
+  void reset();
   // `reference`: also take it as what a proximal term pulls towards.
   void load(int node, Slot slot, const float* values, bool packed, bool reference);
   void read(int node, Slot slot, float* values, bool packed) const;

@@ -61,6 +61,20 @@ public:
     return positions;
   }
 
+  std::vector<std::uint32_t> row_major() const override {
+    std::vector<std::uint32_t> order;
+    order.reserve(nonzeros_);
+    for (std::uint32_t o = 0; o < std::uint32_t(g.out.channels); ++o) {
+      for (const Chunk& chunk : forward_.chunks) {
+        if (o < chunk.out_begin || o >= chunk.out_end) continue;
+        const std::uint32_t row = chunk.first_row + (o - chunk.out_begin);
+        for (std::uint32_t k = forward_.row_start[row]; k < forward_.row_start[row + 1]; ++k)
+          order.push_back(k);
+      }
+    }
+    return order;
+  }
+
 protected:
   void convolve(Pass& pass, int p, int begin, int end) override {
     const int lanes = pass.lanes(p);

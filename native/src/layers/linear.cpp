@@ -72,6 +72,30 @@ public:
     return positions;
   }
 
+  std::vector<std::uint32_t> row_major() const override {
+    std::vector<std::uint32_t> order;
+    order.reserve(nonzeros_);
+    if (by_output_) {  // the blocks of each column follow one another
+      for (int c = 0; c < pattern_.columns; ++c)
+        for (int b = 0; b < pattern_.blocks(); ++b)
+          for (std::uint32_t k = start(b, c); k < start(b, c + 1); ++k) order.push_back(k);
+      return order;
+    }
+    // Columns are inputs and come in order: what is left is to tell the outputs of a block apart.
+    order.resize(nonzeros_);
+    std::uint32_t begin = 0;
+    for (int b = 0; b < pattern_.blocks(); ++b) {
+      const std::uint32_t end = start(b, pattern_.columns);
+      std::vector<std::uint32_t> next(pattern_.block_rows + 1, 0);
+      for (std::uint32_t k = begin; k < end; ++k) ++next[pattern_.row[k] + 1];
+      next[0] = begin;
+      for (int r = 0; r < pattern_.block_rows; ++r) next[r + 1] += next[r];
+      for (std::uint32_t k = begin; k < end; ++k) order[next[pattern_.row[k]]++] = k;
+      begin = end;
+    }
+    return order;
+  }
+
   void forward(Pass& pass) override {
     if (by_output_) {
       pass.split(int(parts_.size()) - 1, [&](int, int begin, int end) {

@@ -8,7 +8,8 @@ is known before it is allocated.  Results are bit-equal for any number of thread
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -20,14 +21,27 @@ from fedlean.core import Masks, Params, SubModel, generator
 from fedlean.engine import checks
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import INPUT, ModelSpec, Node
+from fedlean.wire.pattern import pattern_hash
 
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
 _MAX_THREADS = 1024
 _MAX_POOL_KERNEL = 16  # the winning pixel of a window is kept in one byte
 
 
+class _Last(NamedTuple):
+    """The native half of the last session; once nobody holds that one, it may serve again."""
+
+    key: Hashable  # of everything but the values
+    session: _native.Session
+    owner: weakref.ref[NativeSession]
+
+
 class NativeEngine:
-    """Opens native sessions, which share `threads` threads (default: 1)."""
+    """Opens native sessions, which share `threads` threads (default: 1).
+
+    A session like the last one, which is no longer held, takes over its patterns and its memory:
+    building them takes longer than a step, and the clients of a round train the same sub-model.
+    """
 
     name = "native"
     arithmetic: Literal["masked", "sparse"] = "sparse"
@@ -44,6 +58,7 @@ class NativeEngine:
         except RuntimeError as error:
             raise ValueError(f"no native engine with {count} threads: {error}") from None
         self.instruction_set: str = self._native.instruction_set
+        self._last: _Last | None = None
 
     def open(
         self,
@@ -58,10 +73,30 @@ class NativeEngine:
         """Raises ValueError naming the argument or the layer that cannot be trained."""
         checks.check_settings(batch_size, loss)
         checks.check_sub_model(spec, sub_model, self.name)
+        pattern = pattern_hash(sub_model.masks)
+        key = (spec.hash, pattern, sub_model.frozen, batch_size, optimizer, loss)
         network = _network(spec)
-        return NativeSession(
-            self._native, network, spec, params, sub_model, batch_size, optimizer, loss
+        session = NativeSession(
+            self._native,
+            network,
+            spec,
+            params,
+            sub_model,
+            batch_size,
+            optimizer,
+            loss,
+            self._take_last(key),
         )
+        self._last = _Last(key, session.native, weakref.ref(session))
+        return session
+
+    def _take_last(self, key: Hashable) -> _native.Session | None:
+        """Frees it where it does not fit: two plans are never held for one session."""
+        last = self._last
+        if last is None or last.owner() is not None:
+            return None
+        self._last = None
+        return last.session if last.key == key else None
 
 
 class _Place(NamedTuple):
@@ -124,7 +159,9 @@ class NativeSession:
         batch_size: int,
         optimizer: SGD,
         loss: Loss,
+        again: _native.Session | None = None,
     ):
+        """`again`: the native half of an earlier session that differed in its values only."""
         self._spec = spec
         self._batch_size = batch_size
         self._frozen = sub_model.frozen
@@ -137,25 +174,33 @@ class NativeSession:
             for name in spec.tensor_shapes
         }
         checks.check_params(spec, params, sub_model.masks)
-        self._session = _native.Session(
-            engine,
-            network,
-            batch_size=batch_size,
-            loss=loss,
-            lr=optimizer.lr,
-            momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            proximal=optimizer.proximal,
-            clip_norm=optimizer.clip_norm or 0.0,
-            input_rank=len(spec.input_shape),
-            trainable=self._per_slot(lambda name: name not in self._frozen, False),
-            kept=self._per_slot(self._pruned_to, -1),
-        )
+        if again is not None:
+            again.reset()
+            self._session = again
+        else:
+            self._session = _native.Session(
+                engine,
+                network,
+                batch_size=batch_size,
+                loss=loss,
+                lr=optimizer.lr,
+                momentum=optimizer.momentum,
+                weight_decay=optimizer.weight_decay,
+                proximal=optimizer.proximal,
+                clip_norm=optimizer.clip_norm or 0.0,
+                input_rank=len(spec.input_shape),
+                trainable=self._per_slot(lambda name: name not in self._frozen, False),
+                kept=self._per_slot(self._pruned_to, -1),
+            )
+            self._build(sub_model.masks)
         self._examples = 0  # of the forward that a backward may follow
         self._returned: frozenset[str] = frozenset()
         self._importance = False
-        self._build(sub_model.masks)
         self._load(params)
+
+    @property
+    def native(self) -> _native.Session:
+        return self._session
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -341,7 +341,7 @@ def _train(
     update = ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
-        params=session.params(),
+        params=session.params(packed=True),
         sub_model=task.sub_model,
         statistics=statistics,
         metrics={"train_loss": train_loss},

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic
-from fedlean.tree import num_kept
+from fedlean.tree import is_packed, num_kept
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
 
@@ -32,11 +32,12 @@ def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
     for name, values in update.params.items():
         if name not in shapes:
             return f"sent {name!r}, which the model lacks"
-        if name not in update.sub_model.index and values.shape != shapes[name]:
+        packed = name in masks and is_packed(values, masks[name])
+        if name not in update.sub_model.index and values.shape != shapes[name] and not packed:
             return f"sent {name!r} with shape {values.shape}, expected {shapes[name]}"
         if not np.isfinite(values).all():
             return f"sent {name!r} with values that are not finite"
-        if name in masks and bool(((values != 0) > masks[name]).any()):
+        if name in masks and not packed and bool(((values != 0) > masks[name]).any()):
             return f"sent {name!r} with values outside its mask"
     for key, statistic in update.statistics.items():
         if key == "importance" and (reason := _bad_importance(statistic, task)):

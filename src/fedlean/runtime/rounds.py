@@ -66,6 +66,8 @@ def run_rounds(
     Raises RunFailed after EMPTY_STEPS steps without an answer, ClientError from the dispatch.
     """
     while not algorithm.done(progress.state):
+        for mask in progress.state.masks.values():
+            mask.flags.writeable = False  # so that it is hashed once and not for every message
         state, record = _step(algorithm, progress, server, devices, dispatch)
         empty = bool(record.tasks) and not record.answered
         progress = replace(

@@ -102,7 +102,7 @@ class _Draft:
     def __post_init__(self) -> None:
         shapes = sliced_shapes(self.spec, self.sub_model.index)
         check_masks(self.sub_model.masks, shapes)
-        check_params(self.params, shapes)
+        check_params(self.params, shapes, self.sub_model.masks)
 
     @property
     def _sends_masks(self) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from fedlean.core import Masks, Params
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
+from fedlean.tree import is_packed, pack
 from fedlean.wire.errors import WireError
 from fedlean.wire.reader import Reader
 
@@ -54,12 +55,14 @@ def values_bytes(shapes: Mapping[str, Shape], masks: Masks, value_dtype: ValueDt
     return sum(scale + item * _kept(masks.get(name), shape) for name, shape in shapes.items())
 
 
-def check_params(params: Params, shapes: Mapping[str, Shape]) -> None:
-    """Raises WireError where a tensor is not float32 in the shape in which it travels."""
+def check_params(params: Params, shapes: Mapping[str, Shape], masks: Masks) -> None:
+    """Raises WireError where a tensor is not float32 in its shape, or packed where masked."""
     for name, value in params.items():
         if name not in shapes:
             raise WireError(f"params: {name!r} names no tensor of the spec")
-        if value.dtype != np.float32 or value.shape != shapes[name]:
+        mask = masks.get(name)
+        packed = mask is not None and is_packed(value, mask)
+        if value.dtype != np.float32 or (value.shape != shapes[name] and not packed):
             raise WireError(
                 f"params: {name!r} must be float32 of shape {shapes[name]}, got {value.dtype} of "
                 f"shape {value.shape}"
@@ -70,11 +73,10 @@ def encode_params(
     params: Params, names: Iterable[str], masks: Masks, value_dtype: ValueDtype
 ) -> list[bytes | memoryview]:
     """One piece per tensor, in the order of `names`."""
+    sent = pack(params, masks)
     pieces: list[bytes | memoryview] = []
     for name in names:
-        mask = masks.get(name)
-        kept = params[name] if mask is None else params[name][mask]
-        pieces.append(_encode_values(kept, value_dtype, name))
+        pieces.append(_encode_values(sent[name], value_dtype, name))
     return pieces
 
 
