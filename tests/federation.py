@@ -91,6 +91,7 @@ class Around:
         self.acknowledge = inner.acknowledge
         self.client_states = inner.client_states
         self.restore = inner.restore
+        self.measured_seconds = inner.measured_seconds
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterable[ClientUpdate]:
         return self.change(tasks, self.inner(tasks))
@@ -139,6 +140,8 @@ def run(
 
     def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
         del last
+        if dispatch is None:  # nobody tampers: nothing that a method sends may be refused
+            assert not record.refused, record.refused
         if watch is not None:
             watch(progress, record)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from rich.console import Console
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
+from fedlean.runtime.method import Settings
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import RunConfig, read_config, resume, start
 
@@ -31,7 +32,9 @@ REPORTED = (
     "downlink_bytes",
     "uplink_bytes",
     "flops_per_client",
+    "flops_dense_gradient_per_client",
     "simulated_seconds",
+    "measured_seconds",
     "peak_memory_bytes",
     "time_to_accuracy",
 )
@@ -56,11 +59,48 @@ def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> 
             folder = arguments.out / group / f"seed{seed}"
             chosen = [name for name in groups[group] if name in arguments.only]
             for name in chosen:
-                config = replace(groups[group][name], seed=seed, dataset=arguments.data)
+                config = beside(folder, groups[group][name])
+                config = replace(config, seed=seed, dataset=arguments.data)
                 if arguments.smoke:
                     config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
                 run_once(config, folder / name)
             compare([folder / name for name in chosen], folder)
+
+
+def approaches(
+    config: Callable[[str, Settings], RunConfig],
+    *,
+    common: Settings,
+    prunefl: Settings,
+    density: float,
+    warmup_steps: int,
+) -> dict[str, RunConfig]:
+    """The six approaches of PruneFL's Table III, and FedAvg with PruneFL's warm-up.
+
+    `config(method, settings)` makes a run; `density` is for the approaches that cannot choose one;
+    `warmup_steps` are about as many as PruneFL's initial pruning takes.  SNIP scores and iterative
+    pruning goes down as in the authors' code.
+    """
+    sized = {**common, "density": density}
+    return {
+        "fedavg": config("fedavg", common),
+        "prunefl": config("prunefl", {**common, **prunefl}),
+        "fedavg_warmup": config(
+            "fedavg", {**common, "warmup_steps": warmup_steps, "warmup_examples": 0}
+        ),
+        "snip": config("snip", {**sized, "score": "update"}),
+        "synflow": config("synflow", sized),
+        "online": config("online", common),
+        "iterative": config("iterative", {**sized, "spacing": "geometric"}),
+    }
+
+
+def beside(folder: Path, config: RunConfig) -> RunConfig:
+    """`masks_from` names another run of the recipe: its folder of the same group and seed."""
+    if "masks_from" not in config.settings:
+        return config
+    masks_from = str(folder / str(config.settings["masks_from"]))
+    return replace(config, settings={**config.settings, "masks_from": masks_from})
 
 
 def run_once(config: RunConfig, folder: Path) -> None:
@@ -100,7 +140,7 @@ def compare(folders: Sequence[Path], out: Path) -> None:
 
 
 def reported(folder: Path) -> dict[str, Any]:
-    """The figures of a run that do not depend on the machine, for `expected.json`."""
+    """A run's figures, for `expected.json`; the measured seconds alone depend on the machine."""
     summary = json.loads((folder / "summary.json").read_text())
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
@@ -111,6 +151,7 @@ def reported(folder: Path) -> dict[str, Any]:
             row["simulated_seconds"] for row in rounds if row["round"] == 0
         ),
         "median_round_seconds": median(row["simulated_seconds"] for row in training),
+        "median_round_measured_seconds": median(row["measured_seconds"] for row in training),
         "median_round_memory_bytes": median(row["peak_memory_bytes"] for row in training),
     }
 
@@ -119,36 +160,51 @@ def card_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row per run, ratios to the first."""
     baseline = next(iter(results.values()))
     targets = list(baseline["time_to_accuracy"])
-    heads = ["run", *(f"{float(target):.0%}" for target in targets), "before round 1"]
-    heads += ["median round", "density", "at the end", "bytes", "FLOPs per client"]
-    heads += ["memory, median round / peak"]
+    heads = ["run"]
+    for target in targets:
+        heads += [f"{float(target):.0%}", "measured here"]
+    heads += ["before round 1", "median round", "measured here", "density", "at the end", "bytes"]
+    heads += ["FLOPs per client", "with dense gradients", "memory, median round / peak"]
     lines = [heads, ["---"] * len(heads)]
-    lines += [
-        [name, *(_reached(run, baseline, target) for target in targets), *_totals(run, baseline)]
-        for name, run in results.items()
-    ]
+    for name, run in results.items():
+        line = [name]
+        for target in targets:
+            line += _reached(run, baseline, target)
+        lines.append(line + _totals(run, baseline))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _reached(run: Mapping[str, Any], baseline: Mapping[str, Any], target: str) -> str:
+def _reached(run: Mapping[str, Any], baseline: Mapping[str, Any], target: str) -> list[str]:
+    """On the emulated clock, and on this machine's."""
     first, of = (one["time_to_accuracy"].get(target) for one in (run, baseline))
     if first is None:
-        return "not reached"
-    text = f"{first['simulated_seconds']:.0f} s (round {first['round']})"
+        return ["not reached", "–"]
+    cells = [
+        f"{first['simulated_seconds']:.0f} s (round {first['round']})",
+        f"{first['measured_seconds']:.1f} s",
+    ]
     if run is baseline or of is None:
-        return text
-    return f"{text}, **{of['simulated_seconds'] / first['simulated_seconds']:.2f}×**"
+        return cells
+    return [
+        f"{cell}, **{of[clock] / first[clock]:.2f}×**"
+        for cell, clock in zip(cells, ("simulated_seconds", "measured_seconds"), strict=True)
+    ]
 
 
 def _totals(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
     sent, of = (one["downlink_bytes"] + one["uplink_bytes"] for one in (run, baseline))
-    flops = run["flops_per_client"]
+    flops, dense = (
+        f"{run[key] / 1e12:.2f} T ({run[key] / baseline[key]:.2f})"
+        for key in ("flops_per_client", "flops_dense_gradient_per_client")
+    )
     return [
         f"{run['seconds_before_round_1']:.0f} s",
         f"{run['median_round_seconds']:.1f} s",
+        f"{1e3 * run['median_round_measured_seconds']:.0f} ms",
         f"{run['density']:.1%}",
         f"{run['final_accuracy']:.2%}",
         f"{sent / 1e9:.1f} GB ({sent / of:.2f})",
-        f"{flops / 1e12:.2f} T ({flops / baseline['flops_per_client']:.2f})",
+        flops,
+        dense,
         f"{run['median_round_memory_bytes'] / 1e6:.0f} / {run['peak_memory_bytes'] / 1e6:.0f} MB",
     ]

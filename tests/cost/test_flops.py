@@ -103,6 +103,17 @@ def test_conv2_by_hand():
     assert spec.num_params == 800 + 32 + 51200 + 64 + 3136 * 2048 + 2048 + 2048 * 62 + 62
 
 
+def test_work_as_the_paper_counts_it():
+    """Half of fc2 kept, 2 steps: (2 + 4·0.5)·300·B a step, not 6·0.5·300·B."""
+    kept = {"fc1.weight": 0, "fc2.weight": 150}
+    work = Work(2, B, kept=kept)
+    first = 2 * 40 * 30 * B
+    assert work_flops(MLP, work, dense_gradient=True) == 2 * (4 * 300 * B + first)
+    assert work_flops(MLP, work) == 2 * 3 * 300 * B
+    forward = Work(forward_examples=B, kept=kept)
+    assert work_flops(MLP, forward, dense_gradient=True) == work_flops(MLP, forward)
+
+
 def test_work_adds_up():
     kept = {name: prod(MLP.param_shapes[name]) // 4 for name in MLP.prunable}
     plain, dense = (step_flops(MLP, kept, B, importance=flag) for flag in (False, True))

@@ -65,7 +65,8 @@ def log(folder: Path) -> list[dict[str, Any]]:
 def without_wall_times(folder: Path) -> list[dict[str, Any]]:
     entries = log(folder)
     for entry in entries:
-        del entry["wall_seconds"], entry["total"]["wall_seconds"]
+        for key in ("wall_seconds", "measured_seconds"):
+            del entry[key], entry["total"][key]
     return entries
 
 
@@ -112,7 +113,11 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert rounds == list(range(1, len(rounds) + 1))
     assert without_wall_times(folder) == without_wall_times(whole)
     ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (folder, whole))
-    assert ours.pop("wall_seconds") > 0 and theirs.pop("wall_seconds") > 0
+    for key in ("wall_seconds", "measured_seconds"):
+        assert ours.pop(key) > 0 and theirs.pop(key) > 0
+    for summary in (ours, theirs):
+        for reached in filter(None, summary["time_to_accuracy"].values()):
+            assert reached.pop("measured_seconds") > 0
     assert ours == theirs
     assert 1 <= len(checkpoints(folder)) <= 2
 

@@ -43,7 +43,9 @@ def make_run(
             "downlink_bytes": megabytes * MB,
             "uplink_bytes": megabytes * MB,
             "flops_per_client": gflops * 1e9,
+            "flops_dense_gradient_per_client": 2 * gflops * 1e9,
             "simulated_seconds": seconds,
+            "measured_seconds": 1.0,
             "wall_seconds": 0.25,
         }
         shares = (None, None) if seconds is None else (0.75 * seconds, 0.25 * seconds)

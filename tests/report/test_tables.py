@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fedlean.report import cost_table, read_run
 from fedlean.report import units as u
-from fedlean.report.tables import costs, differences, labels, summary_rows
+from fedlean.report.tables import PRICES, costs, differences, labels, summary_rows
 
 
 @pytest.fixture
@@ -24,20 +24,28 @@ def pair(tmp_path, synthetic):
 def test_costs_and_ratios_by_hand(pair):
     """At 90%: fedavg 6 steps = 60 s, 12 MB, 6 GFLOP; prunefl 8 steps = 24 s, 32 MB, 2 GFLOP.
 
-    60 / 24 = 2.5 sooner, 32 / 12 = 2.67 more, 6 / 2 = 3 less.
+    A measured second a step: 6 and 8.  60 / 24 = 2.5 sooner, 32 / 12 = 2.67 more, 6 / 2 = 3 less.
     """
     base, other = costs(pair, [0.9])[0]
-    assert (base.round, base.seconds.text, base.bytes.text) == ("6", "60.0 s", "12.0 MB")
-    assert base.flops.text == "6.00 GFLOP" and base.seconds.ratio is None
-    assert (other.seconds.text, other.seconds.ratio) == ("24.0 s", "2.5× sooner")
-    assert (other.bytes.text, other.bytes.ratio) == ("32.0 MB", "2.7× more")
-    assert (other.flops.text, other.flops.ratio) == ("2.00 GFLOP", "3.0× less")
+    assert base.round == "6"
+    assert [base.figures[head].text for head in PRICES] == [
+        *("60.0 s", "6.00 s", "12.0 MB", "6.00 GFLOP", "12.0 GFLOP")
+    ]
+    assert all(figure.ratio is None for figure in base.figures.values())
+    assert [(other.figures[head].text, other.figures[head].ratio) for head in PRICES] == [
+        ("24.0 s", "2.5× sooner"),
+        ("8.00 s", "1.3× later"),
+        ("32.0 MB", "2.7× more"),
+        ("2.00 GFLOP", "3.0× less"),
+        ("4.00 GFLOP", "3.0× less"),
+    ]
 
 
 def test_not_reached_is_said_with_the_best(pair):
     base, other = costs(pair, [0.95])[0]
     assert base.missed == "not reached: best 94.0%, round 20"
-    assert other.missed is None and other.seconds.ratio is None  # nothing to compare with
+    assert other.missed is None
+    assert other.figures["simulated time"].ratio is None  # nothing to compare with
 
 
 def test_a_miss_never_reads_like_the_target():

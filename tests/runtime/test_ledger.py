@@ -109,7 +109,7 @@ def test_memory_is_that_of_the_neediest():
 
 
 def test_attempts_add_up_but_memory_does_not():
-    first = StepCost(1, 2, 3, 4.0, 3.0, 1.0, 50)
-    second = StepCost(10, 20, 30, 40.0, 30.0, 10.0, 7)
-    assert first.plus(second) == StepCost(11, 22, 33, 44.0, 33.0, 11.0, 50)
+    first = StepCost(1, 2, 3, 5, 4.0, 3.0, 1.0, 50)
+    second = StepCost(10, 20, 30, 50, 40.0, 30.0, 10.0, 7)
+    assert first.plus(second) == StepCost(11, 22, 33, 55, 44.0, 33.0, 11.0, 50)
     assert StepCost().plus(first) == first

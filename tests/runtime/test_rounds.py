@@ -43,6 +43,20 @@ def quick(rounds: int, **settings: Any) -> FederatedAlgorithm:
     return fedavg(server(rounds), local_steps=1, batch_size=4, **settings)
 
 
+def test_the_measured_clock_counts_the_median_client_of_every_attempt():
+    algorithm = quick(2)
+    inner = fresh_dispatch(algorithm, ENGINE)
+    dispatch = Around(inner, lambda tasks, updates: updates)
+    seconds = iter([{0: 3.0, 1: 1.0, 2: 8.0}, {}])
+    dispatch.measured_seconds = lambda: next(seconds)
+    _, records = recorded(algorithm, rounds=2, dispatch=dispatch)
+    assert [record.measured_seconds for record in records] == [3.0, 0.0]
+    fresh = fresh_dispatch(algorithm, ENGINE)
+    _, records = recorded(algorithm, rounds=2, dispatch=fresh)
+    assert fresh.measured_seconds().keys() == {task.client for task in records[-1].tasks}
+    assert all(0 < record.measured_seconds < record.wall_seconds for record in records)
+
+
 # Silence
 
 

@@ -23,7 +23,10 @@ from fedlean.spec import ModelSpec
 DOCUMENT = Path(__file__).parents[2] / "docs" / "run-folder.md"
 ROUNDS = 3
 METHODS = ("fedavg", "prunefl")
-SUMMED = ("downlink_bytes", "uplink_bytes", "flops_per_client", "simulated_seconds", "wall_seconds")
+SUMMED = (
+    *("downlink_bytes", "uplink_bytes", "flops_per_client", "flops_dense_gradient_per_client"),
+    *("simulated_seconds", "measured_seconds", "wall_seconds"),
+)
 
 
 def arguments(method: str, folder: Path) -> list[str]:
@@ -40,7 +43,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def without_wall_times(folder: Path) -> list[dict[str, Any]]:
     entries = lines(folder)
     for entry in entries:
-        assert entry.pop("wall_seconds") >= 0 and entry["total"].pop("wall_seconds") >= 0
+        for key in ("wall_seconds", "measured_seconds"):
+            assert entry.pop(key) >= 0 and entry["total"].pop(key) >= 0
     return entries
 
 
@@ -132,8 +136,13 @@ def test_summary_and_targets(folder):
     first = next(entry for entry in scored if entry["accuracy"] >= 0.15)
     assert summary["time_to_accuracy"]["0.15"] == {
         "round": first["round"],
-        "simulated_seconds": first["total"]["simulated_seconds"],
-        "flops_per_client": first["total"]["flops_per_client"],
+        **{
+            key: first["total"][key]
+            for key in (
+                *("simulated_seconds", "measured_seconds"),
+                *("flops_per_client", "flops_dense_gradient_per_client"),
+            )
+        },
         "bytes": first["total"]["downlink_bytes"] + first["total"]["uplink_bytes"],
     }
     assert summary["time_to_accuracy"]["0.9999"] is None

@@ -72,9 +72,13 @@ def step_flops(
     return total
 
 
-def work_flops(spec: ModelSpec, work: Work) -> int:
-    """All operations of a stretch of work."""
-    plain = step_flops(spec, work.kept, work.batch_size)
+def work_flops(spec: ModelSpec, work: Work, *, dense_gradient: bool = False) -> int:
+    """All operations of a stretch of work.
+
+    With `dense_gradient` every step takes the weights' gradients densely, as the PruneFL paper
+    counts: its kernels cannot sample them.
+    """
     dense = step_flops(spec, work.kept, work.batch_size, importance=True)
+    plain = dense if dense_gradient else step_flops(spec, work.kept, work.batch_size)
     steps = (work.steps - work.importance_steps) * plain + work.importance_steps * dense
     return steps + forward_flops(spec, work.kept, work.forward_examples)

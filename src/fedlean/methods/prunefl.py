@@ -58,7 +58,7 @@ from fedlean.pruning.reconfigure import Pruner
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import fold, kept_counts, num_kept
+from fedlean.tree import fold, kept_counts, num_kept, pack
 
 CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
 START_ACCURACY = 1.5  # initial pruning starts at this over the number of classes (authors' code)
@@ -233,7 +233,7 @@ def prunefl(
         if state.phase == "initial":
             return [initial_task(state)]
         round = state.round + 1
-        sub_model = SubModel(masks=state.masks)
+        sub_model, params = SubModel(masks=state.masks), pack(state.params, state.masks)
         hparams = {
             **sgd,
             "lr": learning_rate(lr, state.round, lr_half_life_rounds),
@@ -248,7 +248,7 @@ def prunefl(
                 client,
                 derive_seed(server.seed, round, client, "train"),
                 spec,
-                state.params,
+                params,
                 sub_model,
                 hparams,
             )

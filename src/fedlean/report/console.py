@@ -8,7 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlean.report.run_folder import Run, targets_of
-from fedlean.report.tables import Cost, Figure, costs
+from fedlean.report.tables import PRICES, Cost, Figure, costs
+
+_HEADS = [head for head in PRICES if head != "with dense gradients"]  # what a terminal has room for
 
 
 def cost_table(runs: Sequence[Run], targets: Sequence[float] | None = None) -> Table:
@@ -17,7 +19,7 @@ def cost_table(runs: Sequence[Run], targets: Sequence[float] | None = None) -> T
     table = Table(title="Cost to first reach a test accuracy", title_justify="left")
     table.add_column("target", justify="right")
     table.add_column("run", overflow="fold")
-    for name in ("round", "simulated time", "bytes", "FLOPs per client"):
+    for name in ("round", *_HEADS):
         table.add_column(name, justify="right")
     for group in costs(runs, wanted):
         for at, cost in enumerate(group):
@@ -31,9 +33,10 @@ def _add(table: Table, cost: Cost, *, first: bool, last: bool) -> None:
     # Text, not str: a name with [brackets] is a name, not markup.
     head = (Text(cost.target if first else ""), Text(cost.run))
     if cost.missed:
-        table.add_row(*head, "–", Text(cost.missed, style="dim"), "–", "–", end_section=last)
+        rest = ["–"] * (len(_HEADS) - 1)
+        table.add_row(*head, "–", Text(cost.missed, style="dim"), *rest, end_section=last)
         return
-    cells = (_cell(figure) for figure in (cost.seconds, cost.bytes, cost.flops))
+    cells = (_cell(cost.figures[head]) for head in _HEADS)
     table.add_row(*head, cost.round, *cells, end_section=last)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from fedlean.report.tables import Cost, Figure
+from fedlean.report.tables import PRICES, Cost, Figure
 
 if TYPE_CHECKING:
     from fedlean.report.figure import Plot  # imports matplotlib, which may be missing
@@ -94,7 +94,7 @@ def summary_table(names: Sequence[str], rows: Iterable[tuple[str, list[str]]]) -
 def cost_table(groups: Sequence[Sequence[Cost]]) -> str:
     """One block of rows per target, one row per run."""
     alone = all(len(group) == 1 for group in groups)
-    heads = ("target" if alone else "run", "round", "simulated time", "bytes", "FLOPs per client")
+    heads = ("target" if alone else "run", "round", *PRICES)
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
     blocks = "\n".join(_target(group, alone=alone) for group in groups)
     return _scroll(f"<table><thead><tr>{head}</tr></thead>\n{blocks}</table>")
@@ -104,15 +104,18 @@ def _target(group: Sequence[Cost], *, alone: bool) -> str:
     if alone:
         return f"<tbody>{_cost(group[0], escape(group[0].target))}</tbody>"
     lines = "\n".join(_cost(c, swatch(i) + escape(c.run)) for i, c in enumerate(group))
-    title = f'<tr><th colspan="5" scope="rowgroup">{escape(group[0].target)}</th></tr>'
+    title = (
+        f'<tr><th colspan="{2 + len(PRICES)}" scope="rowgroup">{escape(group[0].target)}</th></tr>'
+    )
     return f'<tbody class="group">{title}\n{lines}</tbody>'
 
 
 def _cost(cost: Cost, head: str) -> str:
     row = f'<tr><th scope="row" class="name">{head}</th>'
     if cost.missed:
-        return f'{row}<td>–</td><td colspan="3" class="missed">{escape(cost.missed)}</td></tr>'
-    figures = "".join(_cell(figure) for figure in (cost.seconds, cost.bytes, cost.flops))
+        said = f'<td colspan="{len(PRICES)}" class="missed">{escape(cost.missed)}</td>'
+        return f"{row}<td>–</td>{said}</tr>"
+    figures = "".join(_cell(figure) for figure in cost.figures.values())
     return f"{row}<td>{escape(cost.round)}</td>{figures}</tr>"
 
 

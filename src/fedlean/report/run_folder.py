@@ -61,7 +61,7 @@ def total(row: Row, key: str) -> float | None:
     """
     if key == "bytes":
         return float(row["total"]["downlink_bytes"] + row["total"]["uplink_bytes"])
-    return number(row["total"][key])
+    return number(row["total"].get(key))  # older runs lack the newer figures
 
 
 def run_total(run: Run, key: str) -> float | None:

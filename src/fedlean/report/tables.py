@@ -7,9 +7,9 @@ run (initial pruning included) to the first evaluation that reached the target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedlean.report import units
 from fedlean.report.run_folder import (
@@ -39,18 +39,25 @@ class Cost:
     run: str
     target: str
     round: str
-    seconds: Figure
-    bytes: Figure
-    flops: Figure
+    figures: Mapping[str, Figure]  # by the heads of PRICES
     missed: str | None
 
 
-# (total, unit, word for less, word for more)
-_PRICES: tuple[tuple[str, units.Kind, str, str], ...] = (
-    ("simulated_seconds", "seconds", "sooner", "later"),
-    ("bytes", "bytes", "less", "more"),
-    ("flops_per_client", "flops", "less", "more"),
-)
+class _Price(NamedTuple):
+    total: str
+    kind: units.Kind
+    better: str = "less"
+    worse: str = "more"
+
+
+# Head of the column -> what it shows.  Two clocks: the emulated device's, and this machine's.
+PRICES: Mapping[str, _Price] = {
+    "simulated time": _Price("simulated_seconds", "seconds", "sooner", "later"),
+    "measured here": _Price("measured_seconds", "seconds", "sooner", "later"),
+    "bytes": _Price("bytes", "bytes"),
+    "FLOPs per client": _Price("flops_per_client", "flops"),
+    "with dense gradients": _Price("flops_dense_gradient_per_client", "flops"),
+}
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -85,15 +92,14 @@ def _cost(name: str, run: Run, baseline: Run, target: float) -> Cost:
     reached = first_reaching(run, target)
     text = units.target_text(target)
     if reached is None:
-        dash = Figure("–")
-        return Cost(name, text, "–", dash, dash, dash, missed(run, target))
+        return Cost(name, text, "–", dict.fromkeys(PRICES, Figure("–")), missed(run, target))
     base = None if run is baseline else first_reaching(baseline, target)
-    cells = []
-    for key, kind, better, worse in _PRICES:
+    figures = {}
+    for head, (key, kind, better, worse) in PRICES.items():
         value = None if key == "simulated_seconds" and not has_clock(run) else total(reached, key)
         paid = None if base is None else total(base, key)
-        cells.append(Figure(units.human(value, kind), units.versus(paid, value, better, worse)))
-    return Cost(name, text, str(reached["round"]), *cells, missed=None)
+        figures[head] = Figure(units.human(value, kind), units.versus(paid, value, better, worse))
+    return Cost(name, text, str(reached["round"]), figures, missed=None)
 
 
 def missed(run: Run, target: float) -> str:

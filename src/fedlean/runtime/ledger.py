@@ -26,6 +26,7 @@ class StepCost:
     downlink_bytes: int = 0
     uplink_bytes: int = 0
     flops: int = 0
+    flops_dense_gradient: int = 0  # with the weights' gradients taken densely, as PruneFL counts
     simulated_seconds: float = 0.0
     compute_seconds: float = 0.0  # of the slowest client
     link_seconds: float = 0.0  # of the slowest client
@@ -37,6 +38,7 @@ class StepCost:
             self.downlink_bytes + other.downlink_bytes,
             self.uplink_bytes + other.uplink_bytes,
             self.flops + other.flops,
+            self.flops_dense_gradient + other.flops_dense_gradient,
             self.simulated_seconds + other.simulated_seconds,
             self.compute_seconds + other.compute_seconds,
             self.link_seconds + other.link_seconds,
@@ -62,6 +64,7 @@ class Ledger:
         done = [as_done(task.spec, work, self._profile) for work in update.work]
         compute = sum(work_seconds(task.spec, work, self._profile) for work in done)
         flops = sum(work_flops(task.spec, work) for work in done)
+        dense = sum(work_flops(task.spec, work, dense_gradient=True) for work in done)
         memory = max(
             (work_memory_bytes(task.spec, work, frozen=task.sub_model.frozen) for work in done),
             default=0,
@@ -70,6 +73,7 @@ class Ledger:
             self.cost,
             uplink_bytes=self.cost.uplink_bytes + up,
             flops=self.cost.flops + flops,
+            flops_dense_gradient=self.cost.flops_dense_gradient + dense,
             peak_memory_bytes=max(self.cost.peak_memory_bytes, memory),
         )
         self._charge_time(compute, link_seconds(self._sent[task.client], up, self._profile))

@@ -6,6 +6,7 @@ goes wrong in a client names the round, the client and the seed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -28,6 +29,10 @@ class Dispatch(Protocol):
 
     def restore(self, states: Mapping[int, ClientState]) -> None: ...
 
+    def measured_seconds(self) -> Mapping[int, float]:
+        """Wall time of each client's half in the last call, where it could be measured."""
+        ...
+
 
 class ClientError(RuntimeError):
     """A client's half of a method failed; the message says in which round, client and seed."""
@@ -49,10 +54,13 @@ class LocalDispatch:
         self._data = data
         self._committed: dict[int, ClientState] = {}
         self._pending: dict[int, ClientState] = {}
+        self._seconds: dict[int, float] = {}
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
         self._pending = {}
+        self._seconds = {}
         for task in tasks:
+            began = time.perf_counter()
             held = self._committed.get(task.client, {})
             try:
                 update, state = self._client_update(
@@ -64,6 +72,7 @@ class LocalDispatch:
                     f"{type(error).__name__}: {error}"
                 ) from error
             self._pending[task.client] = state
+            self._seconds[task.client] = time.perf_counter() - began
             yield update
 
     def acknowledge(self, clients: Iterable[int]) -> None:
@@ -73,6 +82,9 @@ class LocalDispatch:
                 self._committed[client] = state
             else:
                 self._committed.pop(client, None)
+
+    def measured_seconds(self) -> Mapping[int, float]:
+        return dict(self._seconds)
 
     def client_states(self) -> Mapping[int, ClientState]:
         return dict(self._committed)

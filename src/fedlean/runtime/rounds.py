@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from fedlean import wire
@@ -40,6 +41,7 @@ class StepRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
     wall_seconds: float = 0.0
+    measured_seconds: float = 0.0  # of the median client, all attempts together
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def _step(
         for _ in answers:  # whatever the method did not read is checked and charged all the same
             pass
         record.cost = record.cost.plus(ledger.cost)
+        if seconds := dispatch.measured_seconds():
+            record.measured_seconds += median(seconds.values())
         dispatch.acknowledge(record.answered)
     record.refused = {c: why for c, why in record.refused.items() if c not in record.answered}
     record.wall_seconds = time.perf_counter() - began

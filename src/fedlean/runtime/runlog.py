@@ -24,7 +24,9 @@ class Totals:
     downlink_bytes: int = 0
     uplink_bytes: int = 0
     flops_per_client: float = 0.0
+    flops_dense_gradient_per_client: float = 0.0
     simulated_seconds: float = 0.0
+    measured_seconds: float = 0.0
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
     best_accuracy: float = 0.0
@@ -37,7 +39,10 @@ class Totals:
             downlink_bytes=self.downlink_bytes + cost.downlink_bytes,
             uplink_bytes=self.uplink_bytes + cost.uplink_bytes,
             flops_per_client=self.flops_per_client + cost.flops / clients,
+            flops_dense_gradient_per_client=self.flops_dense_gradient_per_client
+            + cost.flops_dense_gradient / clients,
             simulated_seconds=self.simulated_seconds + cost.simulated_seconds,
+            measured_seconds=self.measured_seconds + record.measured_seconds,
             wall_seconds=self.wall_seconds + record.wall_seconds,
             peak_memory_bytes=max(self.peak_memory_bytes, cost.peak_memory_bytes),
         )
@@ -50,7 +55,9 @@ class Totals:
                 reached[f"{target:g}"] = {
                     "round": round,
                     "simulated_seconds": self.simulated_seconds,
+                    "measured_seconds": self.measured_seconds,
                     "flops_per_client": self.flops_per_client,
+                    "flops_dense_gradient_per_client": self.flops_dense_gradient_per_client,
                     "bytes": self.downlink_bytes + self.uplink_bytes,
                 }
         best = max(self.best_accuracy, accuracy)
@@ -81,7 +88,7 @@ def log_entry(
     """One line of the log."""
     cohort = [task.client for task in record.tasks]
     cost = asdict(record.cost)
-    flops = cost.pop("flops")
+    flops, dense = cost.pop("flops"), cost.pop("flops_dense_gradient")
     return {
         "round": round,
         "phase": phase,
@@ -96,13 +103,17 @@ def log_entry(
         "layer_density": layer_density(held_masks(spec, masks)),
         **cost,
         "flops_per_client": flops / clients,
+        "flops_dense_gradient_per_client": dense / clients,
+        "measured_seconds": record.measured_seconds,
         "wall_seconds": record.wall_seconds,
         "metrics": {key: _finite(value) for key, value in record.metrics.items()},
         "total": {
             "downlink_bytes": totals.downlink_bytes,
             "uplink_bytes": totals.uplink_bytes,
             "flops_per_client": totals.flops_per_client,
+            "flops_dense_gradient_per_client": totals.flops_dense_gradient_per_client,
             "simulated_seconds": totals.simulated_seconds,
+            "measured_seconds": totals.measured_seconds,
             "wall_seconds": totals.wall_seconds,
         },
     }

@@ -1,0 +1,242 @@
+"""Trains the mask of a finished run from the start: the lottery-ticket studies.
+
+Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv 1803.03635: a sparse network
+that is found by training learns as well as the dense one when it starts from its *original* initial
+weights, and worse from new ones.  PruneFL (arXiv 1909.12326, Sec. VI-C) asks that of its final
+mask.  After the choice of mask and weights this is FedAvg on the pruned model.
+
+**Deviations.**  `initial="trained"`, which goes on from the run's final weights, is ours.  The new
+random weights are drawn from a seed derived from this run's; PruneFL's code takes the next seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from fedlean.core import (
+    Batches,
+    ClientState,
+    ClientTask,
+    ClientUpdate,
+    Device,
+    FederatedAlgorithm,
+    Masks,
+    Params,
+    Server,
+    SubModel,
+    Work,
+    derive_seed,
+)
+from fedlean.engine.protocol import SGD, Engine, Loss
+from fedlean.models.initialise import check_params, init_params
+from fedlean.spec import ModelSpec
+from fedlean.train.hyperparameters import at_least, check_sgd, learning_rate
+from fedlean.train.sampling import sample_cohort
+from fedlean.train.sgd import local_sgd
+from fedlean.tree import apply_mask, fold, kept_counts
+
+Initial = Literal["original", "random", "trained"]
+MASK = ".mask"  # ending of a mask's name in model.safetensors (docs/run-folder.md)
+
+
+@dataclass(frozen=True)
+class State:
+    """What survives a round."""
+
+    round: int  # training rounds completed
+    phase: str
+    params: Params
+    masks: Masks = field(default_factory=dict)  # never changes; empty: dense
+
+
+def fixed_mask(
+    server: Server,
+    *,
+    masks_from: str = "",
+    initial: Initial = "original",
+    lr: float = 0.1,
+    local_steps: int = 5,
+    batch_size: int = 20,
+    cohort: int | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    loss: Loss = "ce",
+    lr_half_life_rounds: float = 0.0,
+) -> FederatedAlgorithm:
+    """Federated averaging of the model that another run has pruned.
+
+    Args:
+      masks_from: folder of a finished run on the same model; "": no mask, which is FedAvg.
+      initial: where the kept weights start: "original", at that run's own initial weights;
+        "random", at new ones; "trained", at its final ones.  Without masks_from: "original" only.
+      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
+        `fedavg`.
+
+    Raises ValueError naming the hyper-parameter that is out of range, or what is wrong with the
+    run: not there, not finished, of another model, not pruned.
+    """
+    check_sgd(
+        lr=lr,
+        local_steps=local_steps,
+        batch_size=batch_size,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        loss=loss,
+        lr_half_life_rounds=lr_half_life_rounds,
+    )
+    if cohort is not None:
+        at_least("cohort", cohort, 1)
+    if initial not in get_args(Initial):
+        raise ValueError(f"initial must be one of {', '.join(get_args(Initial))}, got {initial!r}")
+    if not masks_from and initial != "original":
+        raise ValueError(f"initial={initial!r} needs masks_from, the folder of a finished run")
+    spec = server.spec
+    ticket = _read_ticket(Path(masks_from), spec) if masks_from else None
+
+    def init(params: Params) -> State:
+        if ticket is None:
+            return State(round=0, phase="train", params=params)
+        if initial == "original":
+            start = init_params(spec, ticket.seed)
+        elif initial == "random":
+            start = init_params(spec, derive_seed(server.seed, 0, 0, "initialise anew"))
+        else:
+            start = ticket.params
+        return State(0, "train", apply_mask(start, ticket.masks), ticket.masks)
+
+    def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        round = state.round + 1
+        sub_model = SubModel(masks=state.masks)
+        hparams = {
+            "lr": learning_rate(lr, state.round, lr_half_life_rounds),
+            "local_steps": local_steps,
+            "batch_size": batch_size,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "loss": loss,
+        }
+        return [
+            ClientTask(
+                round,
+                state.phase,
+                client,
+                derive_seed(server.seed, round, client, state.phase),
+                spec,
+                state.params,
+                sub_model,
+                hparams,
+            )
+            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
+        ]
+
+    def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
+        merged = fold(state.params, updates, variances=spec.variances)
+        return replace(state, round=state.round + 1, params=merged.params())
+
+    def done(state: State) -> bool:
+        return state.round >= server.rounds
+
+    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """What a finished run leaves: its mask, its final weights and the seed of its first ones."""
+
+    params: Params
+    masks: Masks
+    seed: int
+
+
+def _read_ticket(folder: Path, spec: ModelSpec) -> _Ticket:
+    """Raises ValueError saying what is missing or does not fit."""
+    for name, remedy in (
+        ("config.json", "give the folder that its --out named"),
+        ("model.safetensors", f"finish it with 'fedlean resume {folder}'"),
+    ):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"masks_from: {folder} is not the folder of a finished run, it has no {name}: "
+                f"{remedy}"
+            )
+    seed, trained, method = _read_config(folder / "config.json")
+    if trained.hash != spec.hash:
+        raise ValueError(
+            f"masks_from: the run in {folder} trained another model than this run's: take the same "
+            "--model and a data set of the same shape and classes"
+        )
+    path = folder / "model.safetensors"
+    try:
+        tensors = load(path.read_bytes())
+        params = {name: value for name, value in tensors.items() if not name.endswith(MASK)}
+        check_params(spec, params)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"masks_from: {path} is damaged: {error}") from None
+    masks = {
+        name.removesuffix(MASK): value.astype(bool)
+        for name, value in tensors.items()
+        if name.endswith(MASK)
+    }
+    if not masks:
+        raise ValueError(
+            f"masks_from: the run in {folder} has no masks, {method} left a dense model: take a "
+            "run of a method that prunes"
+        )
+    _check_masks(masks, spec, folder)
+    return _Ticket(params, masks, seed)
+
+
+def _read_config(path: Path) -> tuple[int, ModelSpec, str]:
+    """Seed, model and method of a run."""
+    try:
+        document: Mapping[str, Any] = json.loads(path.read_bytes())
+        spec = ModelSpec.from_json(json.dumps(document["spec"]))
+        return int(document["seed"]), spec, str(document["method"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"masks_from: {path} is damaged: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _check_masks(masks: Mapping[str, np.ndarray], spec: ModelSpec, folder: Path) -> None:
+    for name, mask in masks.items():
+        if name not in spec.prunable or mask.shape != spec.param_shapes[name]:
+            raise ValueError(
+                f"masks_from: the run in {folder} has a mask of {name!r} with shape {mask.shape}, "
+                "which fits no prunable weight of the model"
+            )
+
+
+def client_update(
+    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
+) -> tuple[ClientUpdate, ClientState]:
+    """w_n <- w - η·g ⊙ m for `local_steps` steps."""
+    h, masks = task.hparams, task.sub_model.masks
+    steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
+    session = engine.open(
+        task.spec,
+        task.params,
+        task.sub_model,
+        batch_size=batch_size,
+        optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
+        loss="bce" if h["loss"] == "bce" else "ce",
+    )
+    train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
+    floats = 1 if h["momentum"] else 0
+    update = ClientUpdate(
+        client=task.client,
+        num_examples=batches.num_examples,
+        params=session.params(packed=True),
+        sub_model=task.sub_model,
+        metrics={"train_loss": train_loss},
+        work=(Work(steps, batch_size, kept=kept_counts(masks), optimizer_floats=floats),),
+    )
+    return update, client_state
