@@ -14,8 +14,13 @@ from rich.console import Console
 import fedlean
 from fedlean.cost import profile as profiles
 from fedlean.data import load as datasets
+from fedlean.measure import responder
+from fedlean.measure.device import Request, measure_device
+from fedlean.measure.probe import parse_address
+from fedlean.measure.result import write as write_profile
 from fedlean.models import catalog
 from fedlean.report import console as report_console
+from fedlean.report import profile_page as report_profile
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
 from fedlean.runtime import method as methods
@@ -106,7 +111,7 @@ def run(
     threads
         threads of the engine; torch gives the same bits only at the same number, native at any
     device
-        profile of the emulated devices, from 'fedlean devices' or a .json file
+        profile of the emulated devices, from 'fedlean devices' or a file of 'fedlean profile'
     target_accuracy
         accuracies in (0, 1) whose cost is reported
     eval_every
@@ -185,6 +190,105 @@ def compare(
     write_page(out, comparison_page(loaded, target_accuracy or None))
     _print(report_console.cost_table(loaded, target_accuracy or None))
     _print(f"wrote {out}")
+
+
+@app.command
+def profile(
+    *,
+    model: str = "conv2",
+    dataset: str | None = None,
+    input_shape: Annotated[
+        list[Whole] | None, Parameter(consume_multiple=True, negative=())
+    ] = None,
+    classes: Whole | None = None,
+    batch: Whole = 20,
+    local_steps: Whole = 5,
+    densities: Annotated[list[float] | None, Parameter(consume_multiple=True, negative=())] = None,
+    threads: Whole = 1,
+    repeats: Whole = 5,
+    seconds: float = 300.0,
+    link: str | None = None,
+    serve: str | None = None,
+    out: Path = Path("profile.json"),
+) -> None:
+    """Measure this device's time model and link into a profile for --device.
+
+    Parameters
+    ----------
+    model
+        a name from 'fedlean models', or package.module:function
+    dataset
+        take the input shape and the classes of this data set (digits, or a folder)
+    input_shape
+        of the model, e.g. 1 28 28 (the default)
+    classes
+        of the model (default: 62)
+    batch
+        examples a step
+    local_steps
+        steps of a round
+    densities
+        kept fractions to time (default: 1 0.5 0.3 0.2 0.1 0.05 0.02 0.01)
+    threads
+        threads of the native engine
+    repeats
+        how often each sub-model is timed
+    seconds
+        time budget; what it does not allow is left out, and said
+    link
+        HOST:PORT of a 'fedlean profile --serve': measure the link to it, too
+    serve
+        HOST:PORT to answer such probes on, until interrupted; measures nothing
+    out
+        profile file to write; a page of plots goes beside it where matplotlib is installed
+    """
+    if serve is not None:
+        _serve(serve)
+        return
+    if dataset is not None and (input_shape or classes):
+        raise ValueError("--dataset gives the shape and the classes: leave out the other two")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+    request = Request(
+        model=model,
+        dataset=dataset,
+        input_shape=tuple(input_shape or Request.input_shape),
+        classes=Request.classes if classes is None else classes,
+        batch_size=batch,
+        local_steps=local_steps,
+        densities=tuple(densities or Request.densities),
+        threads=threads,
+        repeats=repeats,
+        seconds=seconds,
+        link=link,
+    )
+    with err.status("measuring") as status:
+        result = measure_device(
+            request,
+            out.stem,
+            lambda what, done, planned: status.update(f"{done} of {planned}: {what}"),
+        )
+    write_profile(out, result)
+    for table in report_profile.profile_tables(result):
+        _print(table)
+    for line in report_profile.notes(result):
+        _print(line)
+    _print(f"wrote {out}; use it with --device {out}")
+    try:
+        page = out.with_suffix(".html")
+        write_page(page, report_profile.profile_page(result))
+        _print(f"plots: {page}")
+    except ValueError as error:  # matplotlib is optional: the profile is whole without its page
+        _print(f"no page: {error}")
+
+
+def _serve(address: str) -> None:
+    host, port = parse_address(address)
+    with responder.listen(host, port) as listener:
+        bound = listener.getsockname()[1]
+        _say(f"answering link probes on {host}, port {bound}; stop with Ctrl-C")
+        responder.serve(listener, _say)
 
 
 @app.command(name="methods")

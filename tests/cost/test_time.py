@@ -193,7 +193,8 @@ def test_importance_costs_between_a_plain_and_a_dense_step(kept, profile, batch_
     plain = step_seconds(SMALL, kept, batch_size, profile)
     with_importance = step_seconds(SMALL, kept, batch_size, profile, importance=True)
     dense = step_seconds(SMALL, {}, batch_size, profile)
-    assert plain <= with_importance <= dense
+    assert plain <= with_importance * (1 + EPS)
+    assert with_importance <= dense * (1 + EPS)
     assert step_seconds(SMALL, {}, batch_size, profile, importance=True) == dense
     assert dense == pytest.approx(step_flops(SMALL, {}, batch_size) / profile.dense_flops_per_s)
 

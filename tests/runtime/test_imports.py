@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
         "fedlean.wire",
         "fedlean.methods.fedavg",
         "fedlean.methods.prunefl",
+        "fedlean.measure.device",
         "fedlean.runtime.run",
         "fedlean.cli",
     ],

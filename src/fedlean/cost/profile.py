@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from sys import float_info
+from typing import Any
+
+from fedlean.cost.measured import MeasuredTime, measured_from
+from fedlean.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,7 @@ class Profile:
     dense   FLOPs / dense_flops_per_s
     sparse  Σ_layers FLOPs · seconds_per_flop[kind] + activations · seconds_per_activation
     where activations are all layer outputs of the batch except Flatten's.  The link is apart.
+    For the model that `measured` is of, if any, its times count instead of these rates.
     """
 
     name: str
@@ -30,6 +37,7 @@ class Profile:
     uplink_bytes_per_s: float
     downlink_bytes_per_s: float
     memory_bytes: int
+    measured: MeasuredTime | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -38,6 +46,8 @@ class Profile:
                 if not isinstance(value, str):
                     raise ValueError(f"{field.name} must be text, got {value!r}")
                 continue
+            if field.name == "measured":
+                continue  # `measured_from` checks it
             number = isinstance(value, int | float) and not isinstance(value, bool)
             may_be_zero = field.name.startswith("sparse_")
             if (
@@ -57,42 +67,63 @@ def available() -> dict[str, str]:
 
 
 def load_profile(name: str) -> Profile:
-    """A built-in profile by name, or a path ending in .json.
+    """A built-in profile by name, or the path of a profile file.
 
     Raises ValueError when there is none, or naming the field that is wrong.
     """
     folder = resources.files("fedlean.cost") / "profiles"
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"device profile {name!r}: no such file")
+    names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")]
+    if name in names:
+        return _parse(name, (folder / f"{name}.json").read_text())
+    path = Path(name)
+    if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            return _parse(name, path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"device profile {name!r}: {error}") from None
-    else:
-        names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")]
-        if name not in names:
-            near = get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)
-            raise ValueError(
-                f"no device profile named {name!r}; nearest: {', '.join(near)} "
-                "(or the path of a .json file)"
-            )
-        text = (folder / f"{name}.json").read_text()
-    return _parse(name, text)
+    if name.endswith(".json") or os.sep in name:
+        raise ValueError(f"device profile {name!r}: no such file")
+    near = get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)
+    raise ValueError(
+        f"no device profile named {name!r}; nearest: {', '.join(near)} "
+        "(or the path of a profile file)"
+    )
 
 
 def _parse(name: str, text: str) -> Profile:
     try:
-        document = json.loads(text)
-        known = {field.name for field in fields(Profile)}
-        document = {key: value for key, value in document.items() if key != "derivation"}
-        missing = [
-            f.name for f in fields(Profile) if f.name not in document and f.default is MISSING
-        ]
-        if missing or set(document) - known:
-            unknown = sorted(set(document) - known)
-            raise ValueError(f"missing {missing}, unknown {unknown}")
-        return Profile(**document)
-    except (json.JSONDecodeError, AttributeError, ValueError) as error:
+        return from_document(json.loads(text))
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
         raise ValueError(f"device profile {name!r}: {error}") from None
+
+
+def to_document(profile: Profile) -> dict[str, Any]:
+    """JSON values; the inverse of `from_document`."""
+    return asdict(profile)
+
+
+def from_document(document: Any) -> Profile:
+    """A profile from a profile file's object; what stands under `derivation` is for readers.
+
+    Raises ValueError naming the field that is missing, unknown or wrong.
+    """
+    if not isinstance(document, Mapping):
+        raise ValueError(f"expected an object, got {type(document).__name__}")
+    given = {key: value for key, value in document.items() if key != "derivation"}
+    known = {field.name for field in fields(Profile)}
+    missing = [f.name for f in fields(Profile) if f.name not in given and f.default is MISSING]
+    if missing or set(given) - known:
+        raise ValueError(f"missing {missing}, unknown {sorted(set(given) - known)}")
+    if given.get("measured") is not None:
+        given["measured"] = measured_from(given["measured"])
+    return Profile(**given)
+
+
+def other_model(profile: Profile, spec: ModelSpec) -> str | None:
+    """A line that says so where the profile was measured on another model than `spec`."""
+    if profile.measured is None or profile.measured.of(spec):
+        return None
+    return (
+        f"device profile {profile.name!r} was measured on another model or shape "
+        f"({profile.measured.model}): its rates per kind of layer count here"
+    )

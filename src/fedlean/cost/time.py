@@ -8,6 +8,7 @@ from math import prod
 
 from fedlean.core import Work
 from fedlean.cost.flops import forward_flops, layer_flops, positions, step_flops
+from fedlean.cost.measured import MeasuredTime
 from fedlean.cost.profile import Profile
 from fedlean.layers import Conv2d, Flatten
 from fedlean.spec import ModelSpec, Node
@@ -37,6 +38,21 @@ def _seconds_per_flop(profile: Profile, node: Node) -> float:
     return profile.sparse_linear_seconds_per_flop
 
 
+def _measured(spec: ModelSpec, profile: Profile) -> MeasuredTime | None:
+    """What was measured, if it was on this model."""
+    return profile.measured if profile.measured and profile.measured.of(spec) else None
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    return {name: prod(spec.param_shapes[name]) for name in spec.prunable}
+
+
+def _session_seconds(spec: ModelSpec, kept: Mapping[str, int], profile: Profile) -> float:
+    """Opening the engine's session and reading it back; known of measured profiles only."""
+    measured = _measured(spec, profile)
+    return measured.session.seconds(kept, _sizes(spec)) if measured else 0.0
+
+
 def step_seconds(
     spec: ModelSpec,
     kept: Mapping[str, int],
@@ -48,8 +64,11 @@ def step_seconds(
     """One training step, the shorter of the sparse and the dense way.
 
     A model without masks runs densely.  With `importance` the sparse way takes the weight gradient
-    densely, at the dense rate; the dense way has it already.
+    densely, at the dense rate; the dense way has it already.  A profile that was measured on this
+    model gives what was measured, here and below.
     """
+    if measured := _measured(spec, profile):
+        return measured.step_seconds(kept, _sizes(spec), batch_size, importance)
     dense = step_flops(spec, {}, batch_size) / profile.dense_flops_per_s
     if not kept:
         return dense
@@ -67,6 +86,8 @@ def step_seconds(
 def forward_seconds(
     spec: ModelSpec, kept: Mapping[str, int], examples: int, profile: Profile
 ) -> float:
+    if measured := _measured(spec, profile):
+        return measured.forward_seconds(kept, _sizes(spec), examples)
     dense = forward_flops(spec, {}, examples) / profile.dense_flops_per_s
     if not kept:
         return dense
@@ -78,11 +99,13 @@ def forward_seconds(
 
 
 def work_seconds(spec: ModelSpec, work: Work, profile: Profile) -> float:
-    """Computation of one stretch of work, without the link."""
+    """Computation of one stretch of work, without the link; it opens one session of the engine."""
     plain = step_seconds(spec, work.kept, work.batch_size, profile)
     with_importance = step_seconds(spec, work.kept, work.batch_size, profile, importance=True)
     steps = (work.steps - work.importance_steps) * plain + work.importance_steps * with_importance
-    return steps + forward_seconds(spec, work.kept, work.forward_examples, profile)
+    forward = forward_seconds(spec, work.kept, work.forward_examples, profile)
+    opens = work.steps > 0 or work.forward_examples > 0
+    return steps + forward + (_session_seconds(spec, work.kept, profile) if opens else 0.0)
 
 
 def as_done(spec: ModelSpec, work: Work, profile: Profile) -> Work:
@@ -109,10 +132,10 @@ def linear_round_time(
     """
     per_byte = 1 / profile.uplink_bytes_per_s + 1 / profile.downlink_bytes_per_s
     per_value = VALUE_BYTES * per_byte
+    if measured := _measured(spec, profile):
+        return _measured_round_time(spec, measured, per_value, batch_size, local_steps)
     constant = local_steps * batch_size * activations(spec) * profile.sparse_seconds_per_activation
-    constant += per_value * sum(
-        prod(shape) for name, shape in spec.tensor_shapes.items() if name not in spec.prunable
-    )
+    constant += per_value * _unprunable_values(spec)
     per_weight: dict[str, float] = {}
     for node in spec.weighted:
         passes = 2 if spec.reads_input(node) else 3  # forward, grad-weight, and grad-input if any
@@ -124,6 +147,28 @@ def linear_round_time(
         else:
             constant += seconds * prod(spec.param_shapes[name])
     return LinearTime(constant, per_weight)
+
+
+def _unprunable_values(spec: ModelSpec) -> int:
+    return sum(
+        prod(shape) for name, shape in spec.tensor_shapes.items() if name not in spec.prunable
+    )
+
+
+def _measured_round_time(
+    spec: ModelSpec, measured: MeasuredTime, per_value: float, batch_size: int, local_steps: int
+) -> LinearTime:
+    """The fit as it was measured: what a layer takes in full does not bound a line."""
+    session, step = measured.session, measured.step
+    steps = local_steps * batch_size / measured.batch_size
+    constant = session.constant_seconds + steps * step.constant_seconds
+    per_weight = {
+        name: session.layers[name].seconds_per_weight
+        + steps * step.layers[name].seconds_per_weight
+        + per_value
+        for name in spec.prunable
+    }
+    return LinearTime(constant + per_value * _unprunable_values(spec), per_weight)
 
 
 def round_seconds(
@@ -138,5 +183,9 @@ def round_seconds(
     values = sum(
         kept.get(name, prod(shape)) * VALUE_BYTES for name, shape in spec.tensor_shapes.items()
     )
-    compute = local_steps * step_seconds(spec, kept, batch_size, profile)
+    compute = min(
+        _session_seconds(spec, counts, profile)
+        + local_steps * step_seconds(spec, counts, batch_size, profile)
+        for counts in (kept, {})
+    )
     return compute + link_seconds(values, values, profile)

@@ -6,13 +6,15 @@ A client (initial pruning) and the server (further pruning) run the same code; `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from fedlean.core import Masks, Params, Scalar, generator
-from fedlean.cost.profile import Profile
+from fedlean.cost.profile import Profile, from_document
 from fedlean.cost.time import linear_round_time, round_seconds
 from fedlean.pruning.empirical_risk import maximise_linear
 from fedlean.pruning.general_time import maximise_general
@@ -85,6 +87,9 @@ class Pruner:
             for f in fields(Profile)
             if f.type in ("float", "int")
         }
+        if self.profile.measured is not None:
+            measured = replace(self.profile.measured, conditions={})  # no business of a client
+            device["device/measured"] = json.dumps(asdict(measured))
         return {
             **device,
             "time_model": self.time_model,
@@ -95,15 +100,16 @@ class Pruner:
 
     @staticmethod
     def from_hparams(h: Mapping[str, Scalar]) -> Pruner:
-        texts = {"name": "task", "description": "", "source": ""}
-        device = {
+        device: dict[str, Any] = {
             key.removeprefix("device/"): value
             for key, value in h.items()
             if key.startswith("device/")
         }
+        if "measured" in device:
+            device["measured"] = json.loads(str(device["measured"]))
         return Pruner(
             time_model=str(h["time_model"]),
-            profile=Profile(**texts, **device),  # pyright: ignore[reportArgumentType]
+            profile=from_document({"name": "task", "description": "", "source": "", **device}),
             batch_size=int(h["batch_size"]),
             local_steps=int(h["local_steps"]),
             fraction=float(h["fraction"]),

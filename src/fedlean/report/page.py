@@ -39,16 +39,16 @@ def run_page(run: Run) -> str:
     about = [run.fact(key) for key in ("method", "dataset", "model", "partition")]
     kicker = "FedLean run · " + " · ".join(str(fact) for fact in about if fact is not None)
     parts = [
-        _head(kicker, run.name, run_outcome(run, targets)),
+        head(kicker, run.name, run_outcome(run, targets)),
         markup.tiles(_tiles(run)),
-        _section("Cost to each target", _costs([run], targets)),
+        section("Cost to each target", _costs([run], targets)),
         _plots([run], targets),
-        _section("The run", markup.summary_table(labels([run]), summary_rows([run]))),
-        _section("How these figures were made", _method_note([run])),
+        section("The run", markup.summary_table(labels([run]), summary_rows([run]))),
+        section("How these figures were made", _method_note([run])),
         _evaluations(run),
         _config("Configuration", run),
     ]
-    return _document(f"{run.name} · FedLean run", parts)
+    return document(f"{run.name} · FedLean run", parts)
 
 
 def comparison_page(runs: Sequence[Run], targets: Sequence[float] | None = None) -> str:
@@ -60,15 +60,15 @@ def comparison_page(runs: Sequence[Run], targets: Sequence[float] | None = None)
     outcome = comparison_outcome(runs, wanted) if len(runs) > 1 else run_outcome(runs[0], wanted)
     title = " · ".join(names)
     parts = [
-        _head(f"FedLean comparison of {len(runs)} runs", title, outcome),
+        head(f"FedLean comparison of {len(runs)} runs", title, outcome),
         _differences(runs),
-        _section("Cost to each target", _costs(runs, wanted)),
+        section("Cost to each target", _costs(runs, wanted)),
         _plots(runs, wanted),
-        _section("The runs", markup.summary_table(names, summary_rows(runs))),
-        _section("How these figures were made", _method_note(runs)),
+        section("The runs", markup.summary_table(names, summary_rows(runs))),
+        section("How these figures were made", _method_note(runs)),
         *(_config(f"Configuration of {name}", run) for name, run in zip(names, runs, strict=True)),
     ]
-    return _document(f"{title} · FedLean comparison", parts)
+    return document(f"{title} · FedLean comparison", parts)
 
 
 def write_page(path: Path, html: str) -> None:
@@ -84,19 +84,21 @@ def write_page(path: Path, html: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _document(title: str, parts: Iterable[str]) -> str:
+def document(title: str, parts: Iterable[str], source: str = "the run's own log") -> str:
+    """The whole file around `parts` (HTML); `source` says what its figures were made from."""
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n"
-        f"<footer>Made by FedLean {escape(fedlean.__version__)} from the run's own log; this file "
-        "needs no network.</footer>\n</body>\n</html>\n"
+        f"<footer>Made by FedLean {escape(fedlean.__version__)} from {source}; this file needs "
+        "no network.</footer>\n</body>\n</html>\n"
     )
 
 
-def _head(kicker: str, title: str, outcome: Sequence[str]) -> str:
+def head(kicker: str, title: str, outcome: Sequence[str]) -> str:
+    """The page's title with sentences below it; plain text."""
     lead = "".join(f"<p>{escape(sentence)}</p>" for sentence in outcome)
     return (
         f'<header>\n<p class="kicker">{escape(kicker)}</p>\n<h1>{escape(title)}</h1>\n'
@@ -104,7 +106,8 @@ def _head(kicker: str, title: str, outcome: Sequence[str]) -> str:
     )
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """`content` is HTML."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
@@ -128,7 +131,7 @@ def _plots(runs: Sequence[Run], targets: Sequence[float]) -> str:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise ValueError("a report needs matplotlib: pip install 'fedlean[sim]'") from None
-    return _section("Curves", markup.plot_grid(plots.all_plots(runs, targets)))
+    return section("Curves", markup.plot_grid(plots.all_plots(runs, targets)))
 
 
 def _costs(runs: Sequence[Run], targets: Sequence[float]) -> str:
@@ -136,7 +139,10 @@ def _costs(runs: Sequence[Run], targets: Sequence[float]) -> str:
         return "<p>No target accuracy was set for this page.</p>"
     text = (
         "What was paid, from the first step on, until an evaluation first reached the target. "
-        "Bytes are both directions, all clients together."
+        "Simulated time is the emulated device's; measured here is the wall time of each round's "
+        "median client on this machine, without the link. Bytes are both directions, all clients "
+        "together. FLOPs count sampled weight gradients, as they are computed here, and dense "
+        "ones, as the PruneFL paper counts."
     )
     if len(runs) > 1:
         text += f" Ratios are against {labels(runs)[0]}."

@@ -24,7 +24,13 @@ from safetensors.numpy import save
 
 import fedlean
 from fedlean.core import Device, FederatedAlgorithm, Params, Server
-from fedlean.cost.profile import load_profile
+from fedlean.cost.profile import (
+    Profile,
+    from_document,
+    load_profile,
+    other_model,
+    to_document,
+)
 from fedlean.data.batches import ClientData, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import load_dataset
@@ -108,12 +114,13 @@ def start(
             f"--out {folder} {what}: name another folder, or continue with "
             f"'fedlean resume {folder}'"
         )
-    run = _prepare(config, folder, say)
+    run = _prepare(config, folder, say, load_profile(config.device))
     state = run.algorithm.init(init_params(run.server.spec, config.seed))
     folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, **asdict(run.config)}
     document["environment"] = environment(run.server.engine)
     document["spec"] = json.loads(run.server.spec.to_json())
+    document["profile"] = to_document(run.server.device)  # its file may change or go
     write_atomically(folder / "config.json", json.dumps(document, indent=1).encode())
     return _go(
         run, Progress(state, ClientStore()), Totals(), RunLog(folder / "rounds.jsonl"), watch
@@ -126,9 +133,9 @@ def resume(folder: Path, watch: Watch, say: Say) -> dict[str, Any]:
     Raises ValueError when the folder holds no run or its files are damaged.
     """
     config = read_config(folder)
-    run = _prepare(config, folder, say)
-    written = json.loads((folder / "config.json").read_bytes())["environment"]
-    if written != environment(run.server.engine):
+    document = json.loads((folder / "config.json").read_bytes())
+    run = _prepare(config, folder, say, _recorded_profile(folder, document))
+    if document["environment"] != environment(run.server.engine):
         say("made with other versions or on another machine: the last bits may differ")
     initial = run.algorithm.init(init_params(run.server.spec, config.seed))
     if not any((folder / "checkpoint").glob("*.json")):
@@ -160,10 +167,21 @@ def read_config(folder: Path) -> RunConfig:
                 f"{path} has another format than {FORMAT}: use the version that wrote it"
             )
         del document["environment"], document["spec"]
+        document.pop("profile", None)  # `resume` reads it; early runs have none
         document["target_accuracy"] = tuple(document["target_accuracy"])
         return _typed(RunConfig(**document))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _recorded_profile(folder: Path, document: dict[str, Any]) -> Profile:
+    """The device profile that the run began with; of an early run, the one of that name."""
+    if "profile" not in document:
+        return load_profile(document["device"])
+    try:
+        return from_document(document["profile"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: profile: {error}") from None
 
 
 def _typed(config: RunConfig) -> RunConfig:
@@ -219,15 +237,16 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name} must be from 0 to {config.clients - 1}, got {client}")
 
 
-def _prepare(config: RunConfig, folder: Path, say: Say) -> _Run:
+def _prepare(config: RunConfig, folder: Path, say: Say, profile: Profile) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
     _check(config)
-    profile = load_profile(config.device)
     dataset = with_inputs(load_dataset(config.dataset), config.inputs)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     engine, why_not_native = engine_for(spec, config.engine, config.threads)
     if why_not_native:
         say(why_not_native)
+    if line := other_model(profile, spec):
+        say(line)
     server = Server(spec, engine, config.seed, config.rounds, profile)
     algorithm = build_method(config.method, server, config.settings)
     parts = partition(config.partition, dataset, config.clients, config.seed)
@@ -343,7 +362,9 @@ def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
         "downlink_bytes": totals.downlink_bytes,
         "uplink_bytes": totals.uplink_bytes,
         "flops_per_client": totals.flops_per_client,
+        "flops_dense_gradient_per_client": totals.flops_dense_gradient_per_client,
         "simulated_seconds": totals.simulated_seconds,
+        "measured_seconds": totals.measured_seconds,
         "wall_seconds": totals.wall_seconds,
         "peak_memory_bytes": totals.peak_memory_bytes,
         "time_to_accuracy": targets,

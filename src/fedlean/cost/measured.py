@@ -1,0 +1,162 @@
+"""Times that a device was measured to need for one model (`fedlean profile` measures them).
+
+PruneFL (arXiv 1909.12326) fits the time of a round linearly, T(M) = c + Σ_j t_j with t_j equal
+within a layer.  Here the same per operation, computation only.  Ours: a layer takes no longer than
+it was measured to take in full, since the native engine computes densely from a density upwards;
+the fit is of the range below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from sys import float_info
+from typing import Any, TypeGuard
+
+from fedlean.spec import ModelSpec
+
+OPERATIONS = ("session", "step", "forward")
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One prunable tensor: what each kept weight adds, and what all of them add at most."""
+
+    seconds_per_weight: float  # t_l
+    full_seconds: float | None  # None: not measured
+    r_squared: float  # of the line through this layer's own measurements
+
+
+@dataclass(frozen=True)
+class OperationTime:
+    """c + Σ_l min(t_l · kept_l, full_l) of a masked model."""
+
+    constant_seconds: float  # c
+    dense_seconds: float | None  # of the model without masks; None: not measured
+    layers: Mapping[str, LayerTime]
+
+    def seconds(self, kept: Mapping[str, int], sizes: Mapping[str, int]) -> float:
+        """`kept` maps masked tensors to kept weights, empty: the dense model; `sizes`: to all."""
+        if not kept and self.dense_seconds is not None:
+            return self.dense_seconds
+        total = self.constant_seconds
+        for name, layer in self.layers.items():
+            linear = layer.seconds_per_weight * kept.get(name, sizes[name])
+            total += linear if layer.full_seconds is None else min(linear, layer.full_seconds)
+        return total
+
+
+@dataclass(frozen=True)
+class MeasuredTime:
+    """The operations of one model at one batch size.  A device may take the dense way instead.
+
+    `session` is once per stretch of work: opening the engine's session with packed values and
+    masks, what its first step takes longer than the others, and reading the values back; `step` is
+    one training step; `forward` one forward pass over a batch.  The importance seconds are what a
+    step that also sums g² of all coordinates takes longer, of a pruned model and of the dense one.
+    """
+
+    model: str
+    spec_hash: str
+    batch_size: int
+    session: OperationTime
+    step: OperationTime
+    forward: OperationTime
+    importance_seconds: float
+    dense_importance_seconds: float
+    conditions: Mapping[str, str | int | float]  # machine, threads, instruction set, date, ...
+
+    def of(self, spec: ModelSpec) -> bool:
+        """Whether it is of this model.
+
+        Raises ValueError naming the layers when it says so and lists the layers of another.
+        """
+        if self.spec_hash != spec.hash:
+            return False
+        for operation in (self.session, self.step, self.forward):
+            if odd := sorted(operation.layers.keys() ^ set(spec.prunable)):
+                raise ValueError(
+                    "the measured times say that they are of this model, but they and its "
+                    f"prunable layers differ in {', '.join(odd)}: measure it with 'fedlean profile'"
+                )
+        return True
+
+    def step_seconds(
+        self, kept: Mapping[str, int], sizes: Mapping[str, int], batch_size: int, importance: bool
+    ) -> float:
+        """One training step.  Ours: time grows with the batch, as what was measured does."""
+        sparse, dense = self.step.seconds(kept, sizes), self.step.seconds({}, sizes)
+        if importance:
+            sparse += self.importance_seconds if kept else self.dense_importance_seconds
+            dense += self.dense_importance_seconds
+        return min(sparse, dense) * batch_size / self.batch_size
+
+    def forward_seconds(
+        self, kept: Mapping[str, int], sizes: Mapping[str, int], examples: int
+    ) -> float:
+        """Of `examples` examples; as a step, in proportion to the batch."""
+        least = min(self.forward.seconds(kept, sizes), self.forward.seconds({}, sizes))
+        return least * examples / self.batch_size
+
+
+def measured_from(document: Any) -> MeasuredTime:
+    """What `dataclasses.asdict` made of one.  Raises ValueError naming the field that is wrong."""
+    values = _object(document, "measured", MeasuredTime)
+    for name in OPERATIONS:
+        values[name] = _operation(values[name], f"measured.{name}")
+    for name in ("model", "spec_hash"):
+        if not isinstance(values[name], str):
+            raise ValueError(f"measured.{name} must be text, got {values[name]!r:.40}")
+    batch = values["batch_size"]
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"measured.batch_size must be a positive integer, got {batch!r:.40}")
+    for name in ("importance_seconds", "dense_importance_seconds"):
+        _seconds(values[name], f"measured.{name}")
+    conditions = values["conditions"]
+    if not isinstance(conditions, dict) or not all(
+        isinstance(value, str | int | float) for value in conditions.values()
+    ):
+        raise ValueError("measured.conditions must map names to texts and numbers")
+    return MeasuredTime(**values)
+
+
+def _operation(document: Any, what: str) -> OperationTime:
+    values = _object(document, what, OperationTime)
+    _seconds(values["constant_seconds"], f"{what}.constant_seconds")
+    _seconds(values["dense_seconds"], f"{what}.dense_seconds", may_lack=True)
+    if not isinstance(values["layers"], dict):
+        raise ValueError(f"{what}.layers must map layers to their times")
+    layers = {name: _layer(entry, f"{what}.{name}") for name, entry in values["layers"].items()}
+    return OperationTime(values["constant_seconds"], values["dense_seconds"], layers)
+
+
+def _layer(document: Any, what: str) -> LayerTime:
+    values = _object(document, what, LayerTime)
+    _seconds(values["seconds_per_weight"], f"{what}.seconds_per_weight")
+    _seconds(values["full_seconds"], f"{what}.full_seconds", may_lack=True)
+    if not _is_number(values["r_squared"]) or values["r_squared"] > 1:
+        raise ValueError(f"{what}.r_squared must be a number up to 1, got {values['r_squared']!r}")
+    return LayerTime(**values)
+
+
+def _object(document: Any, what: str, wanted: type) -> dict[str, Any]:
+    """A copy with exactly the fields of `wanted`."""
+    if not isinstance(document, dict):
+        raise ValueError(f"{what} must be an object, got {type(document).__name__}")
+    names = {field.name for field in fields(wanted)}
+    if set(document) != names:
+        missing, unknown = sorted(names - set(document)), sorted(set(document) - names)
+        raise ValueError(f"{what}: missing {missing}, unknown {unknown}")
+    return dict(document)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= float_info.max  # a NaN fails, too
+
+
+def _seconds(value: Any, what: str, *, may_lack: bool = False) -> None:
+    if value is None and may_lack:
+        return
+    if not (_is_number(value) and value >= 0):
+        raise ValueError(f"{what} must be a finite number of at least 0, got {value!r:.40}")
