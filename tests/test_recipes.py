@@ -84,7 +84,8 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
 def test_masks_from_names_a_run_beside():
     config = RunConfig("fixed_mask", settings={"masks_from": "prunefl", "lr": 0.1})
     there = recipe.beside(Path("out/iid/seed3"), config)
-    assert there.settings == {"masks_from": str(Path("out/iid/seed3/prunefl")), "lr": 0.1}
+    absolute = str(Path("out/iid/seed3/prunefl").resolve())
+    assert there.settings == {"masks_from": absolute, "lr": 0.1}
     assert recipe.beside(Path("out"), RunConfig("fedavg")) == RunConfig("fedavg")
 
 

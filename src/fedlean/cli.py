@@ -249,6 +249,8 @@ def profile(
         raise ValueError("--dataset gives the shape and the classes: leave out the other two")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file")
+    if out.suffix == ".html":
+        raise ValueError(f"--out {out} is where the page goes: name the profile {out.stem}.json")
     out.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     request = Request(
         model=model,

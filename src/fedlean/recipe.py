@@ -99,7 +99,7 @@ def beside(folder: Path, config: RunConfig) -> RunConfig:
     """`masks_from` names another run of the recipe: its folder of the same group and seed."""
     if "masks_from" not in config.settings:
         return config
-    masks_from = str(folder / str(config.settings["masks_from"]))
+    masks_from = str((folder / str(config.settings["masks_from"])).resolve())
     return replace(config, settings={**config.settings, "masks_from": masks_from})
 
 
@@ -145,6 +145,8 @@ def reported(folder: Path) -> dict[str, Any]:
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
     training = [row for row in rounds if row["round"] > 0]
+    if any(key not in summary for key in REPORTED):
+        raise ValueError(f"{folder} was made by an earlier version: remove it and run it again")
     return {
         **{key: summary[key] for key in REPORTED},
         "seconds_before_round_1": sum(

@@ -62,7 +62,7 @@ def dense_sgd(weights, masks, data, task, *, steps, lr, momentum, weight_decay):
 def test_a_round_is_sgd_on_the_dense_weights_with_gradients_of_the_pruned(momentum, weight_decay):
     """w(t+1) = w(t) - γ·g(m ⊙ w(t)) for three steps at two clients, then Σ p_n w_n."""
     sgd = {"lr": 0.5, "momentum": momentum, "weight_decay": weight_decay}
-    algorithm = dpf(server(), local_steps=3, batch_size=4, reconfigure_every=100, **sgd)
+    algorithm = dpf(server(), local_steps=3, batch_size=4, density=1.0, **sgd)
     state = pruned_state(algorithm)
     tasks = algorithm.configure(state, devices()[:2])
     updates = [client_update(t, client_data()[t.client], ENGINE, {})[0] for t in tasks]
@@ -157,7 +157,7 @@ def test_dense_weight_gradients_are_charged_once_there_is_a_mask():
 
 
 def test_an_unanswered_round_leaves_the_hidden_weights_alone():
-    algorithm = dpf(server(), weight_decay=0.1, reconfigure_every=100)
+    algorithm = dpf(server(), weight_decay=0.1, density=1.0)
     state = pruned_state(algorithm)
     after = algorithm.server_update(state, [])
     assert after.round == 1 and same(after.hidden, state.hidden)
@@ -180,3 +180,17 @@ def test_bad_hyperparameters_are_named(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=name):
         dpf(server(), **setting)
+
+
+def test_the_last_mask_has_the_final_density():
+    """Of 10 rounds the mask changes after the 8th last, before `target_share` is over."""
+    algorithm = dpf(
+        replace(server(), rounds=10),
+        density=0.2,
+        reconfigure_every=4,
+        target_share=1.0,
+        **SGD_SETTINGS,
+    )
+    assert density(run(algorithm, rounds=10).masks) == pytest.approx(0.2, abs=0.01)
+    with pytest.raises(ValueError, match="must be below the number of rounds"):
+        dpf(replace(server(), rounds=3), density=0.2, reconfigure_every=3)

@@ -8,6 +8,7 @@ is known before it is allocated.  Results are bit-equal for any number of thread
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
@@ -59,6 +60,7 @@ class NativeEngine:
             raise ValueError(f"no native engine with {count} threads: {error}") from None
         self.instruction_set: str = self._native.instruction_set
         self._last: _Last | None = None
+        self._opening = threading.Lock()  # two sessions never take over the same one
 
     def open(
         self,
@@ -92,11 +94,12 @@ class NativeEngine:
 
     def _take_last(self, key: Hashable) -> _native.Session | None:
         """Frees it where it does not fit: two plans are never held for one session."""
-        last = self._last
-        if last is None or last.owner() is not None:
-            return None
-        self._last = None
-        return last.session if last.key == key else None
+        with self._opening:
+            last = self._last
+            if last is None or last.owner() is not None:
+                return None
+            self._last = None
+            return last.session if last.key == key else None
 
 
 class _Place(NamedTuple):

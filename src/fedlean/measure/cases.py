@@ -100,11 +100,11 @@ def draw(spec: ModelSpec, case: Case) -> tuple[Params, Masks]:
 
 
 def _mask(shape: tuple[int, ...], density: float, rng: np.random.Generator) -> np.ndarray:
-    flat = np.empty(prod(shape), np.bool_)
+    mask = np.empty(shape, np.bool_)
+    flat = mask.reshape(-1)
     for at in range(0, flat.size, _BLOCK):
         part = flat[at : at + _BLOCK]
         np.less(rng.random(part.size, dtype=np.float32), density, out=part)
-    mask = flat.reshape(shape)
     mask.setflags(write=False)  # as those that a client holds between rounds
     return mask
 

@@ -41,8 +41,9 @@ def serve(
 ) -> None:
     """Answers so many connections (None: until it is interrupted) and says how each ended."""
     for _ in count() if connections is None else range(connections):
-        connection, (host, *_rest) = listener.accept()
+        host = "?"
         try:
+            connection, (host, *_rest) = listener.accept()
             with connection:
                 answer(connection)
             say(f"{host}: measured")

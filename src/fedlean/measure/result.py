@@ -97,14 +97,19 @@ def write(path: Path, result: Measurement) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _importance_seconds(point: Point | None) -> float | None:
+    """What g² of all coordinates adds to a step, where that was measured."""
+    if point is None or point.importance is None:
+        return None
+    return max(0.0, point.importance - point.step)
+
+
 def _measured(
     model: str, spec: ModelSpec, survey: Survey, conditions: Mapping[str, str | int | float]
 ) -> MeasuredTime:
     base, dense = survey.at(survey.plan.base), survey.at(survey.plan.dense)
-    extra = [
-        0.0 if p is None or p.importance is None else max(0.0, p.importance - p.step)
-        for p in (base, dense)
-    ]
+    sparse = _importance_seconds(base) or 0.0
+    whole = _importance_seconds(dense)
     return MeasuredTime(
         model=model,
         spec_hash=spec.hash,
@@ -112,8 +117,8 @@ def _measured(
         session=fit_operation(survey, lambda p: p.session),
         step=fit_operation(survey, lambda p: p.step),
         forward=fit_operation(survey, lambda p: p.forward),
-        importance_seconds=extra[0],
-        dense_importance_seconds=extra[1],
+        importance_seconds=sparse,
+        dense_importance_seconds=sparse if whole is None else whole,  # memory was short for it
         conditions=conditions,
     )
 

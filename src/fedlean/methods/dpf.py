@@ -112,7 +112,13 @@ def dpf(
 
     spec = server.spec
     count_at(density, spec)  # refuses one that keeps nothing
-    pruning_rounds = max(1, round(target_share * server.rounds))
+    last = (server.rounds - 1) // reconfigure_every * reconfigure_every  # round of the last mask
+    if density < 1 and not last:
+        raise ValueError(
+            f"reconfigure_every must be below the number of rounds ({server.rounds}), got "
+            f"{reconfigure_every}: nothing would be pruned"
+        )
+    pruning_rounds = max(1, min(last, round(target_share * server.rounds)))
 
     def rate(state: State) -> float:
         return learning_rate(lr, state.round, lr_half_life_rounds)

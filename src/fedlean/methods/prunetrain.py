@@ -17,7 +17,8 @@ federation is ours.
   these is λ from then on.
 - Weights that the spec never prunes have no penalty, though they can keep a channel alive.
 - Removed channels are masked; the model keeps its shape, and sparse kernels save what is masked.
-  A channel does not come back.  Biases and norms of removed channels stay.
+  A channel does not come back, unless weights that are never pruned grow again and revive it.
+  Biases and norms of removed channels stay.
 - Reconfigurations come every `reconfigure_every` rounds (authors' code: 5 epochs), none after the
   last.
 - Nothing keeps a layer from losing its last channel, and the model from becoming constant: the

@@ -31,8 +31,9 @@ def keep_largest(scores: Params, count: int, among: Masks) -> Masks:
     kept = largest(flat, min(count, num_kept(among)))
     ends = np.cumsum([values.size for values in scores.values()])
     parts = np.split(kept, ends[:-1])
-    return {
-        name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)
+    return {  # copies: a view would keep the masks of all tensors alive
+        name: part.reshape(scores[name].shape).copy()
+        for name, part in zip(scores, parts, strict=True)
     }
 
 

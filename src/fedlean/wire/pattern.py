@@ -33,6 +33,7 @@ _MAX_SIZES = 256
 # a simulation asks for the size of the same pattern once per client and round.
 _sizes: dict[str, int] = {}
 # The last read-only masks hashed, and their hash: every message of a round is about the same ones.
+# Whoever makes an array read-only has given up writing through views taken before.
 _hashed: tuple[dict[str, np.ndarray], str] = ({}, NO_PATTERN)
 
 
