@@ -8,11 +8,17 @@ answered first.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from fedlean.core import ClientUpdate, Masks, Params
+
+NO_PATTERN = "0" * 32  # the hash of no masks
+# The last read-only masks hashed, and their hash: every message of a round is about the same ones.
+# Whoever makes an array read-only has given up writing through views taken before.
+_hashed: tuple[dict[str, np.ndarray], str] = ({}, NO_PATTERN)
 
 
 def apply_mask(params: Params, masks: Masks) -> dict[str, np.ndarray]:
@@ -61,6 +67,36 @@ def kept_counts(masks: Masks) -> dict[str, int]:
 def num_kept(masks: Masks) -> int:
     """Kept coordinates over all masked tensors."""
     return sum(kept_counts(masks).values())
+
+
+def pattern_hash(masks: Masks) -> str:
+    """32 hex digits over names, shapes and packed bits, whatever the order of the names.
+
+    Raises ValueError naming the mask that is not bool.
+
+    >>> pattern_hash({})
+    '00000000000000000000000000000000'
+    >>> a, b = np.array([True, False]), np.array([True])
+    >>> pattern_hash({"a": a, "b": b}) == pattern_hash({"b": b, "a": a})
+    True
+    """
+    global _hashed
+    if not masks:
+        return NO_PATTERN
+    last, known = _hashed
+    if masks.keys() == last.keys() and all(masks[name] is last[name] for name in masks):
+        return known
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(masks):
+        if masks[name].dtype != np.bool_:
+            raise ValueError(f"mask {name!r} must be bool, got {masks[name].dtype}")
+        # The shape is in: slices of one tensor can agree in name and bits and differ in shape.
+        digest.update(repr((name, tuple(masks[name].shape))).encode("utf-8", "surrogatepass"))
+        digest.update(np.packbits(masks[name]).data)
+    key = digest.hexdigest()
+    if all(not mask.flags.writeable and mask.base is None for mask in masks.values()):
+        _hashed = (dict(masks), key)
+    return key
 
 
 class _Coverage:

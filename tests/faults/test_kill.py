@@ -36,7 +36,12 @@ def arguments(folder: Path, rounds: int = ROUNDS) -> list[str]:
 def launch(*arguments: str, checkpoint_seconds: float = 0.1) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, str(checkpoint_seconds), *arguments]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread)
+    # A suite that runs as a job in the background ignores SIGINT, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stop_when(

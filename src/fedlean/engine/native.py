@@ -22,7 +22,7 @@ from fedlean.core import Masks, Params, SubModel, generator
 from fedlean.engine import checks
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import INPUT, ModelSpec, Node
-from fedlean.wire.pattern import pattern_hash
+from fedlean.tree import pattern_hash
 
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
 _MAX_THREADS = 1024

@@ -12,19 +12,19 @@ n is the number of coordinates, known from the tensor's shape.  Nothing here loo
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from math import prod
 
 import numpy as np
 
+from fedlean import tree
 from fedlean.core import Masks
 from fedlean.layers import Shape
+from fedlean.tree import NO_PATTERN as NO_PATTERN
 from fedlean.wire.errors import WireError
 from fedlean.wire.reader import Reader
 
 ALL, NONE, BITMAP, DELTA, LISTED = range(5)
-NO_PATTERN = "0" * 32
 _MAX_VARINT_BYTES = 5  # 35 bits hold any gap in a tensor of at most 2^31 elements
 _BLOCK_BYTES = 1 << 18
 _MAX_SIZES = 256
@@ -32,37 +32,14 @@ _MAX_SIZES = 256
 # Pattern hash -> bytes.  A pure function's results, so the cache is never wrong; it is here because
 # a simulation asks for the size of the same pattern once per client and round.
 _sizes: dict[str, int] = {}
-# The last read-only masks hashed, and their hash: every message of a round is about the same ones.
-# Whoever makes an array read-only has given up writing through views taken before.
-_hashed: tuple[dict[str, np.ndarray], str] = ({}, NO_PATTERN)
 
 
 def pattern_hash(masks: Masks) -> str:
-    """32 hex digits over names, shapes and packed bits, whatever the order of the names.
-
-    >>> pattern_hash({})
-    '00000000000000000000000000000000'
-    >>> a, b = np.array([True, False]), np.array([True])
-    >>> pattern_hash({"a": a, "b": b}) == pattern_hash({"b": b, "a": a})
-    True
-    """
-    global _hashed
-    if not masks:
-        return NO_PATTERN
-    last, known = _hashed
-    if masks.keys() == last.keys() and all(masks[name] is last[name] for name in masks):
-        return known
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(masks):
-        if masks[name].dtype != np.bool_:
-            raise WireError(f"mask {name!r} must be bool, got {masks[name].dtype}")
-        # The shape is in: slices of one tensor can agree in name and bits and differ in shape.
-        digest.update(repr((name, tuple(masks[name].shape))).encode("utf-8", "surrogatepass"))
-        digest.update(np.packbits(masks[name]).data)
-    key = digest.hexdigest()
-    if all(not mask.flags.writeable and mask.base is None for mask in masks.values()):
-        _hashed = (dict(masks), key)
-    return key
+    """`fedlean.tree.pattern_hash`, the name under which both sides hold a pattern."""
+    try:
+        return tree.pattern_hash(masks)
+    except ValueError as error:
+        raise WireError(str(error)) from None
 
 
 def pattern_payload_bytes(masks: Masks) -> int:
