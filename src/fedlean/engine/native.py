@@ -8,7 +8,6 @@ is known before it is allocated.  Results are bit-equal for any number of thread
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
@@ -59,8 +58,7 @@ class NativeEngine:
         except RuntimeError as error:
             raise ValueError(f"no native engine with {count} threads: {error}") from None
         self.instruction_set: str = self._native.instruction_set
-        self._last: _Last | None = None
-        self._opening = threading.Lock()  # two sessions never take over the same one
+        self._last: list[_Last] = []  # one at most
 
     def open(
         self,
@@ -89,17 +87,16 @@ class NativeEngine:
             loss,
             self._take_last(key),
         )
-        self._last = _Last(key, session.native, weakref.ref(session))
+        self._last = [_Last(key, session.native, weakref.ref(session))]
         return session
 
     def _take_last(self, key: Hashable) -> _native.Session | None:
         """Frees it where it does not fit: two plans are never held for one session."""
-        with self._opening:
-            last = self._last
-            if last is None or last.owner() is not None:
-                return None
-            self._last = None
-            return last.session if last.key == key else None
+        try:
+            last = self._last.pop()  # at once: no two threads get the same one
+        except IndexError:
+            return None
+        return last.session if last.key == key and last.owner() is None else None
 
 
 class _Place(NamedTuple):
