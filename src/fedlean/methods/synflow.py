@@ -31,16 +31,15 @@ from fedlean.core import (
     Params,
     Server,
     SubModel,
-    Work,
     derive_seed,
 )
-from fedlean.engine.protocol import SGD, Engine, Loss
+from fedlean.engine.protocol import Engine, Loss
 from fedlean.pruning.global_top import count_at
 from fedlean.pruning.synaptic_flow import prune_by_flow
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
+from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.sampling import sample_cohort
-from fedlean.train.sgd import local_sgd
-from fedlean.tree import apply_mask, fold, kept_counts
+from fedlean.tree import apply_mask, fold
 
 
 @dataclass(frozen=True)
@@ -140,30 +139,4 @@ def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """w_n <- w - η·g ⊙ m for `local_steps` steps."""
-    h, masks = task.hparams, task.sub_model.masks
-    steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
-    session = engine.open(
-        task.spec,
-        task.params,
-        task.sub_model,
-        batch_size=batch_size,
-        optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
-        loss="bce" if h["loss"] == "bce" else "ce",
-    )
-    train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
-    update = ClientUpdate(
-        client=task.client,
-        num_examples=batches.num_examples,
-        params=session.params(packed=True),
-        sub_model=task.sub_model,
-        metrics={"train_loss": train_loss},
-        work=(
-            Work(
-                steps,
-                batch_size,
-                kept=kept_counts(masks),
-                optimizer_floats=1 if h["momentum"] else 0,
-            ),
-        ),
-    )
-    return update, client_state
+    return train_kept_weights(task, batches, engine), client_state
