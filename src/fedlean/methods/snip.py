@@ -43,14 +43,14 @@ from fedlean.core import (
     Work,
     derive_seed,
 )
-from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.engine.protocol import SGD, Engine, Loss
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.global_top import count_at, keep_largest
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
+from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.sampling import sample_cohort
-from fedlean.train.sgd import local_sgd
-from fedlean.tree import apply_mask, fold, kept_counts
+from fedlean.tree import apply_mask, fold
 
 Score = Literal["gradient", "update"]
 
@@ -177,51 +177,22 @@ def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """A round of local SGD, or the gradient of the loss at the model of the task."""
-    half = _score if task.phase == "score" else _train
+    half = _score if task.phase == "score" else train_kept_weights
     return half(task, batches, engine), client_state
-
-
-def _open(task: ClientTask, engine: Engine, optimizer: SGD) -> Session:
-    h = task.hparams
-    return engine.open(
-        task.spec,
-        task.params,
-        task.sub_model,
-        batch_size=int(h["batch_size"]),
-        optimizer=optimizer,
-        loss="bce" if h["loss"] == "bce" else "ce",
-    )
-
-
-def _train(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
-    """w_n <- w - η·g ⊙ m for `local_steps` steps."""
-    h = task.hparams
-    steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
-    optimizer = SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"]))
-    session = _open(task, engine, optimizer)
-    train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
-    return ClientUpdate(
-        client=task.client,
-        num_examples=batches.num_examples,
-        params=session.params(packed=True),
-        sub_model=task.sub_model,
-        metrics={"train_loss": train_loss},
-        work=(
-            Work(
-                steps,
-                batch_size,
-                kept=kept_counts(task.sub_model.masks),
-                optimizer_floats=1 if h["momentum"] else 0,
-            ),
-        ),
-    )
 
 
 def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
     """g of eq. (4), dL/dw of the prunable weights: the mean over `snip_batches` batches."""
     h = task.hparams
     steps, batch_size = int(h["snip_batches"]), int(h["batch_size"])
-    session = _open(task, engine, SGD(0.0))
+    session = engine.open(
+        task.spec,
+        task.params,
+        task.sub_model,
+        batch_size=batch_size,
+        optimizer=SGD(0.0),
+        loss="bce" if h["loss"] == "bce" else "ce",
+    )
     output, shapes = task.spec.nodes[-1].name, task.spec.param_shapes
     total = {name: np.zeros(shapes[name], np.float32) for name in task.spec.prunable}
     losses = []
