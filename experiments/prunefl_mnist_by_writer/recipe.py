@@ -8,7 +8,7 @@ from fedlean.recipe import approaches, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 100  # the paper: 10,000, and 50 between reconfigurations
-EVERY = 20
+EVERY = 25
 TARGETS = (0.9, 0.95, 0.97)
 DENSITY = 0.14  # about what PruneFL chose in pilot runs; what cannot choose a size gets this one
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}

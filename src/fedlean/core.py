@@ -87,6 +87,15 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class StatisticForm:
+    """What the answers to a task hold under one name; another is refused, with its reason."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # of each of its tensors
+    reduction: Reduction = "mean"
+    non_negative: bool = False
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """One client's answer; `sub_model` says what it holds now (coverage of the merge)."""
 
@@ -143,7 +152,10 @@ class Server:
 
 
 class FederatedAlgorithm(NamedTuple):
-    """A method: four functions and a stop predicate, built by `method(server, **settings)`."""
+    """A method: four functions and a stop predicate, built by `method(server, **settings)`.
+
+    A method whose clients send statistics says in `statistics` which ones a task asks for.
+    """
 
     init: Callable[[Params], Any]
     configure: Callable[[Any, Sequence[Device]], list[ClientTask]]  # [] = server-only step
@@ -152,6 +164,7 @@ class FederatedAlgorithm(NamedTuple):
     ]
     server_update: Callable[[Any, Iterable[ClientUpdate]], Any]
     done: Callable[[Any], bool]
+    statistics: Callable[[ClientTask], Mapping[str, StatisticForm]] = lambda task: {}
 
 
 def derive_seed(seed: int, round: int, client: int, purpose: str) -> int:

@@ -72,13 +72,15 @@ def test_uplink_is_what_an_update_takes(sub_model, value_dtype):
 
 
 @pytest.mark.parametrize("sub_model", SUB_MODELS)
-def test_uplink_with_full_importance(sub_model):
+@pytest.mark.parametrize(("each", "value"), [(4, 0.1), (2, 1.0)])
+def test_uplink_with_full_importance(sub_model, each, value):
+    """1 is a bfloat16, 0.1 is not."""
     plain, full = (
-        cost(SPEC, sub_model, PI, upload_importance=flag, **SETTING).uplink_bytes
-        for flag in (False, True)
+        cost(SPEC, sub_model, PI, importance_bytes=size * SPEC.num_params, **SETTING).uplink_bytes
+        for size in (0, each)
     )
-    assert full - plain == 4 * SPEC.num_params
-    sums = {name: np.ones(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
+    assert full - plain == each * SPEC.num_params
+    sums = {name: np.full(shape, value, np.float32) for name, shape in SPEC.param_shapes.items()}
     statistics = {"importance": Statistic(sums, "mean")}
     answer = ClientUpdate(3, 10, values(sub_model), sub_model, statistics)
     message = wire.encode_update(answer, task(sub_model))
@@ -117,7 +119,9 @@ def test_dense_bytes_by_hand():
 def test_seconds_and_flops_are_those_of_the_work():
     sub_model = masked(0.1)
     kept = kept_counts(sub_model.masks)
-    priced = cost(SPEC, sub_model, SPARSE, importance_steps=2, upload_importance=True, **SETTING)
+    priced = cost(
+        SPEC, sub_model, SPARSE, importance_steps=2, importance_bytes=4 * SPEC.num_params, **SETTING
+    )
     work = Work(3, 4, 2, kept=kept)
     link = link_seconds(priced.downlink_bytes, priced.uplink_bytes, SPARSE)
     assert priced.flops == work_flops(SPEC, work)

@@ -88,7 +88,14 @@ def test_importance_is_g_squared_of_all_coordinates_summed_over_steps():
     """lr -> 0 leaves w in place, so Σ g² over 3 steps is that of 3 separate gradients."""
     masks = full_masks(SPEC)
     masks["fc1.weight"][:, ::2] = False
-    algorithm = prunefl(server(), lr=1e-12, local_steps=3, batch_size=4, reconfigure_every=1)
+    algorithm = prunefl(
+        server(),
+        lr=1e-12,
+        local_steps=3,
+        batch_size=4,
+        reconfigure_every=1,
+        importance_dtype="fp32",
+    )
     state = train_state(algorithm, masks)
     task = algorithm.configure(state, devices())[0]
     update, held = client_update(task, client_data()[0], ENGINE, {})
@@ -110,6 +117,43 @@ def test_importance_is_g_squared_of_all_coordinates_summed_over_steps():
     assert sent["fc1.weight"][:, ::2].any(), "pruned coordinates have importance too"
     for name, value in expected.items():
         assert np.allclose(sent[name], value, rtol=1e-4, atol=1e-9)
+
+
+def test_importance_goes_up_in_two_bytes_a_coordinate():
+    sizes, sent = [], []
+    for dtype in ("fp32", "bf16"):
+        algorithm = prunefl(server(), lr=0.05, reconfigure_every=1, importance_dtype=dtype)
+        task = algorithm.configure(train_state(algorithm), devices())[0]
+        update, _ = client_update(task, client_data()[0], ENGINE, {})
+        sizes.append(wire.update_bytes(update, task))
+        sent.append(update.statistics["importance"].tensors)
+    carried = sum(int(np.count_nonzero(values)) for values in sent[0].values())
+    assert abs(sizes[0] - sizes[1] - 2 * carried) < 100, "0 is left out; the table differs"
+    for name, exact in sent[0].items():
+        assert np.allclose(sent[1][name], exact, rtol=2**-8, atol=0)
+
+
+def test_the_largest_importance_of_each_layer_goes_up():
+    """1.5 times the weights that the layer keeps; tensors without a mask as a whole."""
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][:] = False
+    masks["fc1.weight"].flat[:40] = True
+    everything, some = (
+        prunefl(server(), lr=0.05, reconfigure_every=1, importance_multiple=multiple)
+        for multiple in (0.0, 1.5)
+    )
+    sent = []
+    for algorithm in (everything, some):
+        task = algorithm.configure(train_state(algorithm, masks), devices())[0]
+        update, _ = client_update(task, client_data()[0], ENGINE, {})
+        sent.append(update.statistics["importance"].tensors)
+    for name in SPEC.param_shapes.keys() - {"fc1.weight"}:
+        assert np.array_equal(sent[1][name], sent[0][name]), name
+    every, best = (tensors["fc1.weight"].ravel() for tensors in sent)
+    chosen = best > 0
+    assert np.count_nonzero(chosen) == 60
+    assert np.array_equal(best[chosen], every[chosen]) and not best[~chosen].any()
+    assert every[chosen].min() >= every[~chosen].max()
 
 
 def test_server_weighs_importance_by_examples():
@@ -172,7 +216,7 @@ def test_importance_rounds_counts_back_from_the_reconfiguration():
 
 
 def test_importance_of_several_rounds_is_summed_and_stale_sums_are_dropped():
-    algorithm = prunefl(server(), **{**SMALL, "lr": 1e-12})
+    algorithm = prunefl(server(), **{**SMALL, "lr": 1e-12, "importance_dtype": "fp32"})
     state = train_state(algorithm)
     first = algorithm.configure(state, devices())[0]
     update, held = client_update(first, client_data()[0], ENGINE, {})
@@ -283,6 +327,20 @@ def test_size_limit_binds_initial_pruning_and_every_round():
     run(algorithm, watch=watch)
     for round, kept in densities.items():
         assert kept <= 0.3 - 0.03 * round / 6 + 1e-9, (round, kept)
+
+
+def test_a_limit_far_below_is_reached_at_the_next_reconfiguration():
+    """From all 840 weights to 30% at once: φ = 0.3 of each layer alone would leave 70%."""
+    algorithm = prunefl(
+        server(), lr=0.05, initial_pruning=False, reconfigure_every=2, size_limit=0.3
+    )
+    densities = []
+
+    def watch(progress, record):
+        densities.append(density(record.tasks[0].sub_model.masks))
+
+    run(algorithm, watch=watch)
+    assert densities[:2] == [1.0, 1.0] and max(densities[2:]) <= 0.3
 
 
 def test_general_time_function_runs_algorithm_3():

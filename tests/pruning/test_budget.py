@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from fedlean.pruning.budget import density_limit, max_kept
+from fedlean.pruning.budget import density_limit, fraction_to, max_kept
+from fedlean.pruning.prunable_set import removable
+from fedlean.pruning.units import protect_units
 
 
 def test_density_limit_by_hand() -> None:
@@ -27,6 +30,18 @@ def test_max_kept_is_rounded_down_over_the_named_tensors() -> None:
     assert max_kept(0.08, shapes, names) == 528_120
     assert max_kept(0.0, shapes, names) == 0
     assert max_kept(1.0, shapes, names) == 6_601_504
+
+
+def test_fraction_to_a_limit_leaves_room_for_one_weight_of_every_unit() -> None:
+    """Whichever φ of each layer goes and whichever units are protected, P̄ <= limit."""
+    rng = np.random.default_rng(0)
+    weights = {"a.weight": rng.normal(size=(30, 20)), "b.weight": rng.normal(size=(7, 30))}
+    masks = {name: rng.random(w.shape) < 0.6 for name, w in weights.items()}
+    importance = {name: rng.random(w.shape) for name, w in weights.items()}
+    for limit in (100, 150, 400):
+        may_go = removable(weights, masks, fraction_to(limit, masks), weights)
+        may_go = protect_units(importance, masks, may_go)
+        assert sum(np.count_nonzero(~mask) for mask in may_go.values()) <= limit
 
 
 def test_bad_inputs_are_refused() -> None:

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from federation import SPEC, Around, fresh_dispatch, params, run, same, server
 
-from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Statistic, SubModel, Work
+from fedlean.core import (
+    ClientTask,
+    ClientUpdate,
+    FederatedAlgorithm,
+    Statistic,
+    StatisticForm,
+    SubModel,
+    Work,
+)
 from fedlean.methods import fedavg, prunefl
 from fedlean.runtime.checks import MAX_EXAMPLES, refusal
 from fedlean.runtime.clientstore import ClientStore
@@ -42,6 +50,19 @@ def with_statistic(name: str, values: np.ndarray) -> Poison:
     zeros = {name: np.zeros(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
     statistic = {"importance": Statistic({**zeros, name: values}, "mean")}
     return lambda update: replace(update, statistics=statistic)
+
+
+def as_a_sum(update: ClientUpdate) -> ClientUpdate:
+    statistic = replace(update.statistics["importance"], reduction="sum")
+    return replace(update, statistics={"importance": statistic})
+
+
+def other_statistic(update: ClientUpdate) -> ClientUpdate:
+    return replace(update, statistics={**update.statistics, "else": Statistic({}, "mean")})
+
+
+def no_statistic(update: ClientUpdate) -> ClientUpdate:
+    return replace(update, statistics={})
 
 
 def importance_of_one_tensor(update: ClientUpdate) -> ClientUpdate:
@@ -89,8 +110,12 @@ PLAIN: dict[str, tuple[Poison, str]] = {
     "absurd": (claiming(10**10), "claims 10000000000 examples"),
     "beyond the header": (claiming(10**30), f"expected 1 to {MAX_EXAMPLES}"),
     "statistic": (with_statistic("fc1.bias", INFINITE), "importance of 'fc1.bias'"),
-    "negative importance": (with_statistic("fc1.bias", BIAS - 1), "importance below 0"),
-    "partial importance": (importance_of_one_tensor, "of 1 tensors, expected a mean of all 6"),
+    "negative importance": (with_statistic("fc1.bias", BIAS - 1), "'fc1.bias' below 0"),
+    "whole numbers": (with_statistic("fc1.bias", BIAS.astype(np.int64)), "not finite numbers"),
+    "sum": (as_a_sum, "as a sum, expected a mean"),
+    "unasked": (other_statistic, "the statistics else, importance, expected importance"),
+    "unsent": (no_statistic, "the statistics none, expected importance"),
+    "partial importance": (importance_of_one_tensor, "of 1 tensors, expected conv.bias"),
     "lacks a tensor": (without("fc2.bias"), "lacks fc2.bias"),
 }
 MASKED: dict[str, tuple[Poison, str]] = {
@@ -105,6 +130,7 @@ UNSENDABLE: dict[str, Poison] = {
     "work": lambda update: replace(update, work=(Work(steps=-3),)),
     "statistic's shape": with_statistic("fc1.weight", np.zeros(3, np.float32)),
 }
+FORMS = {"importance": StatisticForm(SPEC.param_shapes, non_negative=True)}
 EVERY = {name: poison for name, (poison, _) in {**PLAIN, **MASKED}.items()} | UNSENDABLE
 
 
@@ -116,65 +142,73 @@ def task(masks) -> ClientTask:
 
 def answer(masks) -> ClientUpdate:
     asked = task(masks)
-    return ClientUpdate(POISONED, 40, asked.params, asked.sub_model)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
+    statistics = {"importance": Statistic(zeros, "mean")}
+    return ClientUpdate(POISONED, 40, asked.params, asked.sub_model, statistics)
 
 
 @pytest.mark.parametrize("masks", [{}, MASKS], ids=["dense", "masked"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_reason(name, masks):
     poison, reason = PLAIN[name]
-    assert refusal(answer(masks), task(masks)) is None
-    assert reason in (refusal(poison(answer(masks)), task(masks)) or "")
+    assert refusal(answer(masks), task(masks), FORMS) is None
+    assert reason in (refusal(poison(answer(masks)), task(masks), FORMS) or "")
 
 
 @pytest.mark.parametrize("name", MASKED)
 def test_reason_under_a_mask(name):
     poison, reason = MASKED[name]
-    assert reason in (refusal(poison(answer(MASKS)), task(MASKS)) or "")
+    assert reason in (refusal(poison(answer(MASKS)), task(MASKS), FORMS) or "")
 
 
 def test_statistic_of_another_shape():
     poison = UNSENDABLE["statistic's shape"]
-    assert "importance of 'fc1.weight'" in (refusal(poison(answer({})), task({})) or "")
+    assert "importance of 'fc1.weight'" in (refusal(poison(answer({})), task({}), FORMS) or "")
 
 
 @pytest.mark.parametrize("examples", [1, MAX_EXAMPLES])
 def test_bounds_of_the_example_count(examples):
-    assert refusal(claiming(examples)(answer({})), task({})) is None
+    assert refusal(claiming(examples)(answer({})), task({}), FORMS) is None
 
 
 def test_an_equal_pattern_in_another_object_is_taken():
     copied = {name: mask.copy() for name, mask in reversed(MASKS.items())}
     update = replace(answer(MASKS), sub_model=SubModel(masks=copied))
-    assert refusal(update, task(MASKS)) is None
+    assert refusal(update, task(MASKS), FORMS) is None
 
 
 def test_negative_zero_outside_the_mask_is_zero():
     values = np.where(MASKS["fc1.weight"], params()["fc1.weight"], np.float32(-0.0))
-    assert refusal(with_tensor("fc1.weight", values)(answer(MASKS)), task(MASKS)) is None
+    assert refusal(with_tensor("fc1.weight", values)(answer(MASKS)), task(MASKS), FORMS) is None
 
 
 # In a round
 
 
 def algorithm() -> FederatedAlgorithm:
+    """Its next round, the second, asks for importance."""
     return prunefl.prunefl(
-        server(2), local_steps=2, initial_pruning=False, reconfigure_every=2, importance_rounds=1
+        server(3), local_steps=2, initial_pruning=False, reconfigure_every=2, importance_rounds=1
     )
 
 
 def one_step(change) -> tuple[object, StepRecord]:
     records: list[StepRecord] = []
+    states: list[object] = []
     method = algorithm()
     state = replace(method.init(params()), params=apply_mask(params(), MASKS), masks=MASKS)
-    state = run(
-        method,
+
+    def watch(progress: Progress, record: StepRecord) -> None:
+        states.append(progress.state)
+        records.append(record)
+
+    run(
+        method._replace(done=lambda state: state.round >= 2),
         dispatch=Around(fresh_dispatch(method), change),
         progress=Progress(replace(state, round=1), ClientStore()),
-        watch=lambda progress, record: records.append(record),
+        watch=watch,
     )
-    (record,) = records
-    return state, record
+    return states[0], records[0]
 
 
 @pytest.fixture(scope="module")

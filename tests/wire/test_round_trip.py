@@ -166,8 +166,12 @@ def test_task_round_trip(task: ClientTask, knows_spec: bool, knows_pattern: bool
 def statistics(draw: st.DrawFn) -> Statistic:
     forms = st.sampled_from(["f4", "f8", "i4", "i8", "?"])
     shapes = st.lists(st.integers(0, 4), max_size=3)
+    first = draw(st.sampled_from([0, -40, 1000]))  # many zeros or none; 1001 is no bfloat16
+    steps = draw(st.sampled_from([0, 1]))
     tensors = {
-        name: np.arange(prod(shape), dtype=np.int64).reshape(shape).astype(draw(forms))
+        name: np.maximum(first + steps * np.arange(prod(shape)), 0)
+        .reshape(shape)
+        .astype(draw(forms))
         for name, shape in draw(st.dictionaries(st.text(max_size=3), shapes, max_size=3)).items()
     }
     return Statistic(tensors, draw(st.sampled_from(["mean", "sum"])))
@@ -243,6 +247,31 @@ def test_task_bytes_by_hand(spec: ModelSpec, task: ClientTask) -> None:
     assert task_bytes(task) == task_bytes(task, without_pattern) + spec_bytes
 
 
+@pytest.mark.parametrize(
+    ("value", "kept", "payload"),
+    [
+        (0.1, 80, 320),  # float32
+        (1.0, 80, 160),  # bfloat16
+        (0.1, 8, 1 + 10 + 32),  # ten bytes of bitmap (its code before it), eight values
+        (1.0, 8, 1 + 10 + 16),
+        (1.0, 0, 1),  # nothing kept: the code alone
+        (-0.0, 80, 160),  # not 0 by its bits
+    ],
+)
+def test_statistics_take_as_little_as_they_need(
+    task: ClientTask, value: float, kept: int, payload: int
+) -> None:
+    array = np.zeros((8, 10), np.float32)
+    array.flat[:kept] = value
+    update = ClientUpdate(5, 20, {}, task.sub_model, {"c": Statistic({"c": array}, "mean")})
+    sent = encode_update(update, task)
+    assert len(sent) == update_bytes(update, task)
+    got = decode_update(sent, task).statistics["c"].tensors["c"]
+    assert got.dtype == array.dtype and got.tobytes() == array.tobytes()
+    payload_bytes = int.from_bytes(sent[HEADER_BYTES - 8 : HEADER_BYTES], "little")
+    assert payload_bytes == 1 + payload  # a byte of names: no tensor is carried
+
+
 def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
     """80 + 82 of JSON + 1 for "no tensors" + 4 * 4 = 179 bytes."""
     update = ClientUpdate(
@@ -250,7 +279,7 @@ def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
         20,
         {},
         task.sub_model,
-        {"c": Statistic({"c": np.ones(4, np.float32)}, "mean")},
+        {"c": Statistic({"c": np.full(4, 0.1, np.float32)}, "mean")},
         {"loss": 0.5},
         (Work(5, 20),),
     )
@@ -262,7 +291,7 @@ def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
 
 def test_full_gradient_by_hand(task: ClientTask) -> None:
     """Dense fp32 of 36 + 4 + 4 + 4 + 1440 + 10 = 1498 coordinates beside no parameters."""
-    gradient = {name: np.ones(s, np.float32) for name, s in task.spec.param_shapes.items()}
+    gradient = {name: np.full(s, 0.1, np.float32) for name, s in task.spec.param_shapes.items()}
     bare = ClientUpdate(5, 1, {}, task.sub_model)
     full = replace(bare, statistics={"g": Statistic(gradient, "mean")})
     table = '{"statistics":{"g":["mean",{' + ",".join(f'"{n}":null' for n in gradient) + "}]}}"

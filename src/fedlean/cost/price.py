@@ -38,15 +38,15 @@ def cost(
     local_steps: int,
     optimizer: SGD,
     importance_steps: int = 0,
-    upload_importance: bool = False,
+    importance_bytes: int = 0,
     pattern_known: bool = True,
     value_dtype: wire.ValueDtype = "fp32",
 ) -> Cost:
     """Price of a round of `local_steps` steps on `device`.
 
-    `importance_steps` of them also take the dense weight gradient; `upload_importance` sends the
-    sums of all prunable and other trainable coordinates (fp32); `pattern_known` says whether the
-    masks travel down.
+    `importance_steps` of them also take the dense weight gradient, whose sums go up in
+    `importance_bytes` (of all trainable coordinates: two or four each, bfloat16 or float32);
+    `pattern_known` says whether the masks travel down.
     """
     floats = 1 if optimizer.momentum else 0
     kept = kept_counts(sub_model.masks)
@@ -54,7 +54,7 @@ def cost(
     work = as_done(spec, asked, device)
     values = wire.params_payload_bytes(spec, sub_model.masks, value_dtype=value_dtype)
     down = values + (0 if pattern_known else wire.pattern_payload_bytes(sub_model.masks))
-    up = values + (4 * spec.num_params if upload_importance else 0)
+    up = values + importance_bytes
     memory = work_memory_bytes(spec, work, frozen=sub_model.frozen)
     seconds = work_seconds(spec, work, device) + link_seconds(down, up, device)
     return Cost(work_flops(spec, work), memory, up, down, seconds)

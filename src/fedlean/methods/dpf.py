@@ -40,6 +40,7 @@ from fedlean.core import (
     Params,
     Server,
     Statistic,
+    StatisticForm,
     SubModel,
     Work,
     derive_seed,
@@ -173,7 +174,14 @@ def dpf(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def statistics(task: ClientTask) -> dict[str, StatisticForm]:
+    """The moves of the pruned coordinates, packed, of every tensor that has some."""
+    hidden = {name: int(np.sum(~mask)) for name, mask in task.sub_model.masks.items()}
+    shapes = {PRUNED + name: (count,) for name, count in hidden.items() if count}
+    return {"pruned": StatisticForm(shapes)} if hidden else {}
 
 
 def decayed(steps: int, lr: float, momentum: float, weight_decay: float) -> float:

@@ -11,6 +11,8 @@ coordinates, from which the server decides what to drop and what to grow back (p
 **Deviations**, each by a parameter where the paper's way is available:
 - `importance_rounds=1`: g² is accumulated in the last round before a reconfiguration only, since
   the dense weight gradient costs more than the sparse step; 0 is the paper (all rounds).
+- Of Σ g² each client sends the largest of a layer, 1.5 times as many as the layer keeps weights, as
+  bfloat16; the server counts the others as 0 (`importance_multiple`, `importance_dtype`).
 - Initial pruning draws 5 batches a pass from all data of its client, and reconfigures after every
   pass (`initial_batches`, `initial_examples`, `initial_passes`); the authors' code takes 10
   batches of the same 200 examples and 50 passes, which on an easy task costs more than the
@@ -19,7 +21,8 @@ coordinates, from which the server decides what to drop and what to grow back (p
 - Re-added weights start at N(0, (0.1·RMS of the layer's kept weights)²); the paper says "a small
   perturbation" and gives no size.
 - Under a size limit a reconfiguration keeps the most important weight of every living unit, and
-  the limit is that of the tightest round until the next one.
+  the limit is that of the tightest round until the next one; where φ of a layer would not reach
+  the limit, further pruning may drop more of it.
 - Each client weighs p_n · Σ g_n², not (Σ p_n g_n)², which no client can compute.
 - With client selection a client uploads g² of the rounds in which it was drawn since the last
   reconfiguration; the paper does not say.
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -46,12 +50,14 @@ from fedlean.core import (
     Scalar,
     Server,
     Statistic,
+    StatisticForm,
     SubModel,
     Work,
     derive_seed,
 )
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
-from fedlean.pruning.budget import density_limit, max_kept
+from fedlean.pruning.budget import density_limit, fraction_to, max_kept
+from fedlean.pruning.coordinates import largest
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.prunable_set import fraction_at
 from fedlean.pruning.reconfigure import Pruner
@@ -59,6 +65,7 @@ from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learnin
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
 from fedlean.tree import fold, kept_counts, num_kept, pack
+from fedlean.wire import round_bfloat16
 
 CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
 START_ACCURACY = 1.5  # initial pruning starts at this over the number of classes (authors' code)
@@ -99,6 +106,8 @@ def prunefl(
     initial_stable: int = 5,
     reconfigure_every: int = 50,
     importance_rounds: int = 1,
+    importance_multiple: float = 1.5,
+    importance_dtype: Literal["bf16", "fp32"] = "bf16",
     prunable_fraction: float = 0.3,
     prunable_half_life_rounds: float = 10000.0,
     size_limit: float | None = None,
@@ -120,12 +129,16 @@ def prunefl(
         whatever happens (1000).
       reconfigure_every: rounds between reconfigurations (paper: 50); 0: no further pruning.
       importance_rounds: rounds before a reconfiguration in which g² accumulates; 0: all (paper).
+      importance_multiple: so many times the kept weights of a layer are the sums that go up, the
+        largest ones; 0: all (paper).
+      importance_dtype: in which the sums go up, "bf16" (two bytes each) or "fp32" (four).
       prunable_fraction: φ, share of a layer's smallest weights that may be dropped at once, halved
         every `prunable_half_life_rounds` rounds (paper's code: 0.3, 10000).
       size_limit, size_target: D_lim and D_tgt of Sec. VI-E, densities in (0, 1]; None: no limit;
-        the target defaults to the limit.  The limit acts at reconfigurations, each of which drops
-        at most φ of a layer and never a unit's last weight: without initial pruning, or far below
-        what the units need, it is exceeded until then.
+        the target defaults to the limit.  The limit acts at reconfigurations, which never drop a
+        unit's last weight: far below what the units need it is not reached.  Initial pruning
+        approaches it by φ of each layer at a time; without initial pruning it is exceeded until
+        the first reconfiguration.
       readd_scale: standard deviation of re-added weights over the RMS of the layer's kept ones.
       time_model: "linear", T(M) = c + Σ t_j with Algorithm 2; "device", the device's whole round
         time with its dense fall-back (monotone, not linear) with Algorithm 3.
@@ -164,6 +177,9 @@ def prunefl(
     for name, value in (("size_limit", size_limit), ("size_target", size_target)):
         if value is not None:
             in_range(name, value, 0.0, 1.0, open_low=True)
+    in_range("importance_multiple", importance_multiple, 0.0, 1e9)
+    if importance_dtype not in ("bf16", "fp32"):
+        raise ValueError(f"importance_dtype must be 'bf16' or 'fp32', got {importance_dtype!r}")
     if time_model not in ("linear", "device"):
         raise ValueError(f"time_model must be 'linear' or 'device', got {time_model!r}")
 
@@ -178,16 +194,21 @@ def prunefl(
         ends = (density_limit(r, server.rounds, size_limit, target) for r in (round, until))
         return max_kept(min(ends), spec.param_shapes, spec.prunable)
 
-    def pruner(round: int) -> Pruner:
+    def pruner(round: int, masks: Masks | None = None) -> Pruner:
+        """For the reconfiguration after `round`, of `masks` if it is to reach the limit at once."""
+        fraction = fraction_at(
+            round, initial=prunable_fraction, half_life_rounds=prunable_half_life_rounds
+        )
+        limit = limit_at(round)
+        if masks and limit is not None:
+            fraction = max(fraction, fraction_to(limit, masks))
         return Pruner(
             time_model=time_model,
             profile=server.device,
             batch_size=batch_size,
             local_steps=local_steps,
-            fraction=fraction_at(
-                round, initial=prunable_fraction, half_life_rounds=prunable_half_life_rounds
-            ),
-            limit=limit_at(round),
+            fraction=fraction,
+            limit=limit,
             readd_scale=readd_scale,
         )
 
@@ -239,6 +260,8 @@ def prunefl(
             "lr": learning_rate(lr, state.round, lr_half_life_rounds),
             "importance": accumulates(round),
             "upload_importance": reconfigures(round),
+            "importance_multiple": importance_multiple,
+            "importance_dtype": importance_dtype,
             "reconfigurations": state.reconfigurations,
         }
         return [
@@ -264,8 +287,9 @@ def prunefl(
         importance = merged.statistic("importance") if reconfigures(round) else {}
         if not importance:  # no reconfiguration due, or nobody answered
             return state
-        params, masks = pruner(round).reconfigure(
-            spec, state.params, state.masks, importance, derive_seed(server.seed, round, 0, "prune")
+        seed = derive_seed(server.seed, round, 0, "prune")
+        params, masks = pruner(round, state.masks).reconfigure(
+            spec, state.params, state.masks, importance, seed
         )
         reconfigurations = state.reconfigurations + 1
         return replace(state, params=params, masks=masks, reconfigurations=reconfigurations)
@@ -273,7 +297,14 @@ def prunefl(
     def done(state: State) -> bool:
         return state.phase == "train" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def statistics(task: ClientTask) -> dict[str, StatisticForm]:
+    """Σ g² of every trainable coordinate, where a task asks for it."""
+    if not task.hparams.get("upload_importance", False):
+        return {}
+    return {"importance": StatisticForm(task.spec.param_shapes, non_negative=True)}
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -336,7 +367,8 @@ def _train(
     if importance:
         sums = _accumulated(session.importance(), client_state, int(h["reconfigurations"]))
         if h["upload_importance"]:
-            statistics["importance"] = Statistic(_strip(sums, "importance/"), "mean")
+            sent = _sent_importance(_strip(sums, "importance/"), task)
+            statistics["importance"] = Statistic(sent, "mean")
             sums = {}
     update = ClientUpdate(
         client=task.client,
@@ -356,6 +388,20 @@ def _train(
         ),
     )
     return update, sums
+
+
+def _sent_importance(sums: Params, task: ClientTask) -> dict[str, np.ndarray]:
+    """What goes up of Σ g²: per masked tensor the largest, rounded; 0 stands for the others."""
+    multiple, masks = float(task.hparams["importance_multiple"]), task.sub_model.masks
+    sent = dict(sums)
+    for name, mask in masks.items():
+        count = ceil(multiple * np.count_nonzero(mask))
+        if multiple and count < mask.size:
+            chosen = largest(sums[name].ravel(), count).reshape(mask.shape)
+            sent[name] = sums[name] * chosen
+    if task.hparams["importance_dtype"] == "bf16":
+        return {name: round_bfloat16(values) for name, values in sent.items()}
+    return sent
 
 
 def _accumulated(

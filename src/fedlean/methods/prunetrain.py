@@ -45,6 +45,7 @@ from fedlean.core import (
     Params,
     Server,
     Statistic,
+    StatisticForm,
     SubModel,
     Work,
     derive_seed,
@@ -164,7 +165,14 @@ def prunetrain(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def statistics(task: ClientTask) -> dict[str, StatisticForm]:
+    """λ as the first round's clients set it."""
+    if not task.hparams["penalty_ratio"] or task.hparams["coefficient"]:
+        return {}
+    return {"coefficient": StatisticForm({"coefficient": (1,)}, non_negative=True)}
 
 
 def client_update(

@@ -39,6 +39,7 @@ from fedlean.core import (
     Scalar,
     Server,
     Statistic,
+    StatisticForm,
     SubModel,
     Work,
     derive_seed,
@@ -170,7 +171,15 @@ def snip(
     def done(state: State) -> bool:
         return state.phase != "score" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def statistics(task: ClientTask) -> dict[str, StatisticForm]:
+    """The gradient of every prunable weight, while scores are taken."""
+    if task.phase != "score":
+        return {}
+    shapes = {name: task.spec.param_shapes[name] for name in task.spec.prunable}
+    return {"gradient": StatisticForm(shapes)}
 
 
 def client_update(

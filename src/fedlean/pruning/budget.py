@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import floor, prod
 
+import numpy as np
+
+from fedlean.core import Masks
+from fedlean.tree import num_kept
+
 
 def density_limit(round: int, rounds: int, limit: float, target: float) -> float:
     """Largest density allowed at `round`: D(r) = D_lim + (D_tgt − D_lim) · r / R.
@@ -24,6 +29,24 @@ def density_limit(round: int, rounds: int, limit: float, target: float) -> float
         if not 0 <= density <= 1:
             raise ValueError(f"{name} must be a density in [0, 1], got {density}")
     return limit + (target - limit) * round / rounds
+
+
+def fraction_to(limit: int, masks: Masks) -> float:
+    """Least φ with which a reconfiguration can go down to `limit` kept weights; 0: any can.
+
+    For then P̄, what φ of each layer leaves and one weight of every unit, is at most `limit`, if
+    the units alone are not more.  OURS: Sec. VI-E does not say how the limit and φ go together.
+
+    >>> masks = {"fc.weight": np.ones((2, 8), dtype=bool)}
+    >>> fraction_to(15, masks), fraction_to(16, masks), fraction_to(3, masks)
+    (0.75, 0.0, 1.0)
+    """
+    kept = num_kept(masks)
+    if kept <= limit:
+        return 0.0
+    units = sum(int(np.sum(mask.shape[:2])) for mask in masks.values())
+    whole = len(masks)  # φ of a layer is rounded down to whole weights
+    return min(1.0, max(0.0, 1 - (limit - units - whole) / kept))
 
 
 def max_kept(density: float, shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> int:

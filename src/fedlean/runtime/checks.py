@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Statistic
+from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm
 from fedlean.tree import is_packed, num_kept
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
 
 
-def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
-    """Why this answer to `task` cannot be merged, or None."""
+def refusal(
+    update: ClientUpdate, task: ClientTask, forms: Mapping[str, StatisticForm]
+) -> str | None:
+    """Why this answer to `task`, which asks for statistics of these `forms`, cannot be merged."""
     if not 1 <= update.num_examples <= MAX_EXAMPLES:
         return f"claims {update.num_examples} examples, expected 1 to {MAX_EXAMPLES}"
     shapes = task.spec.tensor_shapes
@@ -39,25 +43,26 @@ def refusal(update: ClientUpdate, task: ClientTask) -> str | None:
             return f"sent {name!r} with values that are not finite"
         if name in masks and not packed and bool(((values != 0) > masks[name]).any()):
             return f"sent {name!r} with values outside its mask"
-    for key, statistic in update.statistics.items():
-        if key == "importance" and (reason := _bad_importance(statistic, task)):
-            return reason
-        for name, values in statistic.tensors.items():
-            sliced = name in update.sub_model.index
-            if name in shapes and not sliced and values.shape != shapes[name]:
-                return f"sent {key} of {name!r} with shape {values.shape}, expected {shapes[name]}"
-            if not np.isfinite(values).all():
-                return f"sent {key} of {name!r} with values that are not finite"
+    if update.statistics.keys() != forms.keys():
+        sent, asked = (", ".join(sorted(keys)) or "none" for keys in (update.statistics, forms))
+        return f"sent the statistics {sent}, expected {asked}"
+    for key, form in forms.items():
+        if reason := _not_of(form, update.statistics[key]):
+            return f"sent {key} {reason}"
     return None
 
 
-def _bad_importance(statistic: Statistic, task: ClientTask) -> str | None:
-    """Σ g² is a mean over clients, of every trainable tensor, and never negative."""
-    if statistic.reduction != "mean" or statistic.tensors.keys() != task.spec.param_shapes.keys():
-        return (
-            f"sent importance as a {statistic.reduction} of {len(statistic.tensors)} tensors, "
-            f"expected a mean of all {len(task.spec.param_shapes)}"
-        )
-    if any(bool((values < 0).any()) for values in statistic.tensors.values()):
-        return "sent importance below 0, expected sums of squares"
+def _not_of(form: StatisticForm, statistic: Statistic) -> str | None:
+    """How `statistic` differs from the form that was asked for."""
+    if statistic.reduction != form.reduction:
+        return f"as a {statistic.reduction}, expected a {form.reduction}"
+    if statistic.tensors.keys() != form.shapes.keys():
+        return f"of {len(statistic.tensors)} tensors, expected {', '.join(sorted(form.shapes)[:3])}"
+    for name, values in statistic.tensors.items():
+        if values.shape != form.shapes[name]:
+            return f"of {name!r} with shape {values.shape}, expected {form.shapes[name]}"
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            return f"of {name!r} with values that are not finite numbers"
+        if form.non_negative and bool((values < 0).any()):
+            return f"of {name!r} below 0, expected sums of squares"
     return None

@@ -104,7 +104,7 @@ def _step(
     while tasks and record.attempts < ATTEMPTS and not record.answered:
         record.attempts += 1
         ledger = Ledger(tasks, progress.store, server.device)
-        answers = _taken(dispatch(tasks), record, ledger, progress.store)
+        answers = _taken(dispatch(tasks), algorithm, record, ledger, progress.store)
         state = algorithm.server_update(progress.state, answers)
         for _ in answers:  # whatever the method did not read is checked and charged all the same
             pass
@@ -118,11 +118,15 @@ def _step(
 
 
 def _taken(
-    updates: Iterable[ClientUpdate], record: StepRecord, ledger: Ledger, store: ClientStore
+    updates: Iterable[ClientUpdate],
+    algorithm: FederatedAlgorithm,
+    record: StepRecord,
+    ledger: Ledger,
+    store: ClientStore,
 ) -> Iterator[ClientUpdate]:
     """The updates that pass the checks, in cohort order, charged and noted as they pass."""
     asked = {task.client: task for task in record.tasks}
-    usable = _usable(updates, asked, record, ledger)
+    usable = _usable(updates, asked, algorithm, record, ledger)
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for update in in_cohort_order(usable, record.tasks):
@@ -139,6 +143,7 @@ def _taken(
 def _usable(
     updates: Iterable[ClientUpdate],
     asked: Mapping[int, ClientTask],
+    algorithm: FederatedAlgorithm,
     record: StepRecord,
     ledger: Ledger,
 ) -> Iterator[ClientUpdate]:
@@ -152,7 +157,7 @@ def _usable(
         if task is None or update.client in seen:
             continue
         seen.add(update.client)
-        reason = refusal(update, task)
+        reason = refusal(update, task, algorithm.statistics(task))
         try:
             ledger.answer(task, update)
         except wire.WireError as error:

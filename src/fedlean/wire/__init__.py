@@ -12,6 +12,7 @@ anything is allocated.  This package knows no transport and does not judge what 
 (counts, accuracies): the runtime does.
 """
 
+from fedlean.wire.bfloat16 import round_bfloat16 as round_bfloat16
 from fedlean.wire.errors import UnknownPattern as UnknownPattern
 from fedlean.wire.errors import UnknownSpec as UnknownSpec
 from fedlean.wire.errors import WireError as WireError

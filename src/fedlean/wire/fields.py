@@ -22,6 +22,9 @@ _MAX_INT = (1 << 63) - 1
 TensorForm = tuple[str, tuple[int, ...] | None]
 Table = Mapping[str, tuple[Reduction, Mapping[str, TensorForm]]]
 STATISTIC_DTYPES = {"f4": "<f4", "f8": "<f8", "i4": "<i4", "i8": "<i8", "b1": "?"}
+BFLOAT16 = "bf"  # float32 whose values all have 16 bits only: their upper halves travel
+SPARSE = "s"  # behind either code of float32: a pattern and the values that are not 0
+STATISTIC_CODES = frozenset({*STATISTIC_DTYPES, BFLOAT16, "f4" + SPARSE, BFLOAT16 + SPARSE})
 _MAX_AXES = 8
 _MAX_ELEMENTS = 1 << 31
 
@@ -166,9 +169,9 @@ def _read_form(form: Any, what: str) -> TensorForm:
     match form:
         case None:
             return "f4", None
-        case [str(dtype), None] if dtype in STATISTIC_DTYPES:
+        case [str(dtype), None] if dtype in STATISTIC_CODES:
             return dtype, None
-        case [str(dtype), list(sides)] if dtype in STATISTIC_DTYPES:
+        case [str(dtype), list(sides)] if dtype in STATISTIC_CODES:
             return dtype, _shape(sides, what)
     raise WireError(f"statistic {what!r}: expected null or [dtype, shape], got {_short(form)}")
 
