@@ -93,13 +93,16 @@ def _dinkelbach(
 ) -> dict[str, np.ndarray]:
     """A = {j ∈ P: g_j² > Γ t_j} at the largest Γ; `delta`, `seconds` > 0 are those of P̄.
 
-    λ = Γ of any set bounds the optimum from below, and λ <- Γ({j: g_j² > λ t_j} ∪ P̄) climbs to it.
-    As λ only rises, what falls out never returns: each pass looks at the survivors of the last.
+    λ = Γ of any set bounds the optimum from below, and λ <- Γ({j: g_j² > λ t_j} ∪ P̄) climbs to it,
+    from Γ(P̄) on.  As λ only rises, what falls out never returns: each pass looks at the survivors
+    of the last.
     """
-    pools = {
-        name: importance[name].ravel()[np.flatnonzero(mask)] for name, mask in removable.items()
-    }
-    cuts: dict[str, float] = dict.fromkeys(pools, 0.0)  # A_l = {g² > cut_l}
+    cuts: dict[str, float] = {}  # A_l = {g² > cut_l}
+    pools = {}
+    for name, mask in removable.items():
+        squares = importance[name]
+        cuts[name] = max(0.0, _round_down(delta * times[name] / seconds, squares.dtype))
+        pools[name] = squares.ravel()[np.flatnonzero(mask & (squares > cuts[name]))]
     while True:
         delta_all = delta + sum(float(np.sum(x, dtype=np.float64)) for x in pools.values())
         seconds_all = seconds + sum(times[name] * x.size for name, x in pools.items())

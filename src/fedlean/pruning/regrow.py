@@ -56,15 +56,22 @@ def apply_masks(
                     f"mask of {name!r} must be bool {weights.shape}, got {mask.dtype} {mask.shape}"
                 )
         stays = old & new
-        # Not weights * stays: that turns a removed negative weight into -0.0.
-        moved = np.where(stays, weights, weights.dtype.type(0))
-        back = new & ~old
-        count = int(np.count_nonzero(back))
-        if count and scale:
-            kept = np.count_nonzero(stays)
-            squares = float(np.sum(np.square(moved, dtype=np.float64)))
-            spread = scale * (squares / kept) ** 0.5 if kept else 0.0
-            if spread:  # 0 · a negative draw would be -0.0
-                moved[back] = spread * rng_for(name).standard_normal(count)
+        moved = _kept(weights, stays)
+        back = np.flatnonzero(new & ~old)
+        if back.size and scale:
+            kept = moved.ravel()[np.flatnonzero(stays)]
+            rms = float(np.mean(np.square(kept, dtype=np.float64))) ** 0.5 if kept.size else 0.0
+            if rms:  # 0 · a negative draw would be -0.0
+                moved.flat[back] = scale * rms * rng_for(name).standard_normal(back.size)
         result[name] = moved
     return result
+
+
+def _kept(weights: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """`weights` where they stay, bit for bit, and +0 elsewhere; several times faster than where().
+
+    The bits are multiplied as whole numbers: weights * stays would turn negative ones into -0.
+    """
+    whole = np.dtype(f"u{weights.dtype.itemsize}")
+    bits = np.ascontiguousarray(weights).view(whole)
+    return np.multiply(bits, stays, dtype=whole).view(weights.dtype)
