@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedlean import recipe
+from fedlean.cost.profile import load_profile, to_document
 from fedlean.runtime.method import find_method, hyperparameters
 from fedlean.runtime.run import RunConfig
 
@@ -92,13 +94,14 @@ def test_masks_from_names_a_run_beside():
 def test_card_table_by_hand():
     """Twice as soon on one clock, half as soon on the other; 0.9 was never reached."""
 
-    def run(simulated: float, measured: float) -> dict:
+    def run(simulated: float, measured: float, device: str = "pi") -> dict:
         first = {"round": 3, "simulated_seconds": simulated, "measured_seconds": measured}
         return {
             "time_to_accuracy": {"0.8": first, "0.9": None},
             "seconds_before_round_1": 5.0,
             "median_round_seconds": 2.0,
             "median_round_measured_seconds": 0.0125,
+            "device": device,
             "density": 0.25,
             "final_accuracy": 0.875,
             "downlink_bytes": int(simulated * 1e8),
@@ -109,13 +112,35 @@ def test_card_table_by_hand():
             "peak_memory_bytes": 3e6,
         }
 
-    heads, _, base, other = recipe.card_table({"a": run(100, 1), "b": run(50, 2)}).splitlines()
+    results = {"a": run(100, 1), "b": run(50, 2), "c": run(1, 0.5, "here")}
+    heads, _, base, other, here = recipe.card_table(results).splitlines()
     assert base == (
         "| a | 100 s (round 3) | 1.0 s | not reached | – | 5 s | 2.0 s | 12 ms | 25.0% | 87.50% "
         "| 10.0 GB (1.00) | 2.00 T (1.00) | 4.00 T (1.00) | 2 / 3 MB |"
     )
     assert other.startswith("| b | 50 s (round 3), **2.00×** | 2.0 s, **0.50×** | not reached | – ")
-    assert heads.count("|") == base.count("|") == other.count("|")
+    assert here.startswith("| c | (round 3) | 0.5 s, **2.00×** | not reached | – | – | – | 12 ms ")
+    assert heads.count("|") == base.count("|") == other.count("|") == here.count("|")
+
+
+def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
+    ran = {}
+    monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))
+    monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "board.json"
+    here.write_text(json.dumps(to_document(load_profile("generic"))))
+    command = ["recipe", "--data", "set", "--here", str(here), "--only", "prunefl"]
+    monkeypatch.setattr("sys.argv", command)
+    config = RunConfig("prunefl", device="raspberry_pi_4")
+    recipe.main({"iid": {"fedavg": RunConfig("fedavg"), "prunefl": config}}, default_out="out")
+    first, second = ran.values()
+    assert [folder.name for folder in ran] == ["prunefl", "prunefl_here"]
+    assert first.device == "raspberry_pi_4"
+    assert replace(second, device=first.device) == first
+    profile = load_profile(second.device)
+    assert replace(profile, uplink_bytes_per_s=1.0).downlink_bytes_per_s >= 1e15
+    assert profile.dense_flops_per_s == load_profile("generic").dense_flops_per_s
 
 
 def test_a_recipe_that_names_no_engine_takes_the_run_of_any():

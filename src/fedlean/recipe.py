@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedlean.cost.profile import load_profile, to_document
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
@@ -52,19 +53,27 @@ def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> 
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--groups", nargs="+", choices=list(groups), default=list(groups))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--here",
+        type=Path,
+        help="profile of this machine (`fedlean profile`): PruneFL runs once more, for its time",
+    )
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_ROUNDS} rounds, to try it")
     arguments = parser.parse_args()
+    here = unlinked(arguments.here, arguments.out) if arguments.here else None
     for group in arguments.groups:
+        runs = {name: run for name, run in groups[group].items() if name in arguments.only}
+        if here and "prunefl" in runs:
+            runs["prunefl_here"] = replace(runs["prunefl"], device=here)
         for seed in arguments.seeds:
             folder = arguments.out / group / f"seed{seed}"
-            chosen = [name for name in groups[group] if name in arguments.only]
-            for name in chosen:
-                config = beside(folder, groups[group][name])
+            for name, run in runs.items():
+                config = beside(folder, run)
                 config = replace(config, seed=seed, dataset=arguments.data)
                 if arguments.smoke:
                     config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
                 run_once(config, folder / name)
-            compare([folder / name for name in chosen], folder)
+            compare([folder / name for name in runs], folder)
 
 
 def approaches(
@@ -93,6 +102,15 @@ def approaches(
         "online": config("online", common),
         "iterative": config("iterative", {**sized, "spacing": "geometric"}),
     }
+
+
+def unlinked(profile: Path, out: Path) -> str:
+    """A copy of `profile` whose link takes no time, as on the wall clock of a simulation."""
+    fast = replace(load_profile(str(profile)), uplink_bytes_per_s=1e15, downlink_bytes_per_s=1e15)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "here.json"
+    path.write_text(json.dumps(to_document(fast), indent=1) + "\n")
+    return str(path.resolve())
 
 
 def beside(folder: Path, config: RunConfig) -> RunConfig:
@@ -149,6 +167,7 @@ def reported(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} was made by an earlier version: remove it and run it again")
     return {
         **{key: summary[key] for key in REPORTED},
+        "device": read_config(folder).device,
         "seconds_before_round_1": sum(
             row["simulated_seconds"] for row in rounds if row["round"] == 0
         ),
@@ -181,16 +200,22 @@ def _reached(run: Mapping[str, Any], baseline: Mapping[str, Any], target: str) -
     first, of = (one["time_to_accuracy"].get(target) for one in (run, baseline))
     if first is None:
         return ["not reached", "–"]
-    cells = [
-        f"{first['simulated_seconds']:.0f} s (round {first['round']})",
-        f"{first['measured_seconds']:.1f} s",
-    ]
-    if run is baseline or of is None:
-        return cells
-    return [
-        f"{cell}, **{of[clock] / first[clock]:.2f}×**"
-        for cell, clock in zip(cells, ("simulated_seconds", "measured_seconds"), strict=True)
-    ]
+    cells = {
+        "simulated_seconds": f"{first['simulated_seconds']:.0f} s (round {first['round']})",
+        "measured_seconds": f"{first['measured_seconds']:.1f} s",
+    }
+    if run is not baseline and of is not None:
+        cells = {
+            clock: f"{cell}, **{of[clock] / first[clock]:.2f}×**" for clock, cell in cells.items()
+        }
+    if not _same_clock(run, baseline):
+        cells["simulated_seconds"] = f"(round {first['round']})"
+    return list(cells.values())
+
+
+def _same_clock(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
+    """Seconds of two emulated devices are not to be compared."""
+    return run["device"] == baseline["device"]
 
 
 def _totals(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
@@ -199,9 +224,9 @@ def _totals(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
         f"{run[key] / 1e12:.2f} T ({run[key] / baseline[key]:.2f})"
         for key in ("flops_per_client", "flops_dense_gradient_per_client")
     )
+    emulated = [f"{run['seconds_before_round_1']:.0f} s", f"{run['median_round_seconds']:.1f} s"]
     return [
-        f"{run['seconds_before_round_1']:.0f} s",
-        f"{run['median_round_seconds']:.1f} s",
+        *(emulated if _same_clock(run, baseline) else ["–", "–"]),
         f"{1e3 * run['median_round_measured_seconds']:.0f} ms",
         f"{run['density']:.1%}",
         f"{run['final_accuracy']:.2%}",
