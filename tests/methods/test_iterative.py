@@ -154,3 +154,8 @@ def test_bad_hyperparameters_are_named(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=name):
         iterative(server(), **setting)
+
+
+def test_one_round_has_no_first_half():
+    with pytest.raises(ValueError, match="rounds must be at least 2"):
+        iterative(server(1), density=0.5)

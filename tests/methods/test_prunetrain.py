@@ -31,7 +31,9 @@ CASE = Case(
 
 def test_the_first_batch_sets_the_coefficient():
     """λ = 0.2·L / (0.8·R) with L the loss of the first batch and R the penalty sent."""
-    algorithm = prunetrain(server(), local_steps=2, batch_size=4, penalty_ratio=0.2)
+    algorithm = prunetrain(
+        server(), local_steps=2, batch_size=4, penalty_ratio=0.2, reconfigure_every=2
+    )
     task = algorithm.configure(algorithm.init(params()), devices())[1]
     update, _ = client_update(task, client_data()[1], ENGINE, {})
     ((x, y), _) = client_data()[1].draw(steps=2, batch_size=4, seed=task.seed)
@@ -43,7 +45,7 @@ def test_the_first_batch_sets_the_coefficient():
 
 def test_the_coefficient_is_the_weighted_mean_of_round_1_and_stays():
     """(25·0.1 + 75·0.3) / 100 = 0.25."""
-    algorithm = prunetrain(server())
+    algorithm = prunetrain(server(), reconfigure_every=2)
 
     def answer(client, examples, value):
         statistic = Statistic({"coefficient": np.array([value])}, "mean")
@@ -66,7 +68,9 @@ def test_the_coefficient_is_the_weighted_mean_of_round_1_and_stays():
 @pytest.mark.parametrize(("momentum", "amounts"), [(0.0, [1, 1, 1]), (0.5, [1, 1.5, 1.75])])
 def test_local_steps_by_hand(momentum, amounts):
     """SGD, then groups shorter by lr·λ times what a constant gradient has gathered by then."""
-    algorithm = prunetrain(server(), lr=0.1, local_steps=3, batch_size=4, momentum=momentum)
+    algorithm = prunetrain(
+        server(), reconfigure_every=2, lr=0.1, local_steps=3, batch_size=4, momentum=momentum
+    )
     state = replace(algorithm.init(params()), coefficient=0.2)
     task = algorithm.configure(state, devices())[2]
     update, held = client_update(task, client_data()[2], ENGINE, {})
@@ -81,7 +85,7 @@ def test_local_steps_by_hand(momentum, amounts):
 
 def test_the_penalty_shrinks_groups_and_leaves_the_rest_alone():
     """lr·λ = 0.5, lr -> 0: fc2's columns, all shorter, are 0, and conv's rows 0.5 shorter."""
-    algorithm = prunetrain(server(), lr=1e-9, local_steps=1, batch_size=4)
+    algorithm = prunetrain(server(), reconfigure_every=2, lr=1e-9, local_steps=1, batch_size=4)
     state = replace(algorithm.init(params()), coefficient=0.5e9)
     task = algorithm.configure(state, devices())[0]
     update, _ = client_update(task, client_data()[0], ENGINE, {})
@@ -153,6 +157,7 @@ def test_channels_die_and_stay_dead_and_no_answer_is_refused():
         {"penalty_ratio": -0.1},
         {"threshold": -1.0},
         {"reconfigure_every": 0},
+        {"reconfigure_every": 6},  # of 6 rounds: nothing would be pruned
         {"lr": 0.0},
         {"cohort": 0},
     ],

@@ -104,6 +104,11 @@ def iterative(
     steps = steps_in_first_half(server.rounds, every)
     if prune_every is None:
         steps = min(steps, STEPS)
+    if density < 1 and server.rounds < 2:
+        raise ValueError(
+            f"rounds must be at least 2, got {server.rounds}: the first half holds the pruning "
+            "(density=1 is FedAvg)"
+        )
     if density < 1 and not steps:
         raise ValueError(
             f"prune_every must be at most half of the rounds ({server.rounds // 2} of "

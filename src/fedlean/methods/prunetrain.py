@@ -94,7 +94,7 @@ def prunetrain(
         (authors' code: 0.2); 0: FedAvg.  A group of norm n takes about n / (λ·lr) steps to die.
       threshold: a channel is removed when no weight that makes or reads it is larger (authors'
         code: 1e-4).
-      reconfigure_every: rounds between removals.
+      reconfigure_every: rounds between removals, below the number of rounds.
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
@@ -112,6 +112,11 @@ def prunetrain(
     in_range("penalty_ratio", penalty_ratio, 0.0, 0.99)
     in_range("threshold", threshold, 0.0, 1e6)
     at_least("reconfigure_every", reconfigure_every, 1)
+    if penalty_ratio and reconfigure_every >= server.rounds:
+        raise ValueError(
+            f"reconfigure_every must be below the number of rounds ({server.rounds}), got "
+            f"{reconfigure_every}: nothing would be pruned (penalty_ratio=0 is FedAvg)"
+        )
 
     spec = server.spec
     found = channels(spec)
