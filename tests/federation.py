@@ -92,6 +92,7 @@ class Around:
         self.client_states = inner.client_states
         self.restore = inner.restore
         self.measured_seconds = inner.measured_seconds
+        self.begin, self.troubles = inner.begin, inner.troubles
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterable[ClientUpdate]:
         return self.change(tasks, self.inner(tasks))
@@ -150,7 +151,6 @@ def run(
         algorithm,
         progress,
         server=server(rounds),
-        devices=devices(),
         dispatch=dispatch or fresh_dispatch(algorithm, engine),
         after_step=after_step,
     ).state

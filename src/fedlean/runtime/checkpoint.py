@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     skipped: list[str] = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
-            return _read(path), skipped
+            return read_checkpoint(path), skipped
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             skipped.append(f"checkpoint {path.name} is unusable ({error}); using the one before it")
     raise ValueError(
@@ -75,7 +75,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[str]]:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The tree in one checkpoint.  Raises ValueError, OSError or KeyError where it is not whole."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         raise ValueError("its digest is missing: it was cut short")

@@ -10,12 +10,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate
+from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate, Device
 from fedlean.engine.protocol import Engine
+from fedlean.runtime.clientstore import ClientStore
 
 
 class Dispatch(Protocol):
     """tasks -> updates, in any order, some perhaps missing."""
+
+    def begin(self, store: ClientStore, step: int) -> Sequence[Device]:
+        """A server step begins: the clients that are present.  Attempts at it share its number."""
+        ...
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterable[ClientUpdate]: ...
 
@@ -31,6 +36,10 @@ class Dispatch(Protocol):
 
     def measured_seconds(self) -> Mapping[int, float]:
         """Wall time of each client's half in the last call, where it could be measured."""
+        ...
+
+    def troubles(self) -> Mapping[int, str]:
+        """Why clients of the last call gave nothing, where that is known."""
         ...
 
 
@@ -55,6 +64,9 @@ class LocalDispatch:
         self._committed: dict[int, ClientState] = {}
         self._pending: dict[int, ClientState] = {}
         self._seconds: dict[int, float] = {}
+
+    def begin(self, store: ClientStore, step: int) -> Sequence[Device]:
+        return [Device(client) for client in range(len(self._data))]
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
         self._pending = {}
@@ -85,6 +97,9 @@ class LocalDispatch:
 
     def measured_seconds(self) -> Mapping[int, float]:
         return dict(self._seconds)
+
+    def troubles(self) -> Mapping[int, str]:
+        return {}  # an error in this process ends the run
 
     def client_states(self) -> Mapping[int, ClientState]:
         return dict(self._committed)

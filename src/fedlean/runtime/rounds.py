@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Server
 from fedlean.runtime.checks import refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import Ledger, StepCost
@@ -59,7 +59,6 @@ def run_rounds(
     progress: Progress,
     *,
     server: Server,
-    devices: Sequence[Device],
     dispatch: Dispatch,
     after_step: Callable[[Progress, StepRecord, bool], None],
 ) -> Progress:
@@ -70,7 +69,7 @@ def run_rounds(
     while not algorithm.done(progress.state):
         for mask in progress.state.masks.values():
             mask.flags.writeable = False  # so that it is hashed once and not for every message
-        state, record = _step(algorithm, progress, server, devices, dispatch)
+        state, record = _step(algorithm, progress, server, dispatch)
         empty = bool(record.tasks) and not record.answered
         progress = replace(
             progress,
@@ -92,10 +91,10 @@ def _step(
     algorithm: FederatedAlgorithm,
     progress: Progress,
     server: Server,
-    devices: Sequence[Device],
     dispatch: Dispatch,
 ) -> tuple[Any, StepRecord]:
     began = time.perf_counter()
+    devices = dispatch.begin(progress.store, progress.step + 1)
     tasks = algorithm.configure(progress.state, devices)
     record = StepRecord(tasks)
     state = progress.state
@@ -112,6 +111,7 @@ def _step(
         if seconds := dispatch.measured_seconds():
             record.measured_seconds += median(seconds.values())
         dispatch.acknowledge(record.answered)
+        record.refused = {**dispatch.troubles(), **record.refused}
     record.refused = {c: why for c, why in record.refused.items() if c not in record.answered}
     record.wall_seconds = time.perf_counter() - began
     return state, record

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save
 
 import fedlean
-from fedlean.core import Device, FederatedAlgorithm, Params, Server
+from fedlean.core import FederatedAlgorithm, Params, Server
 from fedlean.cost.profile import (
     Profile,
     from_document,
@@ -49,7 +49,7 @@ from fedlean.runtime.checkpoint import (
 )
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.evaluate import Evaluate, evaluator
-from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.local import Dispatch, LocalDispatch
 from fedlean.runtime.method import Settings
 from fedlean.runtime.method import build as build_method
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
@@ -85,6 +85,27 @@ Say = Callable[[str], None]  # called with a line that is worth knowing
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a dispatch is made of."""
+
+    config: RunConfig
+    server: Server
+    algorithm: FederatedAlgorithm
+    dataset: Dataset
+
+
+Connect = Callable[[Parts], Dispatch]
+
+
+def in_process(parts: Parts) -> Dispatch:
+    """The clients are in this process and share the data set out among them."""
+    config, dataset = parts.config, parts.dataset
+    shares = partition(config.partition, dataset, config.clients, config.seed)
+    data = [ClientData(dataset, indices) for indices in shares]
+    return LocalDispatch(parts.algorithm.client_update, parts.server.engine, data)
+
+
+@dataclass(frozen=True)
 class _Run:
     """A configured run, ready to go."""
 
@@ -93,16 +114,24 @@ class _Run:
     dataset: Dataset
     server: Server
     algorithm: FederatedAlgorithm
-    dispatch: LocalDispatch
-    devices: tuple[Device, ...]
+    dispatch: Dispatch
+    checkpoint_seconds: float
     evaluate: Evaluate
 
 
 def start(
-    config: RunConfig, folder: Path, watch: Watch, say: Say = lambda line: None
+    config: RunConfig,
+    folder: Path,
+    watch: Watch,
+    say: Say = lambda line: None,
+    *,
+    connect: Connect = in_process,
+    checkpoint_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Runs to the end; the summary.  `say` gets why the native engine does not serve.
 
+    `connect` makes the dispatch to the clients; `checkpoint_seconds` pass between checkpoints (5),
+    0: one after every step.
     Raises ValueError before anything is written.
     """
     if folder.exists() and not folder.is_dir():
@@ -114,7 +143,8 @@ def start(
             f"--out {folder} {what}: name another folder, or continue with "
             f"'fedlean resume {folder}'"
         )
-    run = _prepare(config, folder, say, load_profile(config.device))
+    profile = load_profile(config.device)
+    run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
     state = run.algorithm.init(init_params(run.server.spec, config.seed))
     folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, **asdict(run.config)}
@@ -127,14 +157,22 @@ def start(
     )
 
 
-def resume(folder: Path, watch: Watch, say: Say) -> dict[str, Any]:
+def resume(
+    folder: Path,
+    watch: Watch,
+    say: Say,
+    *,
+    connect: Connect = in_process,
+    checkpoint_seconds: float | None = None,
+) -> dict[str, Any]:
     """Continues from the newest whole checkpoint on the run's engine, bit for bit.
 
     Raises ValueError when the folder holds no run or its files are damaged.
     """
     config = read_config(folder)
     document = json.loads((folder / "config.json").read_bytes())
-    run = _prepare(config, folder, say, _recorded_profile(folder, document))
+    profile = _recorded_profile(folder, document)
+    run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
     if document["environment"] != environment(run.server.engine):
         say("made with other versions or on another machine: the last bits may differ")
     initial = run.algorithm.init(init_params(run.server.spec, config.seed))
@@ -237,7 +275,14 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name} must be from 0 to {config.clients - 1}, got {client}")
 
 
-def _prepare(config: RunConfig, folder: Path, say: Say, profile: Profile) -> _Run:
+def _prepare(
+    config: RunConfig,
+    folder: Path,
+    say: Say,
+    profile: Profile,
+    connect: Connect,
+    checkpoint_seconds: float | None,
+) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
     _check(config)
     dataset = with_inputs(load_dataset(config.dataset), config.inputs)
@@ -249,17 +294,16 @@ def _prepare(config: RunConfig, folder: Path, say: Say, profile: Profile) -> _Ru
         say(line)
     server = Server(spec, engine, config.seed, config.rounds, profile)
     algorithm = build_method(config.method, server, config.settings)
-    parts = partition(config.partition, dataset, config.clients, config.seed)
-    data = [ClientData(dataset, indices) for indices in parts]
+    config = replace(config, engine=engine.name)
     subset = test_subset(dataset, config.eval_examples) if config.eval_examples else None
     return _Run(
-        replace(config, engine=engine.name),
+        config,
         folder,
         dataset,
         server,
         algorithm,
-        LocalDispatch(algorithm.client_update, engine, data),
-        tuple(Device(client) for client in range(config.clients)),
+        connect(Parts(config, server, algorithm, dataset)),
+        CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds,
         evaluator(spec, engine, dataset, subset),
     )
 
@@ -288,7 +332,7 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
         )
         log.append(entry)
         book.last_entry = entry
-        if last or time.monotonic() - book.saved_at >= CHECKPOINT_SECONDS:
+        if last or time.monotonic() - book.saved_at >= run.checkpoint_seconds:
             _checkpoint(run, progress, book.totals, log.sync())
             book.saved_at = time.monotonic()
         watch(entry)
@@ -298,7 +342,6 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
             run.algorithm,
             progress,
             server=run.server,
-            devices=run.devices,
             dispatch=run.dispatch,
             after_step=after_step,
         )

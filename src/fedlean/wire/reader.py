@@ -12,7 +12,7 @@ class Reader:
     apart from its length: at most `budget_bytes` for all arrays together.
     """
 
-    def __init__(self, data: bytes, budget_bytes: int) -> None:
+    def __init__(self, data: bytes | memoryview, budget_bytes: int) -> None:
         self._data = memoryview(data)
         self._at = 0
         self._budget_bytes = budget_bytes

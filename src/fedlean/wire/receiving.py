@@ -30,16 +30,18 @@ _WHOLE = SubModel()
 
 
 def decode_task(
-    data: bytes,
+    data: bytes | memoryview,
     specs: Mapping[str, ModelSpec],
     patterns: Mapping[str, Masks],
     *,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     allow_nonfinite: bool = False,
+    packed: bool = False,
 ) -> ClientTask:
     """The task in `data`; `specs` and `patterns` are what this side holds, by hash.
 
-    `limit_bytes` bounds the message and, apart from it, the arrays that it decodes into.  Raises
+    `limit_bytes` bounds the message and, apart from it, the arrays that it decodes into; with
+    `packed` those of masked tensors are their kept values alone.  Raises
     UnknownSpec or UnknownPattern where the sender took for granted what is not held here, WireError
     for everything else that is wrong.
     """
@@ -49,7 +51,7 @@ def decode_task(
         raise WireError(f"a task has no examples, the header says {header.num_examples}")
     spec = _spec(reader, header, specs)
     sub_model = _sub_model(reader, header, spec, fields.output_module, _WHOLE, patterns)
-    params, _ = _params(reader, header, spec, sub_model, allow_nonfinite)
+    params, _ = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
     reader.finish()
     return ClientTask(
         round=header.round,
@@ -64,11 +66,12 @@ def decode_task(
 
 
 def decode_update(
-    data: bytes,
+    data: bytes | memoryview,
     task: ClientTask,
     *,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     allow_nonfinite: bool = False,
+    packed: bool = False,
 ) -> ClientUpdate:
     """The answer to `task` in `data`; its sub-model is the task's own object where unchanged.
 
@@ -80,7 +83,7 @@ def decode_update(
     check_kept(fields.work, task.spec)
     held = {pattern_hash(task.sub_model.masks): task.sub_model.masks}
     sub_model = _sub_model(reader, header, task.spec, fields.output_module, task.sub_model, held)
-    params, shapes = _params(reader, header, task.spec, sub_model, allow_nonfinite)
+    params, shapes = _params(reader, header, task.spec, sub_model, allow_nonfinite, packed)
     statistics = decode_statistics(reader, fields.statistics, shapes, allow_nonfinite)
     reader.finish()
     return ClientUpdate(
@@ -94,7 +97,9 @@ def decode_update(
     )
 
 
-def _open(data: bytes, kind: int, limit_bytes: int) -> tuple[Reader, Header, dict[str, Any]]:
+def _open(
+    data: bytes | memoryview, kind: int, limit_bytes: int
+) -> tuple[Reader, Header, dict[str, Any]]:
     """Past the header and the JSON part."""
     if len(data) > limit_bytes:
         raise WireError(f"the message has {len(data)} bytes, the limit is {limit_bytes}")
@@ -160,13 +165,19 @@ def _masks(
 
 
 def _params(
-    reader: Reader, header: Header, spec: ModelSpec, sub_model: SubModel, allow_nonfinite: bool
+    reader: Reader,
+    header: Header,
+    spec: ModelSpec,
+    sub_model: SubModel,
+    allow_nonfinite: bool,
+    packed: bool,
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Shape]]:
     """The tensors carried, and the shapes in which all tensors travel."""
     shapes = sliced_shapes(spec, sub_model.index)
     carried = {name: shapes[name] for name in decode_names(reader, spec, "params")}
     value_dtype = dtype_of(header.value_dtype)
-    params = decode_params(reader, carried, sub_model.masks, value_dtype, allow_nonfinite)
+    masks = sub_model.masks
+    params = decode_params(reader, carried, masks, value_dtype, allow_nonfinite, packed)
     return params, shapes
 
 

@@ -86,8 +86,12 @@ def decode_params(
     masks: Masks,
     value_dtype: ValueDtype,
     allow_nonfinite: bool,
+    packed: bool = False,
 ) -> dict[str, np.ndarray]:
-    """float32 arrays by name; masked coordinates are 0.  Raises WireError if malformed."""
+    """float32 arrays by name; masked coordinates are 0, or left out where `packed`.
+
+    Raises WireError if malformed.
+    """
     params: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         mask = masks.get(name)
@@ -96,6 +100,8 @@ def decode_params(
             check_finite(values, f"params: {name!r}")
         if mask is None:
             params[name] = values.reshape(shape)
+        elif packed:
+            params[name] = values
         else:
             reader.reserve(4 * mask.size, f"params: {name!r}")
             params[name] = np.zeros(shape, np.float32)

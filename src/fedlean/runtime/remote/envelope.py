@@ -1,0 +1,137 @@
+"""What surrounds a task or an update on its way: who asks for what, in one piece of bytes.
+
+    magic "FdLe" · version u8 · kind u8 · 2 zero bytes · u32 length of the JSON part · JSON · body
+
+The body is a message of `fedlean.wire`, or nothing.  Everything is checked before it is used, and
+nothing is allocated by a length that the message itself claims.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAGIC = b"FdLe"
+VERSION = 1
+HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
+KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
+MAX_JSON_BYTES = 1 << 16
+_START = struct.Struct("<4sBBHI")
+
+
+class EnvelopeError(ValueError):
+    """The bytes are no envelope; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """`fields` by kind:
+
+    HELLO    run
+    WELCOME  client (or null), num_examples, input_shape, classes, name
+    TASK     run, method, step, committed (step whose client state counts, or null), mean, std
+    UPDATE   step, seconds, lost_state
+    TROUBLE  reason, missing ("spec", "pattern" or null)
+    """
+
+    kind: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    body: bytes | memoryview = b""
+
+
+def seal(envelope: Envelope) -> bytes:
+    """Raises EnvelopeError when the fields are too long to be read."""
+    text = json.dumps(dict(envelope.fields), allow_nan=False, separators=(",", ":")).encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise EnvelopeError(f"fields take {len(text)} bytes, the limit is {MAX_JSON_BYTES}")
+    start = _START.pack(MAGIC, VERSION, envelope.kind, 0, len(text))
+    return b"".join([start, text, envelope.body])
+
+
+def unseal(data: bytes | memoryview, *, expected: tuple[int, ...]) -> Envelope:
+    """The envelope in `data`; its body is a view, not a copy.  Raises EnvelopeError."""
+    view = memoryview(data)
+    if len(view) < _START.size:
+        raise EnvelopeError(f"{len(view)} bytes, an envelope has at least {_START.size}")
+    magic, version, kind, zero, length = _START.unpack(view[: _START.size])
+    if magic != MAGIC:
+        raise EnvelopeError(f"not a FedLean envelope: it starts with {bytes(magic)!r}")
+    if version != VERSION or zero:
+        raise EnvelopeError(f"envelope version {version}, this side speaks {VERSION}: update one")
+    if kind not in expected:
+        names = " or ".join(KINDS[one] for one in expected)
+        raise EnvelopeError(f"expected {names}, got {KINDS.get(kind, f'kind {kind}')}")
+    if length > MAX_JSON_BYTES or length > len(view) - _START.size:
+        raise EnvelopeError(f"fields of {length} bytes in an envelope of {len(view)}")
+    end = _START.size + length
+    return Envelope(kind, _fields(bytes(view[_START.size : end]), kind), view[end:])
+
+
+def _fields(text: bytes, kind: int) -> dict[str, Any]:
+    try:
+        fields = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise EnvelopeError(f"fields are not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise EnvelopeError(f"fields are a {type(fields).__name__}, expected an object")
+    wanted = _WANTED[kind]
+    if fields.keys() != wanted.keys():
+        odd = sorted(fields.keys() ^ wanted.keys())
+        raise EnvelopeError(f"fields of a {KINDS[kind]} lack or add {', '.join(odd)[:200]}")
+    for name, is_right in wanted.items():
+        if not is_right(fields[name]):
+            raise EnvelopeError(f"{name} of a {KINDS[kind]} is {str(fields[name])[:80]!r}")
+    return fields
+
+
+def _text(limit: int) -> Any:
+    return lambda value: isinstance(value, str) and len(value) <= limit
+
+
+def _run(value: Any) -> bool:
+    """It names a folder on the device."""
+    return isinstance(value, str) and 1 <= len(value) <= 64 and value.isascii() and value.isalnum()
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _maybe(check: Any) -> Any:
+    return lambda value: value is None or check(value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _list_of(check: Any) -> Any:
+    return lambda value: isinstance(value, list) and len(value) <= 4096 and all(map(check, value))
+
+
+_WANTED: dict[int, dict[str, Any]] = {
+    HELLO: {"run": _run},
+    WELCOME: {
+        "client": _maybe(_count),
+        "num_examples": _count,
+        "input_shape": _list_of(_count),
+        "classes": _count,
+        "name": _text(200),
+    },
+    TASK: {
+        "run": _run,
+        "method": _text(200),
+        "step": _count,
+        "committed": _maybe(_count),
+        "mean": _list_of(_number),
+        "std": _list_of(_number),
+    },
+    UPDATE: {"step": _count, "seconds": _number, "lost_state": lambda v: isinstance(v, bool)},
+    TROUBLE: {
+        "reason": _text(2000),
+        "missing": lambda value: value in (None, "spec", "pattern"),
+    },
+}

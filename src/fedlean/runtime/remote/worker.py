@@ -1,0 +1,187 @@
+"""A device's half of a round: an envelope in, an envelope out, the same on every transport.
+
+It keeps what need not be sent again, answers what it cannot do with the reason, and never raises
+for what came in.  What decides the result (method, hyper-parameters, seed) is in the task; the
+operator decides what a server cannot: the data, the memory limit, which methods may run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlean import wire
+from fedlean.core import ClientTask
+from fedlean.data.batches import ClientData
+from fedlean.engine.open import open_engine
+from fedlean.engine.protocol import Engine
+from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
+from fedlean.runtime.remote.held import HeldPatterns, HeldSpecs, HeldStates, forget_old_runs
+from fedlean.runtime.remote.limit import LimitedEngine, TooLarge
+from fedlean.spec import ModelSpec
+
+log = logging.getLogger("fedlean")
+LIMIT_BYTES = 1 << 28  # of a message and of what it decodes into, where the operator says nothing
+
+
+class Worker:
+    """One client on one device.
+
+    folder: its files (`held`); data: its examples; client: its number, if the operator gave one.
+    memory_limit_bytes: of the whole process; methods: `module:function` methods that may run beside
+    FedLean's own, whose modules this process would otherwise never import on a server's word.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: ClientData,
+        *,
+        client: int | None = None,
+        name: str = "",
+        engine: str = "native",
+        threads: int = 1,
+        memory_limit_bytes: int | None = None,
+        methods: Collection[str] = (),
+    ):
+        self._folder = folder
+        self._data = data
+        self._client = client
+        self._name = name
+        self._engine_name = engine
+        self._threads = threads
+        self._limit = memory_limit_bytes
+        self._methods = frozenset(methods)
+        self._engines: dict[str, Engine] = {}  # by spec hash: one, warm
+        self._run: _Run | None = None
+
+    def answer(self, data: bytes | memoryview) -> bytes:
+        """The reply to one envelope.  Whatever came in, it is an envelope."""
+        try:
+            asked = unseal(data, expected=(env.HELLO, env.TASK))
+            if asked.kind == env.HELLO:
+                return seal(self._welcome())
+            return seal(self._update(asked))
+        except wire.UnknownSpec as error:
+            return _trouble(str(error), "spec")
+        except wire.UnknownPattern as error:
+            return _trouble(str(error), "pattern")
+        except (EnvelopeError, wire.WireError, TooLarge, Refused) as error:
+            log.warning("refused a message: %s", error)
+            return _trouble(str(error))
+        except Exception as error:  # the round goes on without this device, and says why
+            log.exception("a task failed")
+            return _trouble(f"{type(error).__name__}: {error}")
+
+    def _welcome(self) -> Envelope:
+        dataset = self._data.dataset
+        fields = {
+            "client": self._client,
+            "num_examples": self._data.num_examples,
+            "input_shape": list(dataset.input_shape),
+            "classes": dataset.classes,
+            "name": self._name[:200],
+        }
+        return Envelope(env.WELCOME, fields)
+
+    def _update(self, asked: Envelope) -> Envelope:
+        fields = asked.fields
+        client_update = self._method(fields["method"])
+        run = self._open_run(fields["run"])
+        task = self._task(asked.body, run)
+        self._check_data(task, fields)
+        run.specs.keep(task.spec)
+        run.patterns.keep(task.sub_model.masks)
+        states = HeldStates(run.folder / f"states-{task.client}")
+        state, lost = states.read(fields["committed"])
+        began = time.perf_counter()
+        batches = self._normalised(fields)
+        update, state = client_update(task, batches, self._engine(task.spec), state)
+        seconds = time.perf_counter() - began
+        run.patterns.keep(update.sub_model.masks)
+        states.write(fields["step"], state, committed=fields["committed"])
+        reply = {"step": fields["step"], "seconds": seconds, "lost_state": lost}
+        return Envelope(env.UPDATE, reply, wire.encode_update(update, task))
+
+    def _task(self, body: bytes | memoryview, run: _Run) -> ClientTask:
+        limit = self._limit or LIMIT_BYTES
+        return wire.decode_task(body, run.specs, run.patterns, limit_bytes=limit, packed=True)
+
+    def _open_run(self, run: str) -> _Run:
+        if self._run is None or self._run.folder.name != run:
+            forget_old_runs(self._folder, run)
+            self._run = _Run(self._folder / run)
+        return self._run
+
+    def _engine(self, spec: ModelSpec) -> Engine:
+        if spec.hash not in self._engines:
+            # not engine_for, which opens a dense session to ask whether it can
+            engine: Engine = open_engine(self._engine_name, self._threads)
+            if self._limit is not None:
+                engine = LimitedEngine(engine, self._limit)
+            self._engines = {spec.hash: engine}
+        return self._engines[spec.hash]
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        """`client_update` of a method's module."""
+        if ":" not in name:
+            if not name.isidentifier():
+                raise Refused(f"no method is named {name[:80]!r}")
+            module = f"fedlean.methods.{name}"
+        elif name in self._methods:
+            module = name.partition(":")[0]
+        else:
+            raise Refused(
+                f"method {name[:80]!r} is not FedLean's: the operator allows it with "
+                f"--allow-method {name[:80]}"
+            )
+        try:
+            return importlib.import_module(module).client_update
+        except (ImportError, AttributeError) as error:
+            raise Refused(f"method {name!r} cannot be used on this device: {error}") from None
+
+    def _check_data(self, task: ClientTask, fields: Any) -> None:
+        dataset = self._data.dataset
+        if task.spec.input_shape != dataset.input_shape:
+            raise Refused(
+                f"the model takes examples of shape {task.spec.input_shape}, this device holds "
+                f"{dataset.input_shape}"
+            )
+        channels = dataset.input_shape[0]
+        if not len(fields["mean"]) == len(fields["std"]) == channels:
+            raise Refused(f"mean and std must have {channels} numbers, one per channel")
+        if not all(value > 0 for value in fields["std"]):
+            raise Refused(f"std must be positive, got {fields['std']}")
+
+    def _normalised(self, fields: Any) -> ClientData:
+        """With the federation's mean and deviation, which all devices share."""
+        mean, std = (np.array(fields[name], np.float32) for name in ("mean", "std"))
+        held = self._data.dataset
+        if not (np.array_equal(held.mean, mean) and np.array_equal(held.std, std)):
+            self._data = ClientData(replace(held, mean=mean, std=std), self._data.indices)
+        return self._data
+
+
+class Refused(ValueError):
+    """What this device will not do; the message says why."""
+
+
+class _Run:
+    """What is held for one run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.specs = HeldSpecs(folder)
+        self.patterns = HeldPatterns(folder)
+
+
+def _trouble(reason: str, missing: str | None = None) -> bytes:
+    return seal(Envelope(env.TROUBLE, {"reason": reason[:1000], "missing": missing}))
