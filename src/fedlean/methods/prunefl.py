@@ -64,7 +64,7 @@ from fedlean.pruning.reconfigure import Pruner
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import fold, kept_counts, num_kept, pack
+from fedlean.tree import fold, kept_counts, num_kept, pack, unpack
 from fedlean.wire import round_bfloat16
 
 CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
@@ -311,7 +311,12 @@ def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
     """The initial client either goes on, has lost its model, or has finished."""
     for update in updates:
         if update.params:
-            return replace(state, phase="train", params=update.params, masks=update.sub_model.masks)
+            masks = update.sub_model.masks
+            params = {  # dense, in whichever form they came
+                name: unpack(value, masks[name]) if name in masks else value
+                for name, value in update.params.items()
+            }
+            return replace(state, phase="train", params=params, masks=masks)
         if not update.metrics.get("lost_state", 0.0):
             return replace(state, initial_sent=True)
         if state.initial_lost >= MAX_LOST:

@@ -101,7 +101,6 @@ class RemoteDispatch:
         self._seconds: dict[int, float] = {}
         self._troubles: dict[int, str] = {}
         self._late: dict[str, str] = {}  # message id -> what it was, of rounds that are over
-        self._folder = tempfile.TemporaryDirectory(prefix="fedlean-replies-")
 
     # Who is there
 
@@ -176,16 +175,18 @@ class RemoteDispatch:
                 letters[self._node[task.client]] = self._letter(task)
             else:
                 self._troubles[task.client] = "is not connected"
-        replies = self._collect(letters, asked)
-        if len(replies) < min(self._terms.min_replies, len(tasks)):
-            self._say(
-                f"round {tasks[0].round}: {len(replies)} of {len(tasks)} answered within "
-                f"{self._terms.deadline_seconds:g} s, {self._terms.min_replies} are needed: "
-                "nothing is aggregated"
-            )
-            replies = {}
-        for client, path in replies.items():
-            yield from self._decoded(client, path, asked[client])
+        with tempfile.TemporaryDirectory(prefix="fedlean-replies-") as folder:
+            replies = self._collect(letters, asked, Path(folder))
+            if len(replies) < min(self._terms.min_replies, len(tasks)):
+                self._say(
+                    f"round {tasks[0].round}: {len(replies)} of {len(tasks)} answered within "
+                    f"{self._terms.deadline_seconds:g} s, {self._terms.min_replies} are needed: "
+                    "nothing is aggregated"
+                )
+                return
+            for task in tasks:
+                if task.client in replies:
+                    yield from self._decoded(replies[task.client], task)
 
     def _letter(self, task: ClientTask, *, whole: bool = False) -> bytes:
         known = wire.Known() if whole else self.store.known(task.client)
@@ -200,7 +201,7 @@ class RemoteDispatch:
         return seal(Envelope(env.TASK, fields, wire.encode_task(task, known)))
 
     def _collect(
-        self, letters: Mapping[int, bytes], asked: Mapping[int, ClientTask]
+        self, letters: Mapping[int, bytes], asked: Mapping[int, ClientTask], folder: Path
     ) -> dict[int, Path]:
         """Replies on disk by client; who lacks a spec or pattern is sent the whole task once."""
         client_of = {self._node[client]: client for client in asked if client in self._node}
@@ -233,7 +234,7 @@ class RemoteDispatch:
             if fields["lost_state"]:
                 self._say(f"client {client} has lost what it kept between rounds")
             self._seconds[client] = float(fields["seconds"])
-            replies[client] = Path(self._folder.name) / str(client)
+            replies[client] = folder / str(client)
             replies[client].write_bytes(envelope.body)
             return {}
 
@@ -246,14 +247,14 @@ class RemoteDispatch:
         self._troubles[client] = reason
         self._say(f"client {client}: {reason}")
 
-    def _decoded(self, client: int, path: Path, task: ClientTask) -> Iterator[ClientUpdate]:
+    def _decoded(self, path: Path, task: ClientTask) -> Iterator[ClientUpdate]:
         limit = 8 * task.spec.num_params + 4 * SPARE_BYTES  # values and fp32 statistics
         try:
             update = wire.decode_update(
                 path.read_bytes(), task, limit_bytes=4 * limit, allow_nonfinite=True, packed=True
             )
         except wire.WireError as error:
-            self._trouble(client, str(error))
+            self._trouble(task.client, str(error))
             return
         finally:
             path.unlink(missing_ok=True)

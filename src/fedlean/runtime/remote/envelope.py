@@ -1,13 +1,16 @@
 """What surrounds a task or an update on its way: who asks for what, in one piece of bytes.
 
-    magic "FdLe" · version u8 · kind u8 · 2 zero bytes · u32 length of the JSON part · JSON · body
+    magic "FdLe" · version u8 · kind u8 · 2 zero bytes · u32 length of the JSON part ·
+    BLAKE2b (16 bytes) of all the rest · JSON · body
 
 The body is a message of `fedlean.wire`, or nothing.  Everything is checked before it is used, and
-nothing is allocated by a length that the message itself claims.
+nothing is allocated by a length that the message itself claims.  The digest finds damage, not
+malice: that is TLS's and the nodes' keys' business.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -20,6 +23,8 @@ HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
 MAX_JSON_BYTES = 1 << 16
 _START = struct.Struct("<4sBBHI")
+_DIGEST_BYTES = 16
+_HEAD_BYTES = _START.size + _DIGEST_BYTES
 
 
 class EnvelopeError(ValueError):
@@ -48,14 +53,14 @@ def seal(envelope: Envelope) -> bytes:
     if len(text) > MAX_JSON_BYTES:
         raise EnvelopeError(f"fields take {len(text)} bytes, the limit is {MAX_JSON_BYTES}")
     start = _START.pack(MAGIC, VERSION, envelope.kind, 0, len(text))
-    return b"".join([start, text, envelope.body])
+    return b"".join([start, _digest(start, text, envelope.body), text, envelope.body])
 
 
 def unseal(data: bytes | memoryview, *, expected: tuple[int, ...]) -> Envelope:
     """The envelope in `data`; its body is a view, not a copy.  Raises EnvelopeError."""
     view = memoryview(data)
-    if len(view) < _START.size:
-        raise EnvelopeError(f"{len(view)} bytes, an envelope has at least {_START.size}")
+    if len(view) < _HEAD_BYTES:
+        raise EnvelopeError(f"{len(view)} bytes, an envelope has at least {_HEAD_BYTES}")
     magic, version, kind, zero, length = _START.unpack(view[: _START.size])
     if magic != MAGIC:
         raise EnvelopeError(f"not a FedLean envelope: it starts with {bytes(magic)!r}")
@@ -64,10 +69,19 @@ def unseal(data: bytes | memoryview, *, expected: tuple[int, ...]) -> Envelope:
     if kind not in expected:
         names = " or ".join(KINDS[one] for one in expected)
         raise EnvelopeError(f"expected {names}, got {KINDS.get(kind, f'kind {kind}')}")
-    if length > MAX_JSON_BYTES or length > len(view) - _START.size:
+    if length > MAX_JSON_BYTES or length > len(view) - _HEAD_BYTES:
         raise EnvelopeError(f"fields of {length} bytes in an envelope of {len(view)}")
-    end = _START.size + length
-    return Envelope(kind, _fields(bytes(view[_START.size : end]), kind), view[end:])
+    if view[_START.size : _HEAD_BYTES] != _digest(view[: _START.size], view[_HEAD_BYTES:]):
+        raise EnvelopeError("damaged on the way: its digest is another")
+    end = _HEAD_BYTES + length
+    return Envelope(kind, _fields(bytes(view[_HEAD_BYTES:end]), kind), view[end:])
+
+
+def _digest(*parts: bytes | memoryview) -> bytes:
+    hashed = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        hashed.update(part)
+    return hashed.digest()
 
 
 def _fields(text: bytes, kind: int) -> dict[str, Any]:
