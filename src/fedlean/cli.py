@@ -25,6 +25,7 @@ from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
 from fedlean.runtime import method as methods
 from fedlean.runtime import run as runs
+from fedlean.runtime.flower.project import write_project
 from fedlean.runtime.local import ClientError
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
@@ -291,6 +292,32 @@ def _serve(address: str) -> None:
         bound = listener.getsockname()[1]
         _say(f"answering link probes on {host}, port {bound}; stop with Ctrl-C")
         responder.serve(listener, _say)
+
+
+@app.command(help_flags=[])
+def node(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+    """Take part in a federation as one of its devices (see fedlean node --help)."""
+    from fedlean.runtime.flower.node import main as serve  # a device's process loads nothing else
+
+    sys.exit(serve(arguments))
+
+
+flower_app = App(name="app", help="FedLean as a Flower app.")
+app.command(flower_app)
+
+
+@flower_app.command(name="new")
+def new_app(folder: Path, /) -> None:
+    """Write a Flower project, ready for 'flwr run'.
+
+    Parameters
+    ----------
+    folder
+        a new or empty folder
+    """
+    for path in write_project(folder):
+        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    out.print("README.md there says how to run it; pyproject.toml says what runs", highlight=False)
 
 
 @app.command(name="methods")

@@ -1,0 +1,236 @@
+"""One HTTP connection to a SuperLink: signed requests, bounded answers, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from pathlib import Path
+
+from fedlean.runtime.flower.identity import PrivateKey
+from fedlean.runtime.flower.objects import Buffer
+
+_PIECE_BYTES = 1 << 16  # of one send or receive, each of which has the whole timeout
+_ERROR_BYTES = 1 << 14
+_IDLE_SECONDS = 3.0  # a SuperLink hangs up on a connection that is idle for 5
+_SLOWEST_BYTES_PER_S = 256  # an answer that trickles in more slowly is given up
+_HEADERS = {
+    "Content-Type": "application/protobuf",
+    "Accept": "application/protobuf",
+    "flwr-package-name": "flwr",
+    "flwr-component-name": "SuperNode",
+}
+
+
+class LinkError(Exception):
+    """The SuperLink could not be reached, refused something or sent something wrong.
+
+    retry: whether the same call may succeed later.  status, code: of an HTTP answer and of Flower's
+    error in it, where there were any.
+    """
+
+    def __init__(
+        self, text: str, *, retry: bool, status: int | None = None, code: int | None = None
+    ) -> None:
+        super().__init__(text)
+        self.retry, self.status, self.code = retry, status, code
+
+
+class Away(LinkError):
+    """No answer, or the answer of a SuperLink that is not itself at the moment."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, retry=True)
+
+
+def plain(text: object, length: int = 200) -> str:
+    """What another machine wrote, fit for one line of a log."""
+    cut = str(text)[:length]
+    return "".join(each if each.isprintable() else "?" for each in cut)
+
+
+def delays(first: float = 0.5, last: float = 30.0) -> Iterator[float]:
+    """Seconds between tries: doubling from `first` to `last`, each cut at random by up to half.
+
+    At random, so that the nodes of a SuperLink that comes back do not come all at once.
+    """
+    while True:
+        yield first * (0.5 + int.from_bytes(os.urandom(2), "big") / (1 << 17))
+        first = min(2 * first, last)
+
+
+def trust(root_certificates: Path) -> ssl.SSLContext:
+    """TLS 1.2 or newer, certificates and host names checked.  Raises ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(cafile=root_certificates)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(
+            f"no root certificates in {root_certificates} ({error}): expected the PEM file of "
+            "the authority that signed the SuperLink's certificate"
+        ) from None
+    return context
+
+
+class Channel:
+    """Answers are views of one buffer, good until the next request.  For one thread."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None,
+        key: PrivateKey,
+        version: str,
+        *,
+        timeout_seconds: float,
+    ) -> None:
+        if context is None:
+            self._http = HTTPConnection(host, port, timeout=timeout_seconds)
+        else:
+            self._http = HTTPSConnection(host, port, timeout=timeout_seconds, context=context)
+        self._where = f"{host}:{port}"
+        self._key, self._version, self._timeout = key, version, timeout_seconds
+        self._answer = bytearray()
+        self._used = 0.0  # the monotonic second of the last answer
+        self.failures = 0  # requests that may or may not have reached the SuperLink
+
+    def post(self, path: str, parts: Sequence[Buffer], limit_bytes: int) -> memoryview:
+        """The answer to a request whose body is `parts`; at most limit_bytes.
+
+        Raises Away where another try may help, else LinkError.
+        """
+        if time.monotonic() - self._used > _IDLE_SECONDS:
+            self._http.close()
+        fresh = self._http.sock is None
+        try:
+            try:
+                return self._exchange(path, parts, limit_bytes)
+            except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                if fresh:
+                    raise
+                self.failures += 1  # it had hung up since the last answer: no news
+                self._http.close()
+                return self._exchange(path, parts, limit_bytes)
+        except (OSError, HTTPException) as error:
+            self.failures += 1
+            self._http.close()
+            raise Away(f"{type(error).__name__}: {plain(error)}") from None
+        except BaseException:
+            self._http.close()  # an answer half read is no place to go on from
+            raise
+
+    def _exchange(self, path: str, parts: Sequence[Buffer], limit_bytes: int) -> memoryview:
+        if self._http.sock is None:
+            self._connect()
+        length = str(sum(len(part) for part in parts))
+        headers = {"Content-Length": length, "flwr-package-version": self._version}
+        headers |= _HEADERS | self._key.headers()
+        self._http.request("POST", path, _pieces(parts), headers)
+        response = self._http.getresponse()
+        if response.status != 200:
+            self._refuse(response, path)
+        answer = self._read(response, limit_bytes)
+        self._used = time.monotonic()
+        return answer
+
+    def _connect(self) -> None:
+        try:
+            self._http.connect()
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            raise
+        except ssl.SSLCertVerificationError as error:
+            raise LinkError(
+                f"the certificate of {self._where} is not to be trusted: {error.verify_message}",
+                retry=False,
+            ) from None
+        except ssl.SSLError as error:
+            raise LinkError(
+                f"no TLS with {self._where} ({error.reason}): is it a SuperLink, with TLS?",
+                retry=False,
+            ) from None
+
+    def _read(self, response: HTTPResponse, limit_bytes: int) -> memoryview:
+        length = response.length  # None where it comes in chunks
+        if length is not None and length > limit_bytes:
+            raise LinkError(
+                f"{self._where} announced an answer of {length} bytes, at most {limit_bytes} are "
+                "taken here",
+                retry=True,
+            )
+        if length is None or length > len(self._answer):
+            self._answer = bytearray(length or 0)
+        answer, got, began = self._answer, 0, time.monotonic()
+        while piece := response.read1(_PIECE_BYTES):
+            end = got + len(piece)
+            if end > limit_bytes:
+                raise LinkError(
+                    f"{self._where} sent more than the {limit_bytes} bytes taken here", retry=True
+                )
+            answer[got:end] = piece
+            got = end
+            if time.monotonic() - began > self._timeout + got / _SLOWEST_BYTES_PER_S:
+                raise TimeoutError(f"{got} bytes of an answer trickled in")
+            if got == length:
+                break
+        if length is not None and got != length:
+            raise Away(f"an answer ended after {got} of {length} bytes")
+        response.close()
+        return memoryview(answer)[:got]
+
+    def _refuse(self, response: HTTPResponse, path: str) -> None:
+        raw = response.read1(_ERROR_BYTES)
+        self._http.close()
+        code, detail = _flower_error(raw)
+        status = response.status
+        text = f"{self._where} answered {path.rpartition('/')[2]} with HTTP {status}"
+        text += f" [code {code}]" if code is not None else ""
+        text += f": {plain(detail)}" if detail else ""
+        if status >= 500 or status in (408, 429):
+            raise Away(text)
+        if status == 401:
+            text += (
+                "; is this node's key registered there (flwr supernode register KEY.pub), and "
+                "this device's clock right?"
+            )
+        raise LinkError(text, retry=False, status=status, code=code)
+
+    def forget(self) -> None:
+        """Gives the last answer's memory back."""
+        self._answer = bytearray()
+
+    def abort(self) -> None:
+        """From another thread: ends a request that is under way."""
+        connected = self._http.sock
+        if connected is not None:
+            with suppress(OSError):
+                # Not SSLSocket.shutdown, which also takes the TLS state from under the reader.
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _pieces(parts: Sequence[Buffer]) -> Iterator[memoryview]:
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), _PIECE_BYTES):
+            yield view[start : start + _PIECE_BYTES]
+
+
+def _flower_error(raw: bytes) -> tuple[int | None, str]:
+    """Code and text of an error's JSON body; (None, "") where it is none."""
+    try:
+        error = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None, ""
+    if not isinstance(error, dict):
+        return None, ""
+    code = error.get("code")
+    return (code if type(code) is int else None), str(error.get("detail", ""))

@@ -1,0 +1,72 @@
+"""Who a node is: an ECDSA key, and the headers that prove it to a SuperLink."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+_MAKE = "make one with: ssh-keygen -t ecdsa -b 384 -N '' -f node.key"
+_FILE_BYTES = 1 << 16
+
+
+class PrivateKey:
+    def __init__(self, key: EllipticCurvePrivateKey) -> None:
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        public = key.public_key()
+        self.public_pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        self._key, self._sha256 = key, SHA256()
+
+    def headers(self) -> dict[str, str]:
+        """Of one request: the public key, the time and its signature; good for five minutes."""
+        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+
+        now = datetime.now(UTC).isoformat()
+        signature = self._key.sign(now.encode("ascii"), ECDSA(self._sha256))
+        return {
+            "flwr-public-key": b64encode(self.public_pem).decode("ascii"),
+            "flwr-timestamp": now,
+            "flwr-signature": b64encode(signature).decode("ascii"),
+        }
+
+
+def new_key() -> PrivateKey:
+    """For one connection to a SuperLink that takes nodes which nobody registered."""
+    from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
+
+    return PrivateKey(generate_private_key(SECP384R1()))
+
+
+def read_key(path: Path) -> PrivateKey:
+    """An OpenSSH private key file without a passphrase, ECDSA.  Raises ValueError."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization.ssh import load_ssh_private_key
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_FILE_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"there is no key file {path}: {_MAKE}") from None
+    except OSError as error:
+        raise ValueError(f"the key file {path} cannot be read: {error.strerror}") from None
+    try:
+        key = load_ssh_private_key(raw, None)
+    except TypeError:
+        raise ValueError(
+            f"the key in {path} has a passphrase, and a node has nobody to ask: "
+            f"remove it with: ssh-keygen -p -N '' -f {path}"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        public = raw.startswith((b"ecdsa-", b"ssh-"))
+        what = "a public key" if public else "no private key in OpenSSH format"
+        raise ValueError(f"{path} holds {what}; {_MAKE}") from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise ValueError(f"the key in {path} is not an ECDSA key, which Flower expects; {_MAKE}")
+    return PrivateKey(key)

@@ -1,0 +1,185 @@
+"""`fedlean node`: a device of a stock SuperLink, one warm process without PyTorch and without flwr.
+
+Its own parser and few imports, for every megabyte that is loaded here is missing in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from fedlean.data.load import load_dataset
+from fedlean.runtime.flower.identity import PrivateKey, read_key
+from fedlean.runtime.flower.superlink import LinkError, SuperLink
+from fedlean.runtime.remote.share import Share, client_share, own
+from fedlean.runtime.remote.worker import LIMIT_BYTES, Worker
+
+log = logging.getLogger("fedlean")
+BAD_INPUT, INTERRUPTED = 2, 130
+EAGER_SECONDS = 5.0  # after a message, in which the next is looked for often
+EAGER_POLL_SECONDS = 0.2
+MIN_LIMIT_BYTES = 64_000_000  # below, the process does not even start
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT came; not an Exception, so that a task does not swallow it."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="fedlean node", description="Take part in a federation as one of its devices."
+    )
+    add = parser.add_argument
+    add("--superlink", required=True, metavar="HOST:PORT", help="the SuperLink to join")
+    add("--data", required=True, help="folder of this device's examples (fedlean datasets)")
+    add("--tls-ca", type=Path, help="PEM file of the authority of the SuperLink's certificate")
+    add("--key", type=Path, help="this node's private key (ssh-keygen -t ecdsa -b 384 -N '')")
+    add("--insecure", action="store_true", help="without --tls-ca and --key; for trials only")
+    add(
+        "--memory-limit",
+        type=_bytes,
+        help="of this process, e.g. 128MB; what needs more is refused",
+    )
+    add(
+        "--state", type=Path, default=Path("~/.local/state/fedlean"), help="folder to keep files in"
+    )
+    add("--client", type=_share, metavar="I/N", help="be client I of N (and hold that share)")
+    add("--whole", action="store_true", help="with --client: all of --data is this client's")
+    add("--partition", default="iid", help="how --client's share is dealt (default: iid)")
+    add("--seed", type=int, default=0, help="of that partition (default: 0)")
+    add("--name", default="", help="shown in the server's log")
+    add("--threads", type=int, default=1, help="of the native engine (default: 1)")
+    add("--poll", type=float, default=1.0, metavar="SECONDS", help="between looks for messages (1)")
+    add(
+        "--allow-method",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="may run, too",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serves until SIGTERM or SIGINT; the exit code."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        link = connection(options)
+        worker = device(options)
+        link.activate()
+    except (ValueError, LinkError, OSError) as error:
+        return _fail(error)
+    except Stopped:
+        return INTERRUPTED
+    try:
+        serve(link, worker, poll_seconds=options.poll)
+    except Stopped:
+        pass
+    except LinkError as error:
+        return _fail(error)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # leaving takes a moment; once is enough
+        link.close()
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"fedlean node: {' '.join(str(error).split())}\n")
+    return BAD_INPUT
+
+
+def connection(options: argparse.Namespace) -> SuperLink:
+    """Raises ValueError for what is missing or unreadable."""
+    key: PrivateKey | None = read_key(options.key) if options.key else None
+    if options.tls_ca is not None and not options.tls_ca.is_file():
+        raise ValueError(f"--tls-ca {options.tls_ca}: there is no such file")
+    return SuperLink(
+        options.superlink,
+        key=key,
+        root_certificates=options.tls_ca,
+        insecure=options.insecure,
+        limit_bytes=options.memory_limit or LIMIT_BYTES,
+        say=log.info,
+    )
+
+
+def device(options: argparse.Namespace) -> Worker:
+    """Raises ValueError for data that cannot be read and numbers that make no sense."""
+    if options.poll <= 0:
+        raise ValueError(f"--poll must be positive, got {options.poll:g}")
+    index, clients = options.client or (None, 1)
+    dealt = None if options.whole else index
+    share = Share(dealt, clients, options.partition, options.seed)
+    data = own(client_share(load_dataset(options.data), share))
+    log.info("%s examples of %s", data.num_examples, options.data)
+    return Worker(
+        options.state.expanduser() / _folder_name(options),
+        data,
+        client=index,
+        name=options.name,
+        threads=options.threads,
+        memory_limit_bytes=options.memory_limit,
+        methods=options.allow_method,
+    )
+
+
+def serve(link: SuperLink, worker: Worker, *, poll_seconds: float) -> None:
+    """Answers messages one after the other.  Raises Stopped, or LinkError where nothing helps."""
+    last = time.monotonic()
+    while True:
+        try:
+            incoming = link.pull()
+            if incoming is not None:
+                link.push(incoming, worker.answer(incoming.content))
+                last = time.monotonic()
+                continue
+        except LinkError as error:
+            log.warning("%s", error)
+            if not error.retry and error.status in (401, 403):
+                raise
+        eager = time.monotonic() - last < EAGER_SECONDS
+        time.sleep(min(EAGER_POLL_SECONDS, poll_seconds) if eager else poll_seconds)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _folder_name(options: argparse.Namespace) -> str:
+    """Nodes of one machine do not share a folder."""
+    client = f"-{options.client[0]}" if options.client else ""
+    server = "".join(each if each.isalnum() else "-" for each in options.superlink)
+    return f"{server}{client}{'-' + options.key.stem if options.key else ''}"
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, clients = text.partition("/")
+    if not (index.isdigit() and clients.isdigit() and int(index) < int(clients)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(index), int(clients)
+
+
+def _bytes(text: str) -> int:
+    number = text.strip().upper()
+    unit = next(
+        (unit for unit in sorted(_UNITS, key=len, reverse=True) if number.endswith(unit)), ""
+    )
+    try:
+        count = float(number.removesuffix(unit)) * _UNITS.get(unit, 1)
+    except ValueError:
+        count = 0.0
+    if not MIN_LIMIT_BYTES <= count < 1e15:
+        raise argparse.ArgumentTypeError(f"expected a size like 128MB, from 64MB on; got {text!r}")
+    return int(count)

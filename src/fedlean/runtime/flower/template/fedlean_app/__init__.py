@@ -1,0 +1,1 @@
+"""A FedLean run as a Flower app: pyproject.toml says which."""

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+
+# --doctest-modules would import these, and with them flwr.
+collect_ignore = ["echo_app", "oracle.py", *(["stock.py"] if find_spec("flwr") is None else [])]
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory) -> Iterator:
+    """A running StockSuperLink with TLS and node authentication, one for a module's tests."""
+    if find_spec("flwr") is None:
+        pytest.skip("flwr is not installed")
+    from runtime.flower.stock import StockSuperLink
+
+    stock = StockSuperLink(tmp_path_factory.mktemp("superlink"))
+    stock.start()
+    yield stock
+    stock.stop()

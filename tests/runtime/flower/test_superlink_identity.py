@@ -1,0 +1,114 @@
+"""Keys and certificates: what is taken, and what a wrong one is answered with."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("flwr") is None:
+    pytest.skip("flwr is not installed", allow_module_level=True)
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from runtime.flower.stock import make_certificates, make_key
+
+from fedlean.runtime.flower.channel import trust
+from fedlean.runtime.flower.identity import new_key, read_key
+from fedlean.runtime.flower.superlink import SuperLink
+
+OPENSSH = serialization.PrivateFormat.OpenSSH
+PLAIN = serialization.NoEncryption()
+
+
+def pem(key, form=OPENSSH, encryption=PLAIN) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, encryption)
+
+
+def test_headers_verify_as_the_superlink_verifies_them(tmp_path):
+    public_pem = make_key(tmp_path / "key")
+    headers = read_key(tmp_path / "key").headers()
+    assert set(headers) == {"flwr-public-key", "flwr-timestamp", "flwr-signature"}
+    assert b64decode(headers["flwr-public-key"], validate=True) == public_pem
+    public = serialization.load_pem_public_key(public_pem)
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    signed = headers["flwr-timestamp"].encode("ascii")
+    signature = b64decode(headers["flwr-signature"], validate=True)
+    public.verify(signature, signed, ec.ECDSA(hashes.SHA256()))
+    age = datetime.now(UTC) - datetime.fromisoformat(headers["flwr-timestamp"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
+
+
+P384 = ec.generate_private_key(ec.SECP384R1())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "no private key in OpenSSH format"),
+        (b"nonsense", "no private key in OpenSSH format"),
+        (pem(P384)[:200], "no private key in OpenSSH format"),
+        (pem(P384, serialization.PrivateFormat.PKCS8), "no private key in OpenSSH format"),
+        (b"ecdsa-sha2-nistp384 AAAA", "holds a public key"),
+        (pem(ed25519.Ed25519PrivateKey.generate()), "is not an ECDSA key"),
+    ],
+)
+def test_keys_that_are_refused(tmp_path, content, says):
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        read_key(path)
+    assert says in str(caught.value) and "ssh-keygen -t ecdsa -b 384" in str(caught.value)
+
+
+def test_a_key_with_a_passphrase(tmp_path, monkeypatch):
+    def load(raw, password):
+        raise TypeError("Key is password-protected")  # as cryptography does it; needs bcrypt
+
+    monkeypatch.setattr(serialization.ssh, "load_ssh_private_key", load)
+    make_key(tmp_path / "key")
+    with pytest.raises(ValueError, match=r"has a passphrase.*ssh-keygen -p"):
+        read_key(tmp_path / "key")
+
+
+def test_a_key_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no key file.*ssh-keygen"):
+        read_key(tmp_path / "key")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_key(tmp_path)
+
+
+def test_certificates(tmp_path):
+    make_certificates(tmp_path)
+    trust(tmp_path / "ca.crt")
+    (tmp_path / "other").write_text("no certificate")
+    for path in (tmp_path / "other", tmp_path / "missing"):
+        with pytest.raises(ValueError, match=f"no root certificates in {path}"):
+            trust(path)
+
+
+def test_security_is_not_given_up_silently(tmp_path):
+    make_certificates(tmp_path)
+
+    def link(address="127.0.0.1:1", **settings):
+        asked = {"key": None, "root_certificates": None, "insecure": False} | settings
+        return SuperLink(address, limit_bytes=1, say=str, **asked)
+
+    ca = tmp_path / "ca.crt"
+    with pytest.raises(ValueError, match="no root certificates"):
+        link(key=new_key())
+    with pytest.raises(ValueError, match=r"no key.*flwr supernode register"):
+        link(root_certificates=ca)
+    with pytest.raises(ValueError, match="a key without root certificates"):
+        link(key=new_key(), insecure=True)
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        link("nowhere", insecure=True)
+    for allowed in (
+        {"key": new_key(), "root_certificates": ca},
+        {"root_certificates": ca, "insecure": True},
+        {"insecure": True},
+    ):
+        link(**allowed).close()
