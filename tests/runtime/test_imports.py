@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[2]
         "fedlean.measure.device",
         "fedlean.runtime.run",
         "fedlean.cli",
+        "fedlean.runtime.flower.node",
+        "fedlean.runtime.flower.project",
+        "fedlean.runtime.remote.worker",
     ],
 )
 def test_imports_nothing_heavy(module):
