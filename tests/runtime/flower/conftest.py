@@ -6,7 +6,11 @@ from importlib.util import find_spec
 import pytest
 
 # --doctest-modules would import these, and with them flwr.
-collect_ignore = ["echo_app", "oracle.py", *(["stock.py"] if find_spec("flwr") is None else [])]
+collect_ignore = [
+    "echo_app",
+    "oracle.py",
+    *(["stock.py", "processes.py"] if find_spec("flwr") is None else []),
+]
 
 
 @pytest.fixture(scope="module")

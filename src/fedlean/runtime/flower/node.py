@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from fedlean.data.load import load_dataset
 from fedlean.runtime.flower.identity import PrivateKey, read_key
-from fedlean.runtime.flower.superlink import LinkError, SuperLink
+from fedlean.runtime.flower.superlink import Incoming, LinkError, SuperLink
 from fedlean.runtime.remote.share import Share, client_share, own
 from fedlean.runtime.remote.worker import LIMIT_BYTES, Worker
 
@@ -77,22 +78,21 @@ def main(arguments: Sequence[str]) -> int:
     try:
         link = connection(options)
         worker = device(options)
-        link.activate()
-    except (ValueError, LinkError, OSError) as error:
+    except (ValueError, OSError) as error:
         return _fail(error)
     except Stopped:
         return INTERRUPTED
     try:
+        link.activate()
         serve(link, worker, poll_seconds=options.poll)
     except Stopped:
-        pass
+        return 0
     except LinkError as error:
         return _fail(error)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # leaving takes a moment; once is enough
         link.close()
-    return 0
 
 
 def _fail(error: Exception) -> int:
@@ -135,22 +135,30 @@ def device(options: argparse.Namespace) -> Worker:
     )
 
 
-def serve(link: SuperLink, worker: Worker, *, poll_seconds: float) -> None:
+def serve(link: SuperLink, worker: Worker, *, poll_seconds: float) -> NoReturn:
     """Answers messages one after the other.  Raises Stopped, or LinkError where nothing helps."""
     last = time.monotonic()
     while True:
-        try:
-            incoming = link.pull()
-            if incoming is not None:
+        incoming = _pulled(link)
+        if incoming is not None:
+            try:
                 link.push(incoming, worker.answer(incoming.content))
-                last = time.monotonic()
-                continue
-        except LinkError as error:
-            log.warning("%s", error)
-            if not error.retry and error.status in (401, 403):
-                raise
+            except LinkError as error:  # this reply is lost; the server asks again
+                log.warning("%s", error)
+            last = time.monotonic()
+            continue
         eager = time.monotonic() - last < EAGER_SECONDS
         time.sleep(min(EAGER_POLL_SECONDS, poll_seconds) if eager else poll_seconds)
+
+
+def _pulled(link: SuperLink) -> Incoming | None:
+    try:
+        return link.pull()
+    except LinkError as error:
+        if not error.retry:
+            raise
+        log.warning("%s", error)
+        return None
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

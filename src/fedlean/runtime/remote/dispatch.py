@@ -169,14 +169,13 @@ class RemoteDispatch:
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
         self._seconds, self._troubles = {}, {}
         asked = {task.client: task for task in tasks}
-        letters = {}
-        for task in tasks:
-            if task.client in self._node:
-                letters[self._node[task.client]] = self._letter(task)
-            else:
-                self._troubles[task.client] = "is not connected"
+        ends = time.monotonic() + self._terms.deadline_seconds
+        connected = self._connected(asked, ends)
+        for client in asked.keys() - connected:
+            self._trouble(client, "is not connected")
+        letters = {self._node[client]: self._letter(asked[client]) for client in connected}
         with tempfile.TemporaryDirectory(prefix="fedlean-replies-") as folder:
-            replies = self._collect(letters, asked, Path(folder))
+            replies = self._collect(letters, asked, Path(folder), ends)
             if len(replies) < min(self._terms.min_replies, len(tasks)):
                 self._say(
                     f"round {tasks[0].round}: {len(replies)} of {len(tasks)} answered within "
@@ -187,6 +186,20 @@ class RemoteDispatch:
             for task in tasks:
                 if task.client in replies:
                     yield from self._decoded(replies[task.client], task)
+
+    def _connected(self, asked: Collection[int], ends: float) -> list[int]:
+        """Those of the clients whose nodes are there, once they can be enough, or at `ends`.
+
+        A round that is asked again often meets nodes that have just died and are coming back.
+        """
+        enough = min(self._terms.min_replies, len(asked))
+        while True:
+            nodes = set(self._post.nodes())
+            self._greet(nodes)
+            there = [client for client in asked if self._node.get(client) in nodes]
+            if len(there) >= enough or time.monotonic() >= ends:
+                return there
+            time.sleep(self._terms.poll_seconds)
 
     def _letter(self, task: ClientTask, *, whole: bool = False) -> bytes:
         known = wire.Known() if whole else self.store.known(task.client)
@@ -201,13 +214,16 @@ class RemoteDispatch:
         return seal(Envelope(env.TASK, fields, wire.encode_task(task, known)))
 
     def _collect(
-        self, letters: Mapping[int, bytes], asked: Mapping[int, ClientTask], folder: Path
+        self,
+        letters: Mapping[int, bytes],
+        asked: Mapping[int, ClientTask],
+        folder: Path,
+        ends: float,
     ) -> dict[int, Path]:
         """Replies on disk by client; who lacks a spec or pattern is sent the whole task once."""
         client_of = {self._node[client]: client for client in asked if client in self._node}
         replies: dict[int, Path] = {}
         repeated: set[int] = set()
-        ends = time.monotonic() + self._terms.deadline_seconds
 
         def take(node: int, content: bytes | Failed) -> dict[int, bytes]:
             """Notes one reply; letters to send in turn."""

@@ -1,0 +1,155 @@
+"""kill -9 of node, server app and SuperLink, each in the middle of a round.
+
+With min-replies = all, what is lost is asked again, so the end is that of the undisturbed run, bit
+for bit, however often something died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fedlean.runtime.flower.project import write_project
+from fedlean.runtime.run import RunConfig, start
+
+pytestmark = pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed")
+if find_spec("flwr") is not None:
+    from runtime.flower.processes import Process, light_node, model, same
+    from runtime.flower.stock import COMMANDS
+
+ROUNDS = 7
+STEPS = 1500  # half a second or so of training, to be killed in
+DEADLINE_SECONDS = 45  # three attempts outlast the minute in which a killed node's key is refused
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project") / "app"
+    write_project(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local") / "run"
+    config = RunConfig(
+        method="fedavg",
+        clients=2,
+        rounds=ROUNDS,
+        engine="native",
+        settings={"local_steps": STEPS},
+    )
+    start(config, folder, lambda entry: None)
+    return model(folder)
+
+
+@pytest.fixture
+def nodes(superlink, tmp_path):
+    pair = [light_node(superlink, tmp_path, client).start() for client in range(2)]
+    for node in pair:
+        node.until("connected to SuperLink")
+    yield pair
+    for node in pair:
+        node.stop_if_running()
+
+
+@pytest.fixture
+def submit(superlink, app):
+    """Runs the app with the folder `out`; each stream is ended with the test."""
+    streams: list[Process] = []
+
+    def run(out: Path) -> Process:
+        streams.append(stream(superlink, app, out, len(streams)))
+        return streams[-1].start()
+
+    yield run
+    for one in streams:
+        one.kill()
+
+
+def stream(superlink, app: Path, out: Path, number: int) -> Process:
+    text = (
+        f'method="fedavg" settings="local_steps={STEPS}" out="{out}" clients=2 rounds={ROUNDS} '
+        f"min-replies=2 deadline-seconds={DEADLINE_SECONDS} join-seconds=120"
+    )
+    command = [str(COMMANDS / "flwr"), "run", str(app), "test", "--stream", "-c", text]
+    return Process(out.with_suffix(f".{number}.log"), command, superlink.environment)
+
+
+def rounds_done(out: Path) -> int:
+    path = out / "rounds.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def in_the_middle_of_a_round(out: Path) -> int:
+    """Waits until two more rounds are done and the next one is under way; how many are done."""
+    seen, end = rounds_done(out), time.monotonic() + 90
+    while rounds_done(out) < seen + 2:
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.05)
+    time.sleep(0.3)
+    return rounds_done(out)
+
+
+def until_finished(out: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not (out / "summary.json").exists():
+        assert time.monotonic() < end, f"not finished: {rounds_done(out)} rounds"
+        time.sleep(0.2)
+
+
+def kill_server_app(superlink_log: Path) -> None:
+    """The one that runs for the SuperLink whose log this is: its descendants' commands say so."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    found = [
+        int(line.split()[0])
+        for line in listed.stdout.splitlines()
+        if "flwr-serverapp" in line or "serverapp" in line.split()[1]
+    ]
+    ours = [pid for pid in found if _home(pid) == str(superlink_log)]
+    assert ours, listed.stdout
+    for pid in ours:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _home(pid: int) -> str:
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return next((p[10:].decode() for p in pairs if p.startswith(b"FLWR_HOME=")), "")
+
+
+def test_a_node(submit, nodes, tmp_path, undisturbed):
+    """Its key is refused for up to a minute; the round waits, is asked again, and is the same."""
+    out = tmp_path / "run"
+    submit(out)
+    in_the_middle_of_a_round(out)
+    nodes[1].kill()
+    nodes[1].start()  # as systemd does it
+    until_finished(out, 240)
+    assert same(model(out), undisturbed)
+
+
+def test_the_server_app_and_the_superlink(submit, superlink, nodes, tmp_path, undisturbed):
+    """Each time the app is submitted again, with the same folder."""
+    out = tmp_path / "run"
+    submit(out)
+    done = in_the_middle_of_a_round(out)
+    kill_server_app(superlink.flwr_home)
+    time.sleep(1)
+    assert rounds_done(out) <= done + 1
+    second = submit(out)
+    second.until("which is continued", 90)
+    done = in_the_middle_of_a_round(out)
+    superlink.restart()
+    submit(out)
+    until_finished(out, 150)
+    assert done >= 4
+    assert same(model(out), undisturbed)
