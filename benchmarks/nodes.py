@@ -447,7 +447,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds per kind and payload")
     parser.add_argument("--limit-mb", type=float, default=192)
     parser.add_argument(
-        "--parts", nargs="+", default=("rounds", "training", "stock"),
+        "--parts",
+        nargs="+",
+        default=("rounds", "training", "stock"),
         choices=("rounds", "training", "stock"),
     )
     parser.add_argument("--json", type=Path)

@@ -76,6 +76,7 @@ def run(
     ] = None,
     eval_every: Whole = 1,
     eval_examples: Whole | None = None,
+    max_update_norm: float | None = None,
     set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Path | None = None,
 ) -> None:
@@ -119,6 +120,8 @@ def run(
         rounds between evaluations
     eval_examples
         test examples used during the run (default: all; the last round takes all)
+    max_update_norm
+        refuse a client's update that moves the model by more (Euclidean norm; default: no bound)
     set
         further hyper-parameters of the method, key=value
     out
@@ -143,6 +146,7 @@ def run(
         target_accuracy=tuple(target_accuracy or ()),
         eval_every=eval_every,
         eval_examples=eval_examples,
+        max_update_norm=max_update_norm,
         settings=settings,
     )
     folder = out or Path("runs") / _folder_name(config)

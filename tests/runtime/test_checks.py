@@ -22,7 +22,7 @@ from fedlean.methods import fedavg, prunefl
 from fedlean.runtime.checks import MAX_EXAMPLES, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.rounds import Progress, StepRecord
-from fedlean.tree import apply_mask, unpack
+from fedlean.tree import apply_mask, pack, unpack
 
 POISONED = 1
 MASKS = {
@@ -180,6 +180,21 @@ def test_an_equal_pattern_in_another_object_is_taken():
 def test_negative_zero_outside_the_mask_is_zero():
     values = np.where(MASKS["fc1.weight"], params()["fc1.weight"], np.float32(-0.0))
     assert refusal(with_tensor("fc1.weight", values)(answer(MASKS)), task(MASKS), FORMS) is None
+
+
+def test_a_bound_on_how_far_the_model_may_be_moved():
+    """One value of 12 moved by 3, another by 4: a norm of 5, dense and packed alike."""
+    moved = params()["fc1.bias"].copy()
+    moved[:2] += [3, 4]
+    for masks in ({}, MASKS):
+        update = with_tensor("fc1.bias", moved)(answer(masks))
+        assert refusal(update, task(masks), FORMS, max_norm=5.01) is None
+        assert refusal(update, task(masks), FORMS, max_norm=4.99) == (
+            "moved the model by 5, the bound is 4.99"
+        )
+    packed = replace(answer(MASKS), params=pack(answer(MASKS).params, MASKS))
+    assert refusal(packed, task(MASKS), FORMS, max_norm=1e-6) is None
+    assert refusal(answer({}), replace(task({}), params={}), FORMS, max_norm=1e-6) is None
 
 
 # In a round

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 MAX_CLASSES = 1 << 16  # a larger label is a damaged file, and would size a model's last layer
-CHUNK = 4096  # images converted at a time, so that statistics never hold a float copy of the set
+CHUNK = 256  # images converted at a time, so that statistics never hold a float copy of the set
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,23 @@ import numpy as np
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm
-from fedlean.tree import is_packed, num_kept
+from fedlean.tree import is_packed, num_kept, unpack
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
 
 
 def refusal(
-    update: ClientUpdate, task: ClientTask, forms: Mapping[str, StatisticForm]
+    update: ClientUpdate,
+    task: ClientTask,
+    forms: Mapping[str, StatisticForm],
+    max_norm: float | None = None,
 ) -> str | None:
-    """Why this answer to `task`, which asks for statistics of these `forms`, cannot be merged."""
+    """Why this answer to `task`, which asks for statistics of these `forms`, cannot be merged.
+
+    max_norm: largest Euclidean norm of (values sent - values asked with), over all tensors; where
+    the task carried no values (a client that goes on from its own) there is nothing to hold against
+    it.
+    """
     if not 1 <= update.num_examples <= MAX_EXAMPLES:
         return f"claims {update.num_examples} examples, expected 1 to {MAX_EXAMPLES}"
     shapes = task.spec.tensor_shapes
@@ -43,6 +51,8 @@ def refusal(
             return f"sent {name!r} with values that are not finite"
         if name in masks and not packed and bool(((values != 0) > masks[name]).any()):
             return f"sent {name!r} with values outside its mask"
+    if max_norm is not None and (norm := _moved(update, task)) > max_norm:
+        return f"moved the model by {norm:.3g}, the bound is {max_norm:g}"
     if update.statistics.keys() != forms.keys():
         sent, asked = (", ".join(sorted(keys)) or "none" for keys in (update.statistics, forms))
         return f"sent the statistics {sent}, expected {asked}"
@@ -50,6 +60,20 @@ def refusal(
         if reason := _not_of(form, update.statistics[key]):
             return f"sent {key} {reason}"
     return None
+
+
+def _moved(update: ClientUpdate, task: ClientTask) -> float:
+    """Norm of the difference, of tensors that both the task and the update carry alike."""
+    squares = 0.0
+    masks = task.sub_model.masks
+    for name, sent in update.params.items():
+        if name not in task.params:
+            continue
+        asked = task.params[name]
+        if sent.shape != asked.shape:  # one is packed
+            sent, asked = unpack(sent, masks[name]), unpack(asked, masks[name])
+        squares += float(np.sum(np.square(sent - asked, dtype=np.float64)))
+    return squares**0.5
 
 
 def _not_of(form: StatisticForm, statistic: Statistic) -> str | None:

@@ -23,6 +23,7 @@ from fedlean.runtime.local import Dispatch
 from fedlean.runtime.order import in_cohort_order
 
 ATTEMPTS = 3  # how often an unanswered round is asked
+Refuse = Callable[[ClientUpdate, ClientTask], str | None]
 EMPTY_STEPS = 10  # unanswered rounds in a row after which the run stops
 
 
@@ -61,6 +62,7 @@ def run_rounds(
     server: Server,
     dispatch: Dispatch,
     after_step: Callable[[Progress, StepRecord, bool], None],
+    max_update_norm: float | None = None,
 ) -> Progress:
     """Steps until `algorithm.done`; `after_step(progress, record, last)` logs and checkpoints.
 
@@ -69,7 +71,7 @@ def run_rounds(
     while not algorithm.done(progress.state):
         for mask in progress.state.masks.values():
             mask.flags.writeable = False  # so that it is hashed once and not for every message
-        state, record = _step(algorithm, progress, server, dispatch)
+        state, record = _step(algorithm, progress, server, dispatch, max_update_norm)
         empty = bool(record.tasks) and not record.answered
         progress = replace(
             progress,
@@ -92,18 +94,23 @@ def _step(
     progress: Progress,
     server: Server,
     dispatch: Dispatch,
+    max_update_norm: float | None,
 ) -> tuple[Any, StepRecord]:
     began = time.perf_counter()
     devices = dispatch.begin(progress.store, progress.step + 1)
     tasks = algorithm.configure(progress.state, devices)
     record = StepRecord(tasks)
     state = progress.state
+
+    def refuse(update: ClientUpdate, task: ClientTask) -> str | None:
+        return refusal(update, task, algorithm.statistics(task), max_update_norm)
+
     if not tasks:
         state = algorithm.server_update(state, ())
     while tasks and record.attempts < ATTEMPTS and not record.answered:
         record.attempts += 1
         ledger = Ledger(tasks, progress.store, server.device)
-        answers = _taken(dispatch(tasks), algorithm, record, ledger, progress.store)
+        answers = _taken(dispatch(tasks), refuse, record, ledger, progress.store)
         state = algorithm.server_update(progress.state, answers)
         for _ in answers:  # whatever the method did not read is checked and charged all the same
             pass
@@ -119,14 +126,14 @@ def _step(
 
 def _taken(
     updates: Iterable[ClientUpdate],
-    algorithm: FederatedAlgorithm,
+    refuse: Refuse,
     record: StepRecord,
     ledger: Ledger,
     store: ClientStore,
 ) -> Iterator[ClientUpdate]:
     """The updates that pass the checks, in cohort order, charged and noted as they pass."""
     asked = {task.client: task for task in record.tasks}
-    usable = _usable(updates, asked, algorithm, record, ledger)
+    usable = _usable(updates, asked, refuse, record, ledger)
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for update in in_cohort_order(usable, record.tasks):
@@ -143,7 +150,7 @@ def _taken(
 def _usable(
     updates: Iterable[ClientUpdate],
     asked: Mapping[int, ClientTask],
-    algorithm: FederatedAlgorithm,
+    refuse: Refuse,
     record: StepRecord,
     ledger: Ledger,
 ) -> Iterator[ClientUpdate]:
@@ -157,7 +164,7 @@ def _usable(
         if task is None or update.client in seen:
             continue
         seen.add(update.client)
-        reason = refusal(update, task, algorithm.statistics(task))
+        reason = refuse(update, task)
         try:
             ledger.answer(task, update)
         except wire.WireError as error:

@@ -77,6 +77,7 @@ class RunConfig:
     target_accuracy: tuple[float, ...] = ()
     eval_every: int = 1
     eval_examples: int | None = None  # of the test set, during the run; None: all
+    max_update_norm: float | None = None  # of a client's change to the model; more is refused
     settings: Settings = field(default_factory=dict)
 
 
@@ -260,6 +261,8 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if config.eval_examples is not None and config.eval_examples < 1:
         raise ValueError(f"eval_examples must be at least 1, got {config.eval_examples}")
+    if config.max_update_norm is not None and not 0 < config.max_update_norm < math.inf:
+        raise ValueError(f"max_update_norm must be positive, got {config.max_update_norm}")
     for target in config.target_accuracy:
         if not 0 < target < 1 or not math.isfinite(target):
             raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
@@ -344,6 +347,7 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
             server=run.server,
             dispatch=run.dispatch,
             after_step=after_step,
+            max_update_norm=config.max_update_norm,
         )
     finally:
         log.close()

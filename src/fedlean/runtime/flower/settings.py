@@ -16,7 +16,15 @@ Flat = Mapping[str, bool | float | int | str]
 _NUMBERS = ("clients", "rounds", "seed", "threads", "eval_every")
 _TEXTS = ("dataset", "model", "inputs", "partition", "engine", "device")
 _TERMS = tuple(field.name for field in fields(Terms))
-_OTHERS = ("method", "settings", "out", "state", "target_accuracy", "eval_examples")
+_OTHERS = (
+    "method",
+    "settings",
+    "out",
+    "state",
+    "target_accuracy",
+    "eval_examples",
+    "max_update_norm",
+)
 KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *_NUMBERS, *_TEXTS, *_TERMS)}
 
 
@@ -46,6 +54,7 @@ def server_settings(flat: Flat) -> ServerSettings:
         method=method,
         target_accuracy=_accuracies(str(given.get("target_accuracy", ""))),
         eval_examples=_whole("eval_examples", given.get("eval_examples", 0)) or None,
+        max_update_norm=_number("max_update_norm", given.get("max_update_norm", 0)) or None,
         settings=parse_settings(
             method, find_method(method), shlex.split(str(given.get("settings", "")))
         ),
@@ -57,7 +66,7 @@ def server_settings(flat: Flat) -> ServerSettings:
 
 
 def _term(name: str, value: object) -> float | int:
-    return _whole(name, value) if name.startswith("min_") else _seconds(name, value)
+    return _whole(name, value) if name.startswith("min_") else _number(name, value)
 
 
 def _whole(name: str, value: object) -> int:
@@ -66,9 +75,9 @@ def _whole(name: str, value: object) -> int:
     return value
 
 
-def _seconds(name: str, value: object) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name.replace('_', '-')} must be a number of seconds, got {value!r}")
+        raise ValueError(f"{name.replace('_', '-')} must be a number, got {value!r}")
     return float(value)
 
 

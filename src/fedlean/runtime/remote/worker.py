@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,12 +64,19 @@ class Worker:
         self._run: _Run | None = None
 
     def answer(self, data: bytes | memoryview) -> bytes:
-        """The reply to one envelope.  Whatever came in, it is an envelope."""
+        """The reply to one envelope.  Whatever came in, it is an envelope.
+
+        Who keeps no reference to `data` has its memory back before the training.
+        """
         try:
             asked = unseal(data, expected=(env.HELLO, env.TASK))
             if asked.kind == env.HELLO:
                 return seal(self._welcome())
-            return seal(self._update(asked))
+            job = self._job(asked)
+            del asked, data  # the task has copies: a whole model's bytes are free while it trains
+            done = self._update(job)
+            del job
+            return seal(done)
         except wire.UnknownSpec as error:
             return _trouble(str(error), "spec")
         except wire.UnknownPattern as error:
@@ -92,19 +99,24 @@ class Worker:
         }
         return Envelope(env.WELCOME, fields)
 
-    def _update(self, asked: Envelope) -> Envelope:
+    def _job(self, asked: Envelope) -> _Job:
+        """What is to be done, decoded and checked."""
         fields = asked.fields
         client_update = self._method(fields["method"])
         run = self._open_run(fields["run"])
         task = self._task(asked.body, run)
         self._check_data(task, fields)
+        return _Job(client_update, run, task, fields)
+
+    def _update(self, job: _Job) -> Envelope:
+        run, task, fields = job.run, job.task, job.fields
         run.specs.keep(task.spec)
         run.patterns.keep(task.sub_model.masks)
         states = HeldStates(run.folder / f"states-{task.client}")
         state, lost = states.read(fields["committed"])
         began = time.perf_counter()
         batches = self._normalised(fields)
-        update, state = client_update(task, batches, self._engine(task.spec), state)
+        update, state = job.client_update(task, batches, self._engine(task.spec), state)
         seconds = time.perf_counter() - began
         run.patterns.keep(update.sub_model.masks)
         states.write(fields["step"], state, committed=fields["committed"])
@@ -181,6 +193,15 @@ class _Run:
         self.folder = folder
         self.specs = HeldSpecs(folder)
         self.patterns = HeldPatterns(folder)
+
+
+class _Job(NamedTuple):
+    """One task and what goes with it."""
+
+    client_update: Callable[..., Any]
+    run: _Run
+    task: ClientTask
+    fields: Mapping[str, Any]
 
 
 def _trouble(reason: str, missing: str | None = None) -> bytes:

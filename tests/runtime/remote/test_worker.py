@@ -1,0 +1,261 @@
+"""A device's half: what it refuses, what it keeps, and that nothing makes it raise."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from federation import ENGINE, SPEC, client_data, devices, params, server
+from loopback import Loopback, remote
+
+from fedlean import wire
+from fedlean.core import ClientTask, SubModel
+from fedlean.engine.protocol import SGD
+from fedlean.methods.fedavg import fedavg
+from fedlean.models.conv2 import conv2
+from fedlean.models.initialise import init_params
+from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote.envelope import Envelope, seal, unseal
+from fedlean.runtime.remote.held import PATTERNS, RUNS, HeldPatterns, HeldStates, forget_old_runs
+from fedlean.runtime.remote.limit import LimitedEngine, TooLarge, resident_bytes
+from fedlean.runtime.remote.worker import Worker
+from fedlean.tree import pattern_hash
+
+FIELDS = {
+    "run": "a1",
+    "method": "fedavg",
+    "step": 1,
+    "committed": None,
+    "mean": client_data()[0].dataset.mean.tolist(),
+    "std": client_data()[0].dataset.std.tolist(),
+}
+
+
+def a_task(spec=SPEC, values=None) -> ClientTask:
+    algorithm = fedavg(server(), lr=0.1, local_steps=1, batch_size=4)
+    task = algorithm.configure(algorithm.init(params()), devices())[0]
+    return replace(task, spec=spec, params=values or task.params)
+
+
+def letter(task: ClientTask, **fields) -> bytes:
+    return seal(Envelope(env.TASK, {**FIELDS, **fields}, wire.encode_task(task)))
+
+
+def worker(tmp_path, **settings) -> Worker:
+    return Worker(tmp_path, client_data()[0], **{"client": 0, "engine": ENGINE.name, **settings})
+
+
+def reason(answer: bytes) -> str:
+    return unseal(answer, expected=(env.TROUBLE,)).fields["reason"]
+
+
+def test_a_sound_task_is_answered(tmp_path):
+    answer = unseal(worker(tmp_path).answer(letter(a_task())), expected=(env.UPDATE,))
+    update = wire.decode_update(bytes(answer.body), a_task())
+    assert update.num_examples == 25 and answer.fields["lost_state"] is False
+
+
+def test_the_federations_mean_and_deviation_count(tmp_path):
+    answers = [
+        worker(tmp_path).answer(letter(a_task(), mean=[mean])) for mean in (FIELDS["mean"][0], 0.0)
+    ]
+    first, second = (
+        wire.decode_update(bytes(unseal(one, expected=(env.UPDATE,)).body), a_task()).params
+        for one in answers
+    )
+    assert not np.array_equal(first["fc2.bias"], second["fc2.bias"])
+
+
+REFUSED = {
+    "another method's module": ({"method": "os:system"}, "--allow-method os:system"),
+    "no such method": ({"method": "fedavgg"}, "cannot be used on this device"),
+    "a path": ({"method": "..core"}, "no method is named"),
+    "channels": ({"mean": [0.0, 0.0]}, "must have 1 numbers"),
+    "deviation 0": ({"std": [0.0]}, "std must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tmp_path):
+    fields, text = REFUSED[name]
+    assert text in reason(worker(tmp_path).answer(letter(a_task(), **fields)))
+
+
+def test_a_method_that_the_operator_allows_may_run(tmp_path):
+    name = "fedlean.methods.fedavg:fedavg"
+    allowed = worker(tmp_path, methods=[name])
+    assert unseal(allowed.answer(letter(a_task(), method=name)), expected=(env.UPDATE,))
+
+
+def test_a_model_for_other_examples_is_refused(tmp_path):
+    spec = conv2((1, 28, 28), 10)
+    answer = worker(tmp_path).answer(letter(a_task(spec, init_params(spec, 0))))
+    assert "examples of shape (1, 28, 28), this device holds (1, 8, 8)" in reason(answer)
+
+
+def test_an_oversized_message_is_refused_by_its_length(tmp_path):
+    small = worker(tmp_path, memory_limit_bytes=2000)
+    assert "the limit is 2000" in reason(small.answer(letter(a_task())))
+
+
+def test_what_is_not_held_is_said(tmp_path):
+    task = a_task()
+    known = wire.Known(specs=frozenset({SPEC.hash}))
+    short = seal(Envelope(env.TASK, FIELDS, wire.encode_task(task, known)))
+    fields = unseal(worker(tmp_path).answer(short), expected=(env.TROUBLE,)).fields
+    assert fields["missing"] == "spec"
+
+
+# A limit on memory
+
+
+def opened(engine, spec, batch_size=20):
+    return engine.open(
+        spec, init_params(spec, 0), SubModel(), batch_size=batch_size, optimizer=SGD(0.1)
+    )
+
+
+def test_a_session_that_does_not_fit_is_refused_before_it_allocates():
+    """Conv-2 takes some 27 MB for its weights alone."""
+    spec = conv2((1, 28, 28), 10)
+    values = init_params(spec, 0)
+    engine = LimitedEngine(ENGINE, resident_bytes() + 20_000_000)
+    before = resident_bytes()
+    with pytest.raises(TooLarge, match=r"a training step needs .* MB, .* are free"):
+        engine.open(spec, values, SubModel(), batch_size=20, optimizer=SGD(0.1))
+    assert resident_bytes() - before < 2_000_000
+
+
+def test_sums_of_squares_that_do_not_fit_are_refused():
+    """Σ g² of 859 parameters and the arena it needs; the plain step fits."""
+    plain = LimitedEngine(ENGINE, resident_bytes() + 10_000_000)
+    session = opened(plain, SPEC)
+    x, y = next(client_data()[0].draw(steps=1, batch_size=20, seed=0))
+    session.step(x, y, importance=True)
+    spec = conv2((1, 28, 28), 10)
+    tight = LimitedEngine(ENGINE, resident_bytes() + 45_000_000)
+    session = opened(tight, spec)
+    x = np.zeros((20, 1, 28, 28), np.float32)
+    with pytest.raises(TooLarge, match="Σ g² of all coordinates"):
+        session.step(x, np.zeros(20, np.int64), importance=True)
+    session.step(x, np.zeros(20, np.int64))
+
+
+def test_a_round_under_a_limit_is_the_same(tmp_path):
+    free, limited = (
+        Worker(tmp_path / name, client_data()[0], engine=ENGINE.name, memory_limit_bytes=limit)
+        for name, limit in (("a", None), ("b", 4 * resident_bytes()))
+    )
+    a, b = (
+        bytes(unseal(one.answer(letter(a_task())), expected=(env.UPDATE,)).body)
+        for one in (free, limited)
+    )
+    assert a == b
+
+
+# What is on disk
+
+
+def test_of_patterns_the_newest_stay_and_torn_files_are_not_believed(tmp_path):
+    held = HeldPatterns(tmp_path)
+    masks = [{"fc1.weight": np.arange(768).reshape(12, 64) % n == 0} for n in range(2, 9)]
+    for one in masks:
+        held.keep(one)
+    assert len(list(tmp_path.glob("pattern-*"))) == PATTERNS
+    fresh, key = HeldPatterns(tmp_path), pattern_hash(masks[-1])
+    assert key in fresh and np.array_equal(fresh[key]["fc1.weight"], masks[-1]["fc1.weight"])
+    path = tmp_path / f"pattern-{key}.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert key not in HeldPatterns(tmp_path)
+    other = tmp_path / f"pattern-{pattern_hash(masks[-2])}.safetensors"
+    other.rename(path)  # whole, but of another name
+    assert key not in HeldPatterns(tmp_path)
+
+
+def test_of_states_the_one_that_counts_and_the_new_one_stay(tmp_path):
+    held = HeldStates(tmp_path)
+    for step in (1, 2, 3):
+        held.write(step, {"step": np.array(step)}, committed=1 if step > 1 else None)
+    assert int(held.read(1)[0]["step"]) == 1 and int(held.read(3)[0]["step"]) == 3
+    assert held.read(2) == ({}, True)
+    assert held.read(None) == ({}, False)
+
+
+def test_old_runs_are_forgotten(tmp_path):
+    for number in range(RUNS + 3):
+        (tmp_path / f"run{number}").mkdir()
+    forget_old_runs(tmp_path, "run0")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "run0" in left and len(left) <= RUNS + 1
+
+
+# Hostile messages
+
+
+def mutations(whole: bytes, count: int):
+    """Inside a sound envelope: flipped, cut, doubled, overwritten bodies and fields."""
+    rng = np.random.default_rng(0)
+    envelope = unseal(whole, expected=tuple(env.KINDS))
+    for _ in range(count):
+        body = bytearray(envelope.body)
+        fields = dict(envelope.fields)
+        for _ in range(int(rng.integers(1, 4))):
+            at = int(rng.integers(max(1, len(body))))
+            what = int(rng.integers(6))
+            if what == 0 and body:
+                body[at] ^= 1 << int(rng.integers(8))
+            elif what == 1:
+                del body[at:]
+            elif what == 2:
+                body[at:at] = body[at : at + 64]
+            elif what == 3:
+                body[at : at + 8] = b"\xff" * 8
+            elif what == 4:
+                body[at : at + 4] = int(rng.integers(1 << 32)).to_bytes(4, "little")
+            else:
+                name = list(fields)[int(rng.integers(len(fields)))]
+                values = [None, -1, 1 << 61, "x" * 100, [1e29], {}, 0.5, True]
+                fields[name] = values[int(rng.integers(len(values)))]
+        yield seal(replace(envelope, fields=fields, body=bytes(body)))
+
+
+def test_a_thousand_mutated_tasks(tmp_path):
+    """Each is answered, most with a reason; memory stays flat."""
+    device = worker(tmp_path, memory_limit_bytes=4 * resident_bytes())
+    masks = {"fc1.weight": np.arange(768).reshape(12, 64) % 3 == 0}
+    task = a_task()
+    whole = letter(replace(task, sub_model=SubModel(masks=masks)))
+    refused = 0
+    tracemalloc.start()
+    for mutated in mutations(whole, 1000):
+        answer = unseal(device.answer(mutated), expected=(env.UPDATE, env.TROUBLE))
+        refused += answer.kind == env.TROUBLE
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refused > 600
+    assert peak < 8_000_000, "nothing is allocated by a length that a message claims"
+
+
+def test_two_thousand_mutated_answers(tmp_path):
+    """Each is refused with a reason, or is an update that the runtime's checks see next."""
+    device = worker(tmp_path)
+    task = a_task()
+    whole = device.answer(letter(task))
+    dispatch, _ = remote(Loopback(tmp_path / "nodes"))
+    path = tmp_path / "reply"
+    refused = 0
+    tracemalloc.start()
+    for mutated in mutations(whole, 2000):
+        try:
+            envelope = unseal(mutated, expected=(env.UPDATE,))
+        except env.EnvelopeError:
+            refused += 1
+            continue
+        path.write_bytes(envelope.body)
+        refused += not list(dispatch._decoded(path, task))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refused > 1200
+    assert peak < 8_000_000
