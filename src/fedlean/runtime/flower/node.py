@@ -147,8 +147,10 @@ def serve(link: SuperLink, worker: Worker, *, poll_seconds: float) -> NoReturn:
     while True:
         incoming = _pulled(link)
         if incoming is not None:
+            # Whoever still refers to a content keeps a whole model in memory.
+            contents, incoming = [incoming.content], replace(incoming, content=b"")
             try:
-                link.push(incoming, worker.answer(incoming.content))
+                link.push(incoming, worker.answer(contents.pop()))
             except LinkError as error:  # this reply is lost; the server asks again
                 log.warning("%s", error)
             last = time.monotonic()
