@@ -123,6 +123,20 @@ def test_card_table_by_hand():
     assert heads.count("|") == base.count("|") == other.count("|") == here.count("|")
 
 
+def test_layer_table_by_hand(tmp_path):
+    densities = [{"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.25}, {"a": 0.5, "b": 0.25}]
+    rows = [
+        {"round": round, "layer_density": each, "density": each["b"]}
+        for round, each in enumerate(densities)
+    ]
+    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert recipe.layer_table(tmp_path).splitlines()[1:] == [
+        "| --- | --- | --- | --- |",
+        "| after round 0 | 100.0% | 100.0% | 100.0% |",
+        "| after round 1 | 50.0% | 25.0% | 25.0% |",
+    ]
+
+
 def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     ran = {}
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))

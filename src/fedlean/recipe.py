@@ -148,12 +148,13 @@ def repeats(config: RunConfig, written: RunConfig) -> bool:
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:
-    """`compare.html`, `results.json` and the card's `table.md` in `out`; a table on screen."""
+    """`compare.html`, `results.json`, the card's tables in `out`; one of them on screen."""
     loaded = [read_run(folder) for folder in folders]
     write_page(out / "compare.html", comparison_page(loaded))
     results = {folder.name: reported(folder) for folder in folders}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(card_table(results))
+    (out / "layers.md").write_text("\n".join(map(layer_table, folders)))
     Console().print(cost_table(loaded))
 
 
@@ -175,6 +176,21 @@ def reported(folder: Path) -> dict[str, Any]:
         "median_round_measured_seconds": median(row["measured_seconds"] for row in training),
         "median_round_memory_bytes": median(row["peak_memory_bytes"] for row in training),
     }
+
+
+def layer_table(folder: Path) -> str:
+    """Markdown: how much each layer keeps, a row per round in which that changed."""
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines]
+    layers = list(rounds[0]["layer_density"])
+    table = [[folder.name, *layers, "all"], ["---"] * (len(layers) + 2)]
+    last = None
+    for row in rounds:
+        if row["layer_density"] != last:
+            last = row["layer_density"]
+            shares = [*last.values(), row["density"]]
+            table.append([f"after round {row['round']}", *(f"{share:.1%}" for share in shares)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
 def card_table(results: Mapping[str, Mapping[str, Any]]) -> str:
