@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from federation import CLIENTS, ENGINE, client_data, dataset
 
-from fedlean.runtime.remote.dispatch import Failed, RemoteDispatch, Terms
+from fedlean.runtime.remote.dispatch import RemoteDispatch, Terms
+from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.remote.worker import Worker
 
 QUICK = Terms(deadline_seconds=0.3, join_seconds=0.3, poll_seconds=0.005)

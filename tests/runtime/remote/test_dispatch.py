@@ -17,8 +17,9 @@ from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.remote import envelope as env
-from fedlean.runtime.remote.dispatch import Failed, NobodyThere
+from fedlean.runtime.remote.dispatch import NobodyThere
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
+from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.rounds import Progress, StepRecord
 
 

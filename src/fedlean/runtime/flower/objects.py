@@ -82,14 +82,15 @@ def _named(kind: str, name: str, child: Packed) -> Packed:
 def in_order(packed: Packed) -> list[Packed]:
     """Every object of a tree once, children before parents."""
     found: dict[str, Packed] = {}
-
-    def visit(one: Packed) -> None:
-        for child in one.children:
-            visit(child)
-        found.setdefault(one.id, one)
-
-    visit(packed)
+    _visit(packed, found)
     return list(found.values())
+
+
+def _visit(one: Packed, found: dict[str, Packed]) -> None:
+    # No closure: one that calls itself is a cycle, which keeps a whole model until it is collected.
+    for child in one.children:
+        _visit(child, found)
+    found.setdefault(one.id, one)
 
 
 def array_name(tree: Any) -> str:

@@ -9,7 +9,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlean.runtime.flower.content import NotOurs, from_record, to_record
-from fedlean.runtime.remote.dispatch import Failed
+from fedlean.runtime.remote.exchange import Failed
 
 SPARE_SECONDS = 60.0  # for which a late reply can still be told from a lost one
 

@@ -16,7 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedlean.runtime.flower.post import GridPost
 from fedlean.runtime.flower.settings import ServerSettings, server_settings
 from fedlean.runtime.local import Dispatch
-from fedlean.runtime.remote.dispatch import Post, RemoteDispatch
+from fedlean.runtime.remote.dispatch import RemoteDispatch
+from fedlean.runtime.remote.exchange import Post
 from fedlean.runtime.run import Connect, Parts, read_config, resume, start
 
 log = logging.getLogger("flwr")  # the one whose lines `flwr run --stream` shows

@@ -72,11 +72,9 @@ class Worker:
             asked = unseal(data, expected=(env.HELLO, env.TASK))
             if asked.kind == env.HELLO:
                 return seal(self._welcome())
-            job = self._job(asked)
+            jobs = [self._job(asked)]
             del asked, data  # the task has copies: a whole model's bytes are free while it trains
-            done = self._update(job)
-            del job
-            return seal(done)
+            return seal(self._update(jobs.pop()))
         except wire.UnknownSpec as error:
             return _trouble(str(error), "spec")
         except wire.UnknownPattern as error:
@@ -109,17 +107,19 @@ class Worker:
         return _Job(client_update, run, task, fields)
 
     def _update(self, job: _Job) -> Envelope:
-        run, task, fields = job.run, job.task, job.fields
+        client_update, run, task, fields = job
+        del job
         run.specs.keep(task.spec)
         run.patterns.keep(task.sub_model.masks)
         states = HeldStates(run.folder / f"states-{task.client}")
         state, lost = states.read(fields["committed"])
         began = time.perf_counter()
         batches = self._normalised(fields)
-        update, state = job.client_update(task, batches, self._engine(task.spec), state)
+        update, state = client_update(task, batches, self._engine(task.spec), state)
         seconds = time.perf_counter() - began
         run.patterns.keep(update.sub_model.masks)
         states.write(fields["step"], state, committed=fields["committed"])
+        task = replace(task, params={})  # their memory is needed for the reply
         reply = {"step": fields["step"], "seconds": seconds, "lost_state": lost}
         return Envelope(env.UPDATE, reply, wire.encode_update(update, task))
 
