@@ -25,7 +25,7 @@ def test_files_are_whole_and_the_configuration_is_valid(tmp_path):
         settings.config.method == "prunefl" and settings.config.settings["reconfigure_every"] == 20
     )
     assert settings.terms.min_clients == settings.config.clients == 2
-    assert set(flat) <= KNOWN
+    assert set(flat) == KNOWN, "flwr run -c overrides only what stands there"
     components = document["tool"]["flwr"]["app"]["components"]
     assert components["serverapp"] == "fedlean_app.server_app:app"
 

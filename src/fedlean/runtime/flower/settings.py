@@ -60,8 +60,8 @@ def server_settings(flat: Flat) -> ServerSettings:
         ),
         **plain,
     )
-    terms: dict[str, Any] = {"min_clients": config.clients}
-    terms |= {name: _term(name, given[name]) for name in _TERMS if name in given}
+    terms: dict[str, Any] = {name: _term(name, given[name]) for name in _TERMS if name in given}
+    terms["min_clients"] = terms.get("min_clients") or config.clients
     return ServerSettings(config, Terms(**terms), Path(str(given["out"])))
 
 
