@@ -14,11 +14,12 @@ a stock node, which is several processes, the largest sum of their RSS that a sa
 their PSS, which counts a shared page once.  Peaks are since the start.
 
 Then Conv-2 is trained by `fedlean node` with the app of `fedlean app new`: a node holds a tenth of
-MNIST by writer, B = 20, 5 steps a round, dense (FedAvg) and at 10% (SynFlow: pruned on the server
-before the first round); free, and with --limit-mb as --memory-limit and as a hard limit on the
-process's data (RLIMIT_DATA: heap and all other private memory that can be written; code is not in
-it, so the peak RSS is held against the limit, too).  Last, a stock node with the torch engine does
-the same training free and under that limit for each of its processes.
+MNIST by writer, B = 20, 5 steps a round, dense (FedAvg) and at 10% (SynFlow in ten steps: pruned on
+the server before the first round); free, and with --limit-mb as --memory-limit and as a hard limit
+on the process's data (RLIMIT_DATA: all private memory that can be written, touched or not, which is
+stricter than a limit on what is resident; code is not in it, so the peak RSS is held against the
+limit, too).  Last, a stock node with the torch engine does the same training free and under that
+limit for each of its processes.
 
     python benchmarks/nodes.py --data ../shared/data/mnist_by_writer --json nodes.json
 """
@@ -56,7 +57,7 @@ NODES = 2
 PARTS = 10  # a node holds one of so many parts of the writers
 BATCH, STEPS, TRAIN_ROUNDS = 20, 5, 5
 PAYLOADS = {"empty": "empty", "26 MB": "conv2"}  # what it is called -> the model
-METHODS = {"10%": ("synflow", " density=0.1"), "dense": ("fedavg", "")}
+METHODS = {"10%": ("synflow", " density=0.1 synflow_steps=10"), "dense": ("fedavg", "")}
 CONNECT_SECONDS, RUN_SECONDS = 60, 600
 # What the project set itself to reach.
 PEAK_MB = {"10%": (100, 80), "dense": (170, None)}
@@ -314,7 +315,7 @@ def training(bench: Bench, server_data: Path, limit_bytes: int) -> list[dict[str
             nodes = [bench.light(index, limit) for index in range(NODES)]
             with bench.nodes(*nodes) as connected:
                 idle = max(residency.peak_bytes(node.process.pid) for node in nodes)
-                row = {"node": "fedlean node", "engine": "native", "density": density}
+                row = {"node": "fedlean node", "engine": "native", "model": density}
                 row |= {"limit_bytes": limit, "started": connected, "connected_bytes": idle}
                 row |= _trained(bench, server_data, density, "native", f"{density}-{limit}")
                 alive = [node for node in nodes if node.process.poll() is None]
@@ -333,7 +334,7 @@ def stock_training(bench: Bench, server_data: Path, limit_bytes: int) -> list[di
         nodes = [bench.stock(index, limit) for index in range(NODES)]
         sampler = residency.Sampler(nodes[0].process.pid)
         with bench.nodes(*nodes) as connected:
-            row = {"node": "stock node", "engine": "torch", "density": "dense"}
+            row = {"node": "stock node", "engine": "torch", "model": "dense"}
             row |= {"limit_bytes": limit, "started": connected}
             row["connected_bytes"] = sampler.resident_bytes
             row |= _trained(bench, server_data, "dense", "torch", f"torch-{limit}")
@@ -352,8 +353,6 @@ def _trained(
     """Rounds of the app of `fedlean app new`: how many were answered by all, and how fast."""
     app = bench.folder / f"app-{name.replace('%', '')}"
     write_project(app)
-    with (app / "pyproject.toml").open("a") as file:  # only keys that are there can be overridden
-        file.write(f'engine = "{engine}"\neval-every = 1000\n')
     method, setting = METHODS[density]
     out = bench.folder / f"out-{name.replace('%', '')}"
     printed = bench.run(
@@ -363,6 +362,8 @@ def _trained(
             "settings": f"local_steps={STEPS} batch_size={BATCH}{setting}",
             "dataset": server_data,
             "model": "conv2",
+            "engine": engine,
+            "eval-every": 1000,
             "rounds": TRAIN_ROUNDS,
             "clients": NODES,
             "out": out,
@@ -386,7 +387,7 @@ def _trained(
 
 
 _TRAINING_HEADER = (
-    f"{'node':13} {'engine':7} {'density':>8} {'limit':>6} {'connected':>9} {'peak RSS':>9} "
+    f"{'node':13} {'engine':7} {'model':>6} {'limit':>6} {'connected':>9} {'peak RSS':>9} "
     f"{'PSS':>6} {'round s':>8} {'rounds':>7}"
 )
 
@@ -395,10 +396,8 @@ def _training_line(row: dict[str, Any]) -> str:
     limit = f"{row['limit_bytes'] / MB:.0f}" if row["limit_bytes"] else ""
     pss = f"{row['pss_bytes'] / MB:.0f}" if "pss_bytes" in row else ""
     seconds = f"{row['seconds']:.2f}" if "seconds" in row else ""
-    density = row["density"]
-    shown = density if isinstance(density, str) else f"{density:.1%}"
     return (
-        f"{row['node']:13} {row['engine']:7} {shown:>8} {limit:>6} "
+        f"{row['node']:13} {row['engine']:7} {row['model']:>6} {limit:>6} "
         f"{row['connected_bytes'] / MB:>9.1f} {row['peak_bytes'] / MB:>9.1f} {pss:>6} "
         f"{seconds:>8} {row['rounds']:>4}/{TRAIN_ROUNDS}"
     )
@@ -421,7 +420,7 @@ def aims(measured: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list[
     for row in trained:
         if row["node"] != "fedlean node":
             continue
-        name = "10%" if row["density"] != 1 else "dense"
+        name = row["model"]
         if row["limit_bytes"] is None:
             floor, stretch = PEAK_MB[name]
             found.append((f"Conv-2 {name}, MB", row["peak_bytes"] / MB, floor))
