@@ -88,6 +88,21 @@ def no_pattern(update: ClientUpdate) -> ClientUpdate:
     return replace(update, params=params(), sub_model=SubModel())
 
 
+def other_frozen(update: ClientUpdate) -> ClientUpdate:
+    held = replace(update.sub_model, frozen=frozenset(SPEC.tensor_shapes) - {"fc2.bias"})
+    return replace(update, sub_model=held, params={"fc2.bias": update.params["fc2.bias"]})
+
+
+def sliced(update: ClientUpdate) -> ClientUpdate:
+    held = replace(update.sub_model, index={"fc2.bias": (np.array([0]),)})
+    params = {**update.params, "fc2.bias": update.params["fc2.bias"][:1]}
+    return replace(update, sub_model=held, params=params)
+
+
+def other_module(update: ClientUpdate) -> ClientUpdate:
+    return replace(update, sub_model=replace(update.sub_model, output_module="head"))
+
+
 def outside_mask(update: ClientUpdate) -> ClientUpdate:
     values = unpack(update.params["fc1.weight"], MASKS["fc1.weight"])
     values[~MASKS["fc1.weight"]] = 1e-3
@@ -117,6 +132,9 @@ PLAIN: dict[str, tuple[Poison, str]] = {
     "unsent": (no_statistic, "the statistics none, expected importance"),
     "partial importance": (importance_of_one_tensor, "of 1 tensors, expected conv.bias"),
     "lacks a tensor": (without("fc2.bias"), "lacks fc2.bias"),
+    "frozen": (other_frozen, "other frozen tensors"),
+    "slice": (sliced, "another slice than it was given"),
+    "output module": (other_module, "another output module"),
 }
 MASKED: dict[str, tuple[Poison, str]] = {
     "outside its mask": (outside_mask, "'fc1.weight' with values outside its mask"),
@@ -164,6 +182,12 @@ def test_reason_under_a_mask(name):
 def test_statistic_of_another_shape():
     poison = UNSENDABLE["statistic's shape"]
     assert "importance of 'fc1.weight'" in (refusal(poison(answer({})), task({}), FORMS) or "")
+
+
+def test_masks_of_some_weights_where_none_were_given():
+    some = {"fc1.weight": MASKS["fc1.weight"]}
+    update = replace(answer({}), params=apply_mask(params(), some), sub_model=SubModel(masks=some))
+    assert "masks of 1 of 3 prunable" in (refusal(update, task({}), FORMS) or "")
 
 
 @pytest.mark.parametrize("examples", [1, MAX_EXAMPLES])

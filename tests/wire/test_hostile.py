@@ -233,6 +233,7 @@ def test_json_must_be_utf8(task: ClientTask) -> None:
         {"statistics": {"s": ["mean", {"x": ["f2", [1]]}]}},
         {"statistics": {"s": ["mean", {"x": ["O", [1]]}]}},
         {"statistics": {"s": ["mean", {"x": ["f4", [1, -1]]}]}},
+        {"work": [[1]] * 257},
         {"statistics": {"s": ["mean", {"x": ["f4", [True]]}]}},
         {"statistics": {"s": ["mean", {"x": ["f4", [1.5]]}]}},
         {"statistics": {"s": ["mean", {"x": ["f4", [1 << 40]]}]}},

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm
+from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel
 from fedlean.tree import is_packed, num_kept, unpack
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
@@ -33,6 +33,8 @@ def refusal(
         sent, held = wire.pattern_hash(masks), wire.pattern_hash(task.sub_model.masks)
         if sent != held:
             return f"trained the pattern {sent[:8]}, expected {held[:8]} ({num_kept(masks)} kept)"
+    if reason := _other_structure(update.sub_model, task):
+        return reason
     for name, mask in masks.items():
         if name not in task.spec.prunable or (
             name not in update.sub_model.index and mask.shape != shapes[name]
@@ -59,6 +61,22 @@ def refusal(
     for key, form in forms.items():
         if reason := _not_of(form, update.statistics[key]):
             return f"sent {key} {reason}"
+    return None
+
+
+def _other_structure(held: SubModel, task: ClientTask) -> str | None:
+    """No client changes what it was given but for masks, and those of all weights or of none."""
+    given = task.sub_model
+    if held.frozen != given.frozen or held.output_module != given.output_module:
+        return "holds other frozen tensors or another output module than it was given"
+    if held.index.keys() != given.index.keys() or any(
+        len(held.index[name]) != len(given.index[name])
+        or not all(map(np.array_equal, held.index[name], given.index[name]))
+        for name in given.index
+    ):
+        return "holds another slice than it was given"
+    if held.masks and not given.masks and held.masks.keys() != set(task.spec.prunable):
+        return f"holds masks of {len(held.masks)} of {len(task.spec.prunable)} prunable tensors"
     return None
 
 

@@ -105,4 +105,9 @@ class LocalDispatch:
         return dict(self._committed)
 
     def restore(self, states: Mapping[int, ClientState]) -> None:
+        if any({"step", "run"} <= state.keys() for state in states.values()):
+            raise ValueError(
+                "this run's clients are on devices, and so is what they keep: continue it by "
+                "submitting its Flower app again with the same 'out'"
+            )
         self._committed = dict(states)

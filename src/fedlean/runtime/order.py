@@ -40,8 +40,13 @@ def in_cohort_order(
                 continue
             while position < len(turn) and turn[position] in waiting:
                 client = turn[position]
-                yield wire.decode_update(waiting.pop(client).read_bytes(), asked[client])
+                yield _read(waiting.pop(client), asked[client])
                 position += 1
         for client in turn[position:]:
             if client in waiting:
-                yield wire.decode_update(waiting[client].read_bytes(), asked[client])
+                yield _read(waiting[client], asked[client])
+
+
+def _read(path: Path, task: ClientTask) -> ClientUpdate:
+    """Our own bytes, so without a limit."""
+    return wire.decode_update(path.read_bytes(), task, limit_bytes=1 << 60, packed=True)

@@ -109,6 +109,8 @@ def _step(
         state = algorithm.server_update(state, ())
     while tasks and record.attempts < ATTEMPTS and not record.answered:
         record.attempts += 1
+        if record.attempts > 1:  # whoever was away may be back, and is waited for
+            dispatch.begin(progress.store, progress.step + 1)
         ledger = Ledger(tasks, progress.store, server.device)
         answers = _taken(dispatch(tasks), refuse, record, ledger, progress.store)
         state = algorithm.server_update(progress.state, answers)

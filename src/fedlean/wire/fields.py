@@ -23,6 +23,7 @@ TensorForm = tuple[str, tuple[int, ...] | None]
 Table = Mapping[str, tuple[Reduction, Mapping[str, TensorForm]]]
 STATISTIC_DTYPES = {"f4": "<f4", "f8": "<f8", "i4": "<i4", "i8": "<i8", "b1": "?"}
 BFLOAT16 = "bf"  # float32 whose values all have 16 bits only: their upper halves travel
+_MAX_WORKS = 256  # stretches of one task: each is priced
 SPARSE = "s"  # behind either code of float32: a pattern and the values that are not 0
 STATISTIC_CODES = frozenset({*STATISTIC_DTYPES, BFLOAT16, "f4" + SPARSE, BFLOAT16 + SPARSE})
 _MAX_AXES = 8
@@ -98,7 +99,7 @@ def read_update(document: dict[str, Any]) -> UpdateFields:
     statistics = _object(document.get("statistics", {}), "statistics")
     return UpdateFields(
         metrics={key: float(_number(value, f"metric {key!r}")) for key, value in metrics.items()},
-        work=tuple(map(_read_work, _list(document.get("work", []), "work"))),
+        work=_read_works(_list(document.get("work", []), "work")),
         statistics={key: _read_statistic(value, key) for key, value in statistics.items()},
         output_module=_output_module(document),
     )
@@ -134,6 +135,12 @@ def _write_form(dtype: str, shape: tuple[int, ...] | None) -> list[Any] | None:
     if shape is None:
         return None if dtype == "f4" else [dtype, None]
     return [dtype, list(shape)]
+
+
+def _read_works(entries: list[Any]) -> tuple[Work, ...]:
+    if len(entries) > _MAX_WORKS:
+        raise WireError(f"work has {len(entries)} entries, the limit is {_MAX_WORKS}")
+    return tuple(map(_read_work, entries))
 
 
 def _read_work(entry: Any) -> Work:

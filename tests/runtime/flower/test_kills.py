@@ -1,7 +1,8 @@
 """kill -9 of node, server app and SuperLink, each in the middle of a round.
 
 With min-replies = all, what is lost is asked again, so the end is that of the undisturbed run, bit
-for bit, however often something died.
+for bit, however often something died.  PruneFL with importance in every round, so that nodes keep
+something between rounds, and with an initial phase in which the model stays at one node.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ if find_spec("flwr") is not None:
     from runtime.flower.stock import COMMANDS
 
 ROUNDS = 7
-STEPS = 1500  # half a second or so of training, to be killed in
+STEPS = 800  # half a second or so of training, to be killed in
+SETTINGS = {
+    "local_steps": STEPS,
+    "reconfigure_every": 3,
+    "importance_rounds": 0,
+    "initial_max_passes": 3,
+}
 DEADLINE_SECONDS = 45  # three attempts outlast the minute in which a killed node's key is refused
 
 
@@ -39,11 +46,11 @@ def app(tmp_path_factory) -> Path:
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("local") / "run"
     config = RunConfig(
-        method="fedavg",
+        method="prunefl",
         clients=2,
         rounds=ROUNDS,
         engine="native",
-        settings={"local_steps": STEPS},
+        settings=SETTINGS,
     )
     start(config, folder, lambda entry: None)
     return model(folder)
@@ -74,8 +81,9 @@ def submit(superlink, app):
 
 
 def stream(superlink, app: Path, out: Path, number: int) -> Process:
+    settings = " ".join(f"{key}={value}" for key, value in SETTINGS.items())
     text = (
-        f'method="fedavg" settings="local_steps={STEPS}" out="{out}" clients=2 rounds={ROUNDS} '
+        f'method="prunefl" settings="{settings}" out="{out}" clients=2 rounds={ROUNDS} '
         f"min-replies=2 deadline-seconds={DEADLINE_SECONDS} join-seconds=120"
     )
     command = [str(COMMANDS / "flwr"), "run", str(app), "test", "--stream", "-c", text]

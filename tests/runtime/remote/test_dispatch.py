@@ -9,7 +9,7 @@ from itertools import count
 import numpy as np
 import pytest
 from conformance import case_of, method_names
-from federation import CLIENTS, ROUNDS, params, run, same, server
+from federation import CLIENTS, ROUNDS, fresh_dispatch, params, run, same, server
 from loopback import Loopback, flipped, remote
 
 from fedlean.core import FederatedAlgorithm
@@ -209,6 +209,72 @@ def test_a_node_that_comes_back_under_another_id_is_the_same_client(post):
 
     assert same(run(everybody(), dispatch=dispatch, watch=watch), run(everybody()))
     assert any(line.startswith("client 3 is node 777") for line in lines)
+
+
+def test_an_answer_to_the_first_asking_serves_the_second(post):
+    """The device takes longer than the deadline: its reply comes while it is asked again."""
+    dispatch, _ = remote(post, min_replies=4)
+    held: list[tuple[str, bytes]] = []
+    original = post.send
+
+    def send(letters, *, seconds):
+        keys = original(letters, seconds=seconds)
+        for key, (node, content) in zip(keys, letters, strict=True):
+            if kind_of(content) == env.TASK and node == 101:
+                (mine,) = (one for one in post.waiting if one[0] == key)
+                post.waiting.remove(mine)
+                if held:
+                    post.waiting += held
+                held[:] = [mine]
+        return keys
+
+    post.send = send
+    records: list[StepRecord] = []
+    state = run(everybody(), dispatch=dispatch, watch=lambda p, r: records.append(r))
+    assert records[0].attempts == 2 and records[0].answered == [0, 1, 2, 3]
+    assert state.round == ROUNDS
+
+
+def test_a_node_restarted_with_another_number_is_asked_again(post):
+    """A key keeps its node id; what the operator corrected is seen once the node was gone."""
+    dispatch, lines = remote(post, min_clients=3)
+    post.workers[103] = post.new_worker(2)  # by mistake
+    del post.workers[102]
+    post.there = {100, 101, 103}
+
+    def watch(progress: Progress, record: StepRecord) -> None:
+        if progress.step == 2:
+            post.there = {100, 101}
+        if progress.step == 3:
+            post.workers[103] = post.new_worker(3)
+            post.there = {100, 101, 103}
+
+    dispatch._terms = replace(dispatch._terms, min_clients=2)
+    run(everybody(), dispatch=dispatch, watch=watch)
+    said = [line.partition(" is node 103")[0] for line in lines if "is node 103" in line]
+    assert said == ["client 2", "client 3"]
+
+
+def test_nodes_without_a_number_keep_the_one_they_had(tmp_path):
+    post = Loopback(tmp_path / "nodes", client=None)
+    first, lines = remote(post)
+    run(everybody(), dispatch=first, rounds=2)
+    second, again = remote(post)
+    second.restore(first.client_states())
+    post.waiting.clear()
+    second.begin(ClientStore(), 3)
+    assert sorted(line.partition(",")[0] for line in again) == sorted(
+        line.partition(",")[0] for line in lines
+    )
+
+
+def test_local_and_remote_runs_are_not_mixed_up(post):
+    dispatch, _ = remote(post)
+    run(everybody(), dispatch=dispatch, rounds=1)
+    with pytest.raises(ValueError, match="submitting its Flower app again"):
+        fresh_dispatch(everybody()).restore(dispatch.client_states())
+    with pytest.raises(ValueError, match="fedlean resume"):
+        dispatch.restore({0: {"importance": np.zeros(3)}})
 
 
 # Trouble

@@ -96,9 +96,17 @@ def test_a_model_for_other_examples_is_refused(tmp_path):
     assert "examples of shape (1, 28, 28), this device holds (1, 8, 8)" in reason(answer)
 
 
+def test_a_task_for_another_client_is_refused(tmp_path):
+    other = worker(tmp_path, client=1)
+    assert "for client 0, this is client 1" in reason(other.answer(letter(a_task())))
+
+
 def test_an_oversized_message_is_refused_by_its_length(tmp_path):
+    """A third of what is free under the limit, and 64 KiB at least."""
     small = worker(tmp_path, memory_limit_bytes=2000)
-    assert "the limit is 2000" in reason(small.answer(letter(a_task())))
+    spec = conv2((1, 8, 8), 3)
+    answer = small.answer(letter(a_task(spec, init_params(spec, 0))))
+    assert "the limit is 65536" in reason(answer)
 
 
 def test_what_is_not_held_is_said(tmp_path):

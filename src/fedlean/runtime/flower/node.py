@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -22,7 +24,7 @@ from fedlean.data.load import load_dataset
 from fedlean.runtime.flower.identity import PrivateKey, read_key
 from fedlean.runtime.flower.superlink import Incoming, LinkError, SuperLink
 from fedlean.runtime.remote.share import Share, client_share, own
-from fedlean.runtime.remote.worker import LIMIT_BYTES, Worker
+from fedlean.runtime.remote.worker import Worker, message_limit_bytes
 
 log = logging.getLogger("fedlean")
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Serves until SIGTERM or SIGINT; the exit code."""
     options = parser().parse_args(arguments)
+    os.umask(0o077)  # models and sums of gradients are nobody else's business
     _give_back_what_is_freed()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,7 +119,7 @@ def connection(options: argparse.Namespace) -> SuperLink:
         key=key,
         root_certificates=options.tls_ca,
         insecure=options.insecure,
-        limit_bytes=options.memory_limit or LIMIT_BYTES,
+        limit_bytes=message_limit_bytes(options.memory_limit),
         say=log.info,
     )
 
@@ -183,10 +186,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _folder_name(options: argparse.Namespace) -> str:
-    """Nodes of one machine do not share a folder."""
-    client = f"-{options.client[0]}" if options.client else ""
+    """Nodes of one machine do not share a folder, for they differ in key, data or number."""
+    paths = [str(Path(each).absolute()) if each else "" for each in (options.key, options.data)]
+    who = repr((*paths, options.client)).encode()
     server = "".join(each if each.isalnum() else "-" for each in options.superlink)
-    return f"{server}{client}{'-' + options.key.stem if options.key else ''}"
+    return f"{server}-{hashlib.blake2b(who, digest_size=6).hexdigest()}"
 
 
 def _share(text: str) -> tuple[int, int]:

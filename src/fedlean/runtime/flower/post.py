@@ -48,12 +48,18 @@ class GridPost:
     def fetch(self, ids: Collection[str]) -> Iterable[tuple[str, bytes | Failed]]:
         asked = set(ids)
         yield from [(key, self._failed.pop(key)) for key in [*self._failed] if key in asked]
-        wanted = [key for key in ids if not key.startswith("unsent-")]
-        if wanted:
-            yield from self._pulled(wanted)
+        for key in ids:
+            if not key.startswith("unsent-"):
+                yield from self._pulled(key)
 
-    def _pulled(self, ids: list[str]) -> Iterator[tuple[str, bytes | Failed]]:
-        for message in self._grid.pull_messages(ids):
+    def _pulled(self, asked: str) -> Iterator[tuple[str, bytes | Failed]]:
+        """One at a time: one reply is in memory, and what is wrong with it stays its own."""
+        try:
+            messages = list(self._grid.pull_messages([asked]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of its own objects
+            yield asked, Failed(f"a reply that Flower cannot read: {type(error).__name__}: {error}")
+            return
+        for message in messages:
             key = message.metadata.reply_to_message_id
             if message.has_error():
                 error = message.error

@@ -6,8 +6,10 @@ where the last one stopped, also after the SuperLink died and declared the run f
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -37,9 +39,22 @@ def server_app() -> ServerApp:
 def serve(post: Post, settings: ServerSettings) -> dict[str, Any]:
     """Starts the run, or continues it where its folder holds one; the summary.
 
-    Raises ValueError when the folder holds a run of another configuration.
+    Raises ValueError when the folder holds a run of another configuration, or is in use.
     """
-    out, config = settings.out.expanduser().resolve(), settings.config
+    out = settings.out.expanduser().resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f"{out.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another run works in {out}: wait for it, or stop it (flwr stop RUN NAME)"
+            ) from None
+        return _serve(post, settings, out)
+
+
+def _serve(post: Post, settings: ServerSettings, out: Path) -> dict[str, Any]:
+    config = settings.config
     connect, say = over(post, settings), log.info
     if not (out / "config.json").is_file():
         log.info("run folder: %s", out)

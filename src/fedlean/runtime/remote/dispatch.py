@@ -22,7 +22,7 @@ from fedlean.data.dataset import Dataset
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, Post
+from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, Post, printable
 from fedlean.runtime.remote.roster import Roster
 
 SPARE_BYTES = 1 << 22  # of a reply, for headers, metrics and small statistics
@@ -101,7 +101,10 @@ class RemoteDispatch:
                 return [Device(client) for client in here]
             line = f"{len(here)} of {wanted} clients are connected"
             if time.monotonic() >= ends:
-                raise NobodyThere(f"{line} after {seconds:g} s")
+                raise NobodyThere(
+                    f"{line} after {seconds:g} s: start the missing ones, or lower min-clients, "
+                    "and submit the run again with the same folder"
+                )
             if not said:
                 self._say(f"waiting: {line}")
                 said = True
@@ -162,12 +165,13 @@ class RemoteDispatch:
 
         A round that is asked again often meets nodes that have just died and are coming back.
         """
+        here = self._roster.known()
         while True:
-            here = self._roster.present(self._run, seconds=ends - time.monotonic())
             nodes = {client: here[client] for client in asked if client in here}
             if len(nodes) >= enough or time.monotonic() >= ends:
                 break
             time.sleep(self._terms.poll_seconds)
+            here = self._roster.present(self._run, seconds=ends - time.monotonic())
         for client in asked.keys() - nodes.keys():
             self._trouble(client, "is not connected")
         return nodes
@@ -218,6 +222,7 @@ class RemoteDispatch:
         yield update
 
     def _trouble(self, client: int, reason: str) -> None:
+        reason = printable(reason)
         self._troubles[client] = reason
         self._say(f"client {client}: {reason}")
 
@@ -228,14 +233,25 @@ class RemoteDispatch:
     def client_states(self) -> Mapping[int, ClientState]:
         """Devices keep their own; the server remembers after which step each one's counts."""
         run = np.frombuffer(bytes.fromhex(self._run), np.uint8)
+        nodes = self._roster.node
         return {
-            client: {"step": np.array(step), "run": run} for client, step in self._committed.items()
+            client: {
+                "step": np.array(step),
+                "run": run,
+                "node": np.array(nodes.get(client, 0), np.uint64),
+            }
+            for client, step in self._committed.items()
         }
 
     def restore(self, states: Mapping[int, ClientState]) -> None:
+        if any("run" not in state for state in states.values()):
+            raise ValueError(
+                "this run's clients were in one process: continue it with 'fedlean resume'"
+            )
         self._committed = {client: int(state["step"]) for client, state in states.items()}
         for state in states.values():
             self._run = bytes(state["run"]).hex()
+        self._roster.expect({client: int(state["node"]) for client, state in states.items()})
 
     def measured_seconds(self) -> Mapping[int, float]:
         return dict(self._seconds)

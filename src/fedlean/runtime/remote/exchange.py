@@ -38,6 +38,11 @@ Letters = Mapping[int, Letter]  # by node
 Take = Callable[[int, bytes | Failed], Letters]  # node and its reply -> letters to send in turn
 
 
+def printable(text: str) -> str:
+    """What another machine wrote, fit for one line of a log."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 class Exchange:
     """Over one `Post`.  Late and second replies are discarded, and said."""
 
@@ -45,7 +50,7 @@ class Exchange:
         self.post = post
         self._poll_seconds = poll_seconds
         self._say = say
-        self._late: dict[str, str] = {}  # message id -> what it was about
+        self._late: dict[str, tuple[int, str]] = {}  # message id -> node, what it was about
 
     def run(self, letters: Letters, *, ends: float, about: str, take: Take) -> None:
         """Hands every reply that comes before `ends` (monotonic seconds) to `take`."""
@@ -54,17 +59,23 @@ class Exchange:
             came = False
             for key, content in self.post.fetch([*waiting, *self._late]):
                 came = True
-                if key in self._late:
-                    self._say(f"discarded a late reply: {self._late.pop(key)}")
-                    continue
                 node = waiting.pop(key, None)
+                if key in self._late:
+                    node, what = self._late.pop(key)
+                    again = [one for one, other in waiting.items() if other == node]
+                    if what != about or not again:
+                        self._say(f"discarded a late reply: node {node}, {what}")
+                        continue
+                    for one in again:  # asked twice: the first answer is as good as the second
+                        del waiting[one]
+                        self._late[one] = (node, about)
                 if node is None:
                     self._say("discarded a second reply to one message")
                     continue
                 waiting |= self._send(take(node, content), ends)
             if waiting and not came:
                 time.sleep(self._poll_seconds)
-        self._late |= {key: f"node {node}, {about}" for key, node in waiting.items()}
+        self._late |= {key: (node, about) for key, node in waiting.items()}
         for key in [*self._late][:-LATE_KEPT]:
             del self._late[key]
 
@@ -72,6 +83,8 @@ class Exchange:
         seconds = max(1.0, ends - time.monotonic())
         ids = {}
         for node, letter in letters.items():
+            if time.monotonic() >= ends:  # nobody would wait for the answer
+                break
             (key,) = self.post.send([(node, letter())], seconds=seconds)
             ids[key] = node
         return ids

@@ -135,10 +135,10 @@ class HeldStates:
 
     def write(self, step: int, state: ClientState, *, committed: int | None) -> None:
         """After `step`; of the earlier ones only that of `committed` can still be asked for."""
-        stays = {self._path(one).stem for one in (committed, step) if one is not None}
         if self._folder.is_dir():
             for path in self._folder.iterdir():
-                if path.name.split(".")[0] not in stays:
+                name = path.name.split(".")[0]
+                if name.isdigit() and int(name) < step and int(name) != committed:
                     path.unlink(missing_ok=True)
         tree: dict[str, Any] = {"state": dict(state)}
         save_checkpoint(self._folder, step, tree)

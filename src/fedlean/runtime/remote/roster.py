@@ -9,10 +9,10 @@ from typing import Any
 from fedlean.data.dataset import Dataset
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import Exchange, Failed, Letters
+from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, printable
 
 HELLO_SECONDS = 60.0  # for an answer
-AGAIN_SECONDS = 300.0  # until a node that gave none is asked again
+AGAIN_SECONDS = 60.0  # until a node that gave none is asked again: it may be at work
 
 
 class Roster:
@@ -29,19 +29,36 @@ class Roster:
         self._dataset = dataset
         self._clients = clients
         self._say = say
-        self._node: dict[int, int] = {}  # client -> node
+        self.node: dict[int, int] = {}  # client -> node
+        self._left: set[int] = set()  # nodes that were gone: asked anew when they are back
         self._refused: dict[int, str] = {}  # node -> why
         self._asked: dict[int, float] = {}  # node -> when, if it has not answered
 
     def present(self, run: str, *, seconds: float) -> dict[int, int]:
         """Client -> node, of those that are connected; asks new nodes for at most `seconds`."""
         nodes = set(self._exchange.post.nodes())
+        self._left |= set(self.node.values()) - nodes
+        self._refused = {node: why for node, why in self._refused.items() if node in nodes}
+        self._asked = {node: when for node, when in self._asked.items() if node in nodes}
         self._greet(nodes, run, seconds)
-        return {client: node for client, node in sorted(self._node.items()) if node in nodes}
+        return self._among(nodes)
+
+    def known(self) -> dict[int, int]:
+        """The same of those that were asked before."""
+        return self._among(self._exchange.post.nodes())
+
+    def expect(self, node: Mapping[int, int]) -> None:
+        """Numbers that nodes had before the server started again; they are asked all the same."""
+        self.node = dict(node)
+        self._left = set(node.values())
+
+    def _among(self, nodes: Collection[int]) -> dict[int, int]:
+        there = set(nodes) - self._left
+        return {client: node for client, node in sorted(self.node.items()) if node in there}
 
     def _greet(self, nodes: Collection[int], run: str, seconds: float) -> None:
         now = time.monotonic()
-        known = {*self._node.values(), *self._refused}
+        known = {*self.node.values(), *self._refused} - self._left
         waiting = {node for node, when in self._asked.items() if now - when < AGAIN_SECONDS}
         new = sorted(set(nodes) - known - waiting)
         if not new:
@@ -69,15 +86,22 @@ class Roster:
             return
         client = fields["client"]
         if client is None:
-            client = next((c for c in range(self._clients) if c not in self._node), self._clients)
+            client = self._number(node, nodes)
         if problem := self._problem(client, fields):
             self._refuse(node, problem)
             return
-        if self._node.get(client) in nodes:
-            self._refused[self._node[client]] = f"node {node} is client {client} now"
-        self._node[client] = node
-        name = f" ({fields['name']})" if fields["name"] else ""
+        if self.node.get(client) in set(nodes) - {node}:
+            self._refused[self.node[client]] = f"node {node} is client {client} now"
+        self.node = {c: n for c, n in self.node.items() if n != node} | {client: node}
+        self._left.discard(node)
+        name = f" ({printable(fields['name'])})" if fields["name"] else ""
         self._say(f"client {client} is node {node}{name}, {fields['num_examples']} examples")
+
+    def _number(self, node: int, nodes: Collection[int]) -> int:
+        """The one that it had, or the lowest that is free or whose node is gone."""
+        had = [client for client, other in self.node.items() if other == node]
+        free = [c for c in range(self._clients) if self.node.get(c) not in nodes]
+        return next(iter([*had, *free]), self._clients)
 
     def _problem(self, client: int, fields: Mapping[str, Any]) -> str | None:
         dataset = self._dataset
@@ -90,5 +114,6 @@ class Roster:
         return None
 
     def _refuse(self, node: int, why: str) -> None:
-        self._refused[node] = why
-        self._say(f"node {node} cannot take part: {why}")
+        self._refused[node] = printable(why)
+        self._left.discard(node)
+        self._say(f"node {node} cannot take part: {printable(why)}")

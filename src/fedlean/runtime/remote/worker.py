@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from fedlean.engine.protocol import Engine
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.held import HeldPatterns, HeldSpecs, HeldStates, forget_old_runs
-from fedlean.runtime.remote.limit import LimitedEngine, TooLarge
+from fedlean.runtime.remote.limit import LimitedEngine, TooLarge, resident_bytes
 from fedlean.spec import ModelSpec
 
 log = logging.getLogger("fedlean")
@@ -120,11 +121,12 @@ class Worker:
         run.patterns.keep(update.sub_model.masks)
         states.write(fields["step"], state, committed=fields["committed"])
         task = replace(task, params={})  # their memory is needed for the reply
+        os.utime(run.folder)  # by which the oldest runs are found and forgotten
         reply = {"step": fields["step"], "seconds": seconds, "lost_state": lost}
         return Envelope(env.UPDATE, reply, wire.encode_update(update, task))
 
     def _task(self, body: bytes | memoryview, run: _Run) -> ClientTask:
-        limit = self._limit or LIMIT_BYTES
+        limit = message_limit_bytes(self._limit)
         return wire.decode_task(body, run.specs, run.patterns, limit_bytes=limit, packed=True)
 
     def _open_run(self, run: str) -> _Run:
@@ -167,6 +169,8 @@ class Worker:
                 f"the model takes examples of shape {task.spec.input_shape}, this device holds "
                 f"{dataset.input_shape}"
             )
+        if self._client is not None and task.client != self._client:
+            raise Refused(f"the task is for client {task.client}, this is client {self._client}")
         channels = dataset.input_shape[0]
         if not len(fields["mean"]) == len(fields["std"]) == channels:
             raise Refused(f"mean and std must have {channels} numbers, one per channel")
@@ -180,6 +184,13 @@ class Worker:
         if not (np.array_equal(held.mean, mean) and np.array_equal(held.std, std)):
             self._data = ClientData(replace(held, mean=mean, std=std), self._data.indices)
         return self._data
+
+
+def message_limit_bytes(memory_limit_bytes: int | None) -> int:
+    """Of a message: it is held as bytes, as arrays and in the session, a third each."""
+    if memory_limit_bytes is None:
+        return LIMIT_BYTES
+    return max(1 << 16, (memory_limit_bytes - resident_bytes()) // 3)
 
 
 class Refused(ValueError):
