@@ -72,7 +72,10 @@ class RemoteDispatch:
         clients: int,
         terms: Terms,
         say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
     ):
+        """`check` is called before a step and before its updates are used, and may raise."""
+        self._check = check
         self._run = uuid.uuid4().hex  # by which devices file what they keep
         self._method = method
         self._dataset = dataset
@@ -91,6 +94,7 @@ class RemoteDispatch:
 
         Raises NobodyThere after `join_seconds`.
         """
+        self._check()
         self._store, self._step = store, step
         wanted, seconds = self._terms.min_clients, self._terms.join_seconds
         ends = time.monotonic() + seconds
@@ -116,6 +120,7 @@ class RemoteDispatch:
         enough = min(self._terms.min_replies, len(tasks))
         with tempfile.TemporaryDirectory(prefix="fedlean-replies-") as folder:
             replies = self._collect({task.client: task for task in tasks}, enough, Path(folder))
+            self._check()
             if len(replies) < enough:
                 self._say(
                     f"round {tasks[0].round}: {len(replies)} of {len(tasks)} answered within "
