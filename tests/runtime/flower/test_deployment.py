@@ -82,15 +82,16 @@ def test_simulation(app, tmp_path):
     """Flower's own, on Ray; its local SuperLink is stopped again."""
     home = tmp_path / "home"
     home.mkdir()
+    from runtime.flower.stock import COMMANDS
+
     environment = {
         **os.environ,
+        "PATH": f"{COMMANDS}{os.pathsep}{os.environ.get('PATH', '')}",  # flwr starts others by name
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
-    from runtime.flower.stock import COMMANDS
-
     try:
         for method in METHODS:
             out = tmp_path / method
