@@ -21,7 +21,7 @@ stricter than a limit on what is resident; code is not in it, so the peak RSS is
 limit, too).  Last, a stock node with the torch engine does the same training free and under that
 limit for each of its processes.
 
-    python benchmarks/nodes.py --data ../shared/data/mnist_by_writer --json nodes.json
+    python benchmarks/nodes.py --data ../data/mnist_by_writer --json nodes.json
 """
 
 from __future__ import annotations
