@@ -28,7 +28,7 @@ from fedlean.runtime.remote.worker import Worker, message_limit_bytes
 
 log = logging.getLogger("fedlean")
 BAD_INPUT, INTERRUPTED = 2, 130
-EAGER_SECONDS = 5.0  # after a message, in which the next is looked for often
+EAGER_SECONDS = 30.0  # after a message, in which the next is looked for often: a round of a fleet
 EAGER_POLL_SECONDS = 0.2
 _M_MMAP_THRESHOLD = -3  # malloc.h
 MAPPED_FROM_BYTES = 1 << 20
