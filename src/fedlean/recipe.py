@@ -168,7 +168,7 @@ def reported(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} was made by an earlier version: remove it and run it again")
     return {
         **{key: summary[key] for key in REPORTED},
-        "device": read_config(folder).device,
+        "device": Path(read_config(folder).device).name,  # a profile of one's own by its file
         "seconds_before_round_1": sum(
             row["simulated_seconds"] for row in rounds if row["round"] == 0
         ),

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+from fedlean.runtime.flower.project import write_project
 
 # --doctest-modules would import these, and with them flwr.
 collect_ignore = [
@@ -11,6 +14,14 @@ collect_ignore = [
     "oracle.py",
     *(["stock.py", "processes.py"] if find_spec("flwr") is None else []),
 ]
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory) -> Path:
+    """The project of `fedlean app new`."""
+    folder = tmp_path_factory.mktemp("project") / "app"
+    write_project(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

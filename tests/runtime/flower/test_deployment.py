@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from fedlean.runtime.flower.project import write_project
-
 pytestmark = pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed")
 if find_spec("flwr") is not None:
     from runtime.flower.processes import (
@@ -29,13 +27,6 @@ if find_spec("flwr") is not None:
     )
 else:
     METHODS = {}
-
-
-@pytest.fixture(scope="module")
-def app(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project") / "app"
-    write_project(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from fedlean.runtime.flower.project import write_project
 from fedlean.runtime.run import RunConfig, start
 
 pytestmark = pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed")
@@ -33,13 +32,6 @@ SETTINGS = {
     "initial_max_passes": 3,
 }
 DEADLINE_SECONDS = 45  # three attempts outlast the minute in which a killed node's key is refused
-
-
-@pytest.fixture(scope="module")
-def app(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project") / "app"
-    write_project(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,10 @@ def test_a_folder_is_begun_and_then_continued(tmp_path):
 def test_another_configuration_is_refused_by_name(tmp_path):
     devices, out = Devices(tmp_path / "nodes"), tmp_path / "run"
     serve(devices, settings(out))
+    owner = (tmp_path / "run.owner").read_text()
     with pytest.raises(ValueError, match=r"another configuration \(rounds\)"):
         serve(devices, settings(out, rounds=4))
+    assert (tmp_path / "run.owner").read_text() == owner, "the one that works there goes on"
 
 
 def test_the_last_one_owns_the_folder(tmp_path):

@@ -30,10 +30,10 @@ def serve(post: Post, settings: ServerSettings) -> dict[str, Any]:
     """
     out = settings.out.expanduser().resolve()
     config = settings.config
-    connect, say = over(post, settings, _owned(out)), log.info
     if not (out / "config.json").is_file():
         log.info("run folder: %s", out)
-        return start(config, out, _watch, say, connect=connect, checkpoint_seconds=0.0)
+        connect = over(post, settings, _owned(out))
+        return start(config, out, _watch, log.info, connect=connect, checkpoint_seconds=0.0)
     held = read_config(out)
     config = replace(config, engine=config.engine or held.engine)  # a folder names what ran
     if held != config:
@@ -43,7 +43,8 @@ def serve(post: Post, settings: ServerSettings) -> dict[str, Any]:
             "'out', or give it the settings it began with"
         )
     log.info("run folder: %s, which is continued", out)
-    return resume(out, _watch, say, connect=connect, checkpoint_seconds=0.0)
+    connect = over(post, settings, _owned(out))  # not before: a refused one ends nobody's run
+    return resume(out, _watch, log.info, connect=connect, checkpoint_seconds=0.0)
 
 
 def _owned(out: Path) -> Callable[[], None]:
@@ -97,7 +98,6 @@ def _watch(entry: dict[str, Any]) -> None:
         absent,
         said,
     )
-    if len(entry["cohort"]) and len(entry["absent"]) + len(entry["refused"]) == len(
-        entry["cohort"]
-    ):
+    unused = len(entry["absent"]) + len(entry["refused"])
+    if entry["cohort"] and unused == len(entry["cohort"]):
         log.warning("nobody's answer to round %s could be used", entry["round"])

@@ -1,8 +1,8 @@
 """What a device keeps on its disk between messages: specs, patterns and client states, per run.
 
-    FOLDER/<run>/spec-<hash>.json           the model
-    FOLDER/<run>/pattern-<hash>.safetensors packed bits of the masks
-    FOLDER/<run>/states/<step>.safetensors  the client's state after that step (`checkpoint`)
+    FOLDER/<run>/spec-<hash>.json                   the model
+    FOLDER/<run>/pattern-<hash>.safetensors         packed bits of the masks
+    FOLDER/<run>/states-<client>/<step>.safetensors its state after that step (`checkpoint`)
 
 Losing any of it costs a message or a method's memory, never the run: the device says what it lacks.
 """
