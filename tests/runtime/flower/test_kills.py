@@ -105,8 +105,12 @@ def until_finished(out: Path, seconds: float) -> None:
 
 
 def kill_server_app(superlink_log: Path) -> None:
-    """The one that runs for the SuperLink whose log this is: its descendants' commands say so."""
-    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    """The one that runs for the SuperLink whose log this is: its descendants' commands say so.
+
+    -ww, for ps cuts its lines at 80 characters otherwise: within the name, in a long path.
+    """
+    command = ["ps", "-eww", "-o", "pid=,args="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [
         int(line.split()[0])
         for line in listed.stdout.splitlines()
