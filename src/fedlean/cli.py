@@ -60,6 +60,7 @@ def run(
     dataset: str = "digits",
     model: str = "lenet300",
     inputs: str = "standardised",
+    init: str = "pytorch",
     partition: str = "iid",
     clients: Whole = 10,
     cohort: Whole | None = None,
@@ -92,6 +93,8 @@ def run(
         a name from 'fedlean models', or package.module:function
     inputs
         standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)
+    init
+        how the first weights are drawn: pytorch (its default) or he (deep nets without norms)
     partition
         iid, dirichlet:A, natural or shards:K
     clients
@@ -136,6 +139,7 @@ def run(
         dataset=dataset,
         model=model,
         inputs=inputs,
+        init=init,
         partition=partition,
         clients=clients,
         rounds=rounds,

@@ -149,6 +149,7 @@ class Server:
     seed: int
     rounds: int
     device: Profile  # the time model of the fleet's devices
+    init: str = "pytorch"  # how the run's first model was drawn (`models.initialise`)
 
 
 class FederatedAlgorithm(NamedTuple):

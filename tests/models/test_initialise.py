@@ -33,6 +33,20 @@ def test_uniform_within_one_over_root_fan_in(tensor: str, fan_in: int, suffix: s
         assert values.std() == pytest.approx(bound / np.sqrt(3), rel=0.1)
 
 
+def test_he_keeps_a_signal_through_relus():
+    """U(-√(6/fan_in), √(6/fan_in)): variance 2/fan_in, biases 0, the other tensors as ever."""
+    spec = chain(hidden=512)
+    he, default = init_params(spec, 3, "he"), init_params(spec, 3)
+    for tensor, fan_in in (("conv", 18), ("fc", 1152)):
+        assert not he[f"{tensor}.bias"].any()
+        # of one stream: U(-1/√fan_in, 1/√fan_in) times √6
+        expected = default[f"{tensor}.weight"] * np.float32(6**0.5)
+        np.testing.assert_allclose(he[f"{tensor}.weight"], expected, rtol=1e-4, atol=1e-6)
+        assert he[f"{tensor}.weight"].var() == pytest.approx(2 / fan_in, rel=0.1)
+    with pytest.raises(ValueError, match="init must be one of pytorch, he, got 'xavier'"):
+        init_params(spec, 3, "xavier")
+
+
 def test_same_distribution_as_torch():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -104,9 +104,10 @@ def fixed_mask(
         if ticket is None:
             return State(round=0, phase="train", params=params)
         if initial == "original":
-            start = init_params(spec, ticket.seed)
+            start = init_params(spec, ticket.seed, ticket.init)
         elif initial == "random":
-            start = init_params(spec, derive_seed(server.seed, 0, 0, "initialise anew"))
+            seed = derive_seed(server.seed, 0, 0, "initialise anew")
+            start = init_params(spec, seed, server.init)
         else:
             start = ticket.params
         return State(0, "train", apply_mask(start, ticket.masks), ticket.masks)
@@ -148,11 +149,12 @@ def fixed_mask(
 
 @dataclass(frozen=True)
 class _Ticket:
-    """What a finished run leaves: its mask, its final weights and the seed of its first ones."""
+    """What a finished run leaves: its mask, its final weights and how its first ones were drawn."""
 
     params: Params
     masks: Masks
     seed: int
+    init: str
 
 
 def _read_ticket(folder: Path, spec: ModelSpec) -> _Ticket:
@@ -166,7 +168,7 @@ def _read_ticket(folder: Path, spec: ModelSpec) -> _Ticket:
                 f"masks_from: {folder} is not the folder of a finished run, it has no {name}: "
                 f"{remedy}"
             )
-    seed, trained, method = _read_config(folder / "config.json")
+    seed, init, trained, method = _read_config(folder / "config.json")
     if trained.hash != spec.hash:
         raise ValueError(
             f"masks_from: the run in {folder} trained another model than this run's: take the same "
@@ -190,15 +192,16 @@ def _read_ticket(folder: Path, spec: ModelSpec) -> _Ticket:
             "run of a method that prunes"
         )
     _check_masks(masks, spec, folder)
-    return _Ticket(params, masks, seed)
+    return _Ticket(params, masks, seed, init)
 
 
-def _read_config(path: Path) -> tuple[int, ModelSpec, str]:
-    """Seed, model and method of a run."""
+def _read_config(path: Path) -> tuple[int, str, ModelSpec, str]:
+    """Seed, way of drawing the first weights, model and method of a run."""
     try:
         document: Mapping[str, Any] = json.loads(path.read_bytes())
         spec = ModelSpec.from_json(json.dumps(document["spec"]))
-        return int(document["seed"]), spec, str(document["method"])
+        init = str(document.get("init", "pytorch"))  # early runs do not name it
+        return int(document["seed"]), init, spec, str(document["method"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"masks_from: {path} is damaged: {type(error).__name__}: {error}"

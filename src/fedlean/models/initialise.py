@@ -1,6 +1,6 @@
 """Initial parameters of a `ModelSpec`, drawn with NumPy only, the same on every machine.
 
-The scheme is PyTorch's default, so that published learning rates carry over.  Each tensor has its
+The default scheme is PyTorch's, so that published learning rates carry over.  Each tensor has its
 own random stream, named after it: adding, removing or reordering layers leaves the others alone.
 """
 
@@ -14,14 +14,20 @@ from fedlean.core import Params, generator
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
 
+INIT_SCHEMES = ("pytorch", "he")
 _CONSTANTS = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of norms
 
 
-def init_params(spec: ModelSpec, seed: int) -> Params:
+def init_params(spec: ModelSpec, seed: int, scheme: str = "pytorch") -> Params:
     """All tensors of `spec` (parameters, then buffers), float32.
 
-    Weights and biases of Linear and Conv2d are U(-1/√fan_in, 1/√fan_in), fan_in = the inputs of
-    one output: PyTorch's `kaiming_uniform_(a=√5)`.  Norms start as the identity.
+    With fan_in = the inputs of one output, weights of Linear and Conv2d are
+
+        pytorch  U(-1/√fan_in, 1/√fan_in), PyTorch's `kaiming_uniform_(a=√5)`; biases the same
+        he       U(-√(6/fan_in), √(6/fan_in)) (He et al., ICCV 2015, eq. (10)); biases 0
+
+    Norms start as the identity.  The second keeps the size of a signal through many ReLU layers
+    without norms (VGG-11), where the first makes it vanish.
 
     >>> from fedlean.models.lenet300 import lenet300
     >>> params = init_params(lenet300((1, 8, 8), 10), seed=0)
@@ -34,10 +40,20 @@ def init_params(spec: ModelSpec, seed: int) -> Params:
         node, suffix = tensor.rsplit(".", 1)
         if node in weighted:
             fan_in = prod(spec.param_shapes[f"{node}.weight"][1:])  # a bias uses its weight's
-            params[tensor] = _uniform(seed, tensor, shape, 1 / sqrt(fan_in))
+            bound = _bound(scheme, suffix, fan_in)
+            params[tensor] = _uniform(seed, tensor, shape, bound)
         else:
             params[tensor] = np.full(shape, _CONSTANTS[suffix], np.float32)
     return params
+
+
+def _bound(scheme: str, suffix: str, fan_in: int) -> float:
+    """Raises ValueError on an unknown scheme."""
+    if scheme == "pytorch":
+        return 1 / sqrt(fan_in)
+    if scheme == "he":
+        return sqrt(6 / fan_in) if suffix == "weight" else 0.0
+    raise ValueError(f"init must be one of {', '.join(INIT_SCHEMES)}, got {scheme!r}")
 
 
 def _uniform(seed: int, tensor: str, shape: Shape, bound: float) -> np.ndarray:

@@ -38,7 +38,7 @@ from fedlean.data.partition import partition
 from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import Engine
 from fedlean.models.catalog import build as build_model
-from fedlean.models.initialise import init_params
+from fedlean.models.initialise import INIT_SCHEMES, init_params
 from fedlean.pruning.density import density
 from fedlean.pruning.units import dead_units
 from fedlean.runtime.checkpoint import (
@@ -67,6 +67,7 @@ class RunConfig:
     dataset: str = "digits"
     model: str = "lenet300"
     inputs: str = "standardised"
+    init: str = "pytorch"
     partition: str = "iid"
     clients: int = 10
     rounds: int = 100
@@ -146,7 +147,7 @@ def start(
         )
     profile = load_profile(config.device)
     run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
-    state = run.algorithm.init(init_params(run.server.spec, config.seed))
+    state = run.algorithm.init(_first_model(run))
     folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, **asdict(run.config)}
     document["environment"] = environment(run.server.engine)
@@ -176,7 +177,7 @@ def resume(
     run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
     if document["environment"] != environment(run.server.engine):
         say("made with other versions or on another machine: the last bits may differ")
-    initial = run.algorithm.init(init_params(run.server.spec, config.seed))
+    initial = run.algorithm.init(_first_model(run))
     if not any((folder / "checkpoint").glob("*.json")):
         say("no checkpoint yet: starting from the beginning")
         progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
@@ -190,6 +191,10 @@ def resume(
         run.dispatch.restore({int(k): v for k, v in tree["clients"].items()})
         say(f"continuing after step {progress.step}, round {state.round} of {config.rounds}")
     return _go(run, progress, totals, RunLog(folder / "rounds.jsonl", keep_bytes=log_bytes), watch)
+
+
+def _first_model(run: _Run) -> Params:
+    return init_params(run.server.spec, run.config.seed, run.config.init)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -263,6 +268,8 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"eval_examples must be at least 1, got {config.eval_examples}")
     if config.max_update_norm is not None and not 0 < config.max_update_norm < math.inf:
         raise ValueError(f"max_update_norm must be positive, got {config.max_update_norm}")
+    if config.init not in INIT_SCHEMES:
+        raise ValueError(f"init must be one of {', '.join(INIT_SCHEMES)}, got {config.init!r}")
     for target in config.target_accuracy:
         if not 0 < target < 1 or not math.isfinite(target):
             raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
@@ -295,7 +302,7 @@ def _prepare(
         say(why_not_native)
     if line := other_model(profile, spec):
         say(line)
-    server = Server(spec, engine, config.seed, config.rounds, profile)
+    server = Server(spec, engine, config.seed, config.rounds, profile, config.init)
     algorithm = build_method(config.method, server, config.settings)
     config = replace(config, engine=engine.name)
     subset = test_subset(dataset, config.eval_examples) if config.eval_examples else None

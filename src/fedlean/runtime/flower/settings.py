@@ -14,7 +14,7 @@ from fedlean.runtime.run import RunConfig
 
 Flat = Mapping[str, bool | float | int | str]
 _NUMBERS = ("clients", "rounds", "seed", "threads", "eval_every")
-_TEXTS = ("dataset", "model", "inputs", "partition", "engine", "device")
+_TEXTS = ("dataset", "model", "inputs", "init", "partition", "engine", "device")
 _TERMS = tuple(field.name for field in fields(Terms))
 _OTHERS = (
     "method",
