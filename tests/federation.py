@@ -18,7 +18,7 @@ from fedlean.engine.protocol import Engine
 from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.models.initialise import init_params
 from fedlean.runtime.clientstore import ClientStore
-from fedlean.runtime.local import Dispatch, LocalDispatch
+from fedlean.runtime.local import Dispatch, LocalDispatch, Refuse
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
 from fedlean.spec import ModelSpec, sequential
 
@@ -79,6 +79,10 @@ def fresh_dispatch(algorithm: FederatedAlgorithm, engine: Engine = ENGINE) -> Lo
     return LocalDispatch(algorithm.client_update, engine, client_data())
 
 
+def nothing_wrong(update: ClientUpdate, task: ClientTask) -> None:
+    """The check that every update passes."""
+
+
 class Around:
     """A dispatch around another: `change` sees the tasks and gives the updates."""
 
@@ -93,9 +97,10 @@ class Around:
         self.restore = inner.restore
         self.measured_seconds = inner.measured_seconds
         self.begin, self.troubles = inner.begin, inner.troubles
+        self.repeated_bytes = inner.repeated_bytes
 
-    def __call__(self, tasks: Sequence[ClientTask]) -> Iterable[ClientUpdate]:
-        return self.change(tasks, self.inner(tasks))
+    def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterable[ClientUpdate]:
+        return self.change(tasks, self.inner(tasks, refuse))
 
 
 def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
@@ -117,7 +122,7 @@ def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
             patterns[wire.pattern_hash(decoded.sub_model.masks)] = decoded.sub_model.masks
             arrived.append(decoded)
         sent = {task.client: task for task in tasks}
-        for update in inner(arrived):
+        for update in inner(arrived, nothing_wrong):
             task = sent[update.client]
             data = wire.encode_update(update, task)
             assert len(data) == wire.update_bytes(update, task)

@@ -60,7 +60,9 @@ class Loopback:
                 self.waiting.append((keys[-1], reply))
         return keys
 
-    def fetch(self, ids: Collection[str]) -> Iterable[tuple[str, bytes | Failed]]:
+    def fetch(
+        self, ids: Collection[str], *, seconds: float
+    ) -> Iterable[tuple[str, bytes | Failed]]:
         asked = set(ids)
         ready = [one for one in self.waiting if one[0] in asked]
         self.waiting = [one for one in self.waiting if one[0] not in asked]

@@ -21,7 +21,7 @@ from fedlean.measure.result import write as write_profile
 from fedlean.models import catalog
 from fedlean.report import console as report_console
 from fedlean.report import profile_page as report_profile
-from fedlean.report.page import comparison_page, run_page, write_page
+from fedlean.report.page import comparison_page, write_page, write_report
 from fedlean.report.run_folder import read_run
 from fedlean.runtime import method as methods
 from fedlean.runtime import run as runs
@@ -372,12 +372,7 @@ def _folder_name(config: runs.RunConfig) -> str:
 
 
 def _finish(folder: Path, summary: dict[str, Any]) -> None:
-    page = folder / "report.html"
-    try:
-        write_page(page, run_page(read_run(folder)))
-        report = f"report: {page}"
-    except ValueError as error:  # matplotlib is optional: the run is whole without its page
-        report = f"no report: {error}"
+    report = write_report(folder)
     sent = summary["downlink_bytes"] + summary["uplink_bytes"]
     _print(
         f"{summary['method']}: accuracy {summary['final_accuracy']:.2%} "

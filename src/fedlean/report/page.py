@@ -22,6 +22,7 @@ from fedlean.report.run_folder import (
     final_accuracy,
     has_clock,
     number,
+    read_run,
     run_total,
     targets_of,
     total,
@@ -69,6 +70,16 @@ def comparison_page(runs: Sequence[Run], targets: Sequence[float] | None = None)
         *(_config(f"Configuration of {name}", run) for name, run in zip(names, runs, strict=True)),
     ]
     return document(f"{title} · FedLean comparison", parts)
+
+
+def write_report(folder: Path) -> str:
+    """FOLDER/report.html of the run in `folder`; a line that says where it is, or why it is not."""
+    page = folder / "report.html"
+    try:
+        write_page(page, run_page(read_run(folder)))
+    except ValueError as error:  # matplotlib is optional: the run is whole without its page
+        return f"no report: {error}"
+    return f"report: {page}"
 
 
 def write_page(path: Path, html: str) -> None:

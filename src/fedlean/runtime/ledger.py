@@ -78,6 +78,11 @@ class Ledger:
         )
         self._charge_time(compute, link_seconds(self._sent[task.client], up, self._profile))
 
+    def repeated(self, downlink_bytes: int) -> None:
+        """What clients that had lost something were sent again; its time is not modelled."""
+        total = self.cost.downlink_bytes + downlink_bytes
+        self.cost = replace(self.cost, downlink_bytes=total)
+
     def _charge_time(self, compute: float, link: float) -> None:
         """The step lasts as long as its slowest client."""
         if compute + link > self.cost.simulated_seconds:

@@ -14,6 +14,8 @@ from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate, Device
 from fedlean.engine.protocol import Engine
 from fedlean.runtime.clientstore import ClientStore
 
+Refuse = Callable[[ClientUpdate, ClientTask], str | None]  # why an update cannot be used
+
 
 class Dispatch(Protocol):
     """tasks -> updates, in any order, some perhaps missing."""
@@ -22,7 +24,12 @@ class Dispatch(Protocol):
         """A server step begins: the clients that are present.  Attempts at it share its number."""
         ...
 
-    def __call__(self, tasks: Sequence[ClientTask]) -> Iterable[ClientUpdate]: ...
+    def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterable[ClientUpdate]:
+        """What `refuse` objects to does not count as an answer where a number of them is awaited.
+
+        It may be among the updates all the same: who reads them refuses it, and charges it.
+        """
+        ...
 
     def acknowledge(self, clients: Iterable[int]) -> None:
         """These updates were taken: what the clients keep between rounds is now committed."""
@@ -40,6 +47,10 @@ class Dispatch(Protocol):
 
     def troubles(self) -> Mapping[int, str]:
         """Why clients of the last call gave nothing, where that is known."""
+        ...
+
+    def repeated_bytes(self) -> int:
+        """Downlink bytes of the last call beyond one message to each client asked."""
         ...
 
 
@@ -68,7 +79,7 @@ class LocalDispatch:
     def begin(self, store: ClientStore, step: int) -> Sequence[Device]:
         return [Device(client) for client in range(len(self._data))]
 
-    def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
+    def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         self._pending = {}
         self._seconds = {}
         for task in tasks:
@@ -100,6 +111,9 @@ class LocalDispatch:
 
     def troubles(self) -> Mapping[int, str]:
         return {}  # an error in this process ends the run
+
+    def repeated_bytes(self) -> int:
+        return 0
 
     def client_states(self) -> Mapping[int, ClientState]:
         return dict(self._committed)

@@ -19,11 +19,10 @@ from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Server
 from fedlean.runtime.checks import refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import Ledger, StepCost
-from fedlean.runtime.local import Dispatch
+from fedlean.runtime.local import Dispatch, Refuse
 from fedlean.runtime.order import in_cohort_order
 
 ATTEMPTS = 3  # how often an unanswered round is asked
-Refuse = Callable[[ClientUpdate, ClientTask], str | None]
 EMPTY_STEPS = 10  # unanswered rounds in a row after which the run stops
 
 
@@ -112,10 +111,11 @@ def _step(
         if record.attempts > 1:  # whoever was away may be back, and is waited for
             dispatch.begin(progress.store, progress.step + 1)
         ledger = Ledger(tasks, progress.store, server.device)
-        answers = _taken(dispatch(tasks), refuse, record, ledger, progress.store)
+        answers = _taken(dispatch(tasks, refuse), refuse, record, ledger, progress.store)
         state = algorithm.server_update(progress.state, answers)
         for _ in answers:  # whatever the method did not read is checked and charged all the same
             pass
+        ledger.repeated(dispatch.repeated_bytes())
         record.cost = record.cost.plus(ledger.cost)
         if seconds := dispatch.measured_seconds():
             record.measured_seconds += median(seconds.values())

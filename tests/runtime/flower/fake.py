@@ -29,6 +29,7 @@ class FakeSuperLink:
         self.asked: list[str] = []
         self.tamper: dict[str, Tamper] = {}
         self.port = 0
+        self.clock_seconds = 0.0  # its clock minus this machine's
 
     def send(self, content: Packed) -> None:
         self.inbox.append(content)
@@ -80,7 +81,7 @@ class FakeSuperLink:
                 group_id="3",
                 ttl=100,
                 message_type="train",
-                created_at=time.time(),
+                created_at=time.time() + self.clock_seconds,
             )
             body = self.protos.message.Message(metadata=about).SerializeToString(deterministic=True)
             whole = pack("Message", body, (content,))
@@ -132,6 +133,9 @@ def serving(fake: FakeSuperLink, port: int = 0) -> Iterator[FakeSuperLink]:
                 self.send_header("Content-Length", str(len(raw)))
                 self.end_headers()
                 self.wfile.write(raw)
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string(time.time() + fake.clock_seconds)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

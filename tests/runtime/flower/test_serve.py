@@ -36,7 +36,7 @@ class Devices:
             self.replies[key] = self.workers[node].answer(content)
         return keys
 
-    def fetch(self, ids):
+    def fetch(self, ids, *, seconds):
         return [(key, self.replies[key]) for key in ids if key in self.replies]
 
 

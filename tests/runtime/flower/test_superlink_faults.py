@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import tracemalloc
@@ -443,9 +444,37 @@ def test_a_refused_signature_is_activated_again(fake):
         assert link.pull() is None
         assert fake.asked.count("activate-node") == 2
         fake.tamper["pull-messages"] = lambda _: (401, b"{}")
-        with pytest.raises(LinkError, match="clock") as caught:
+        with pytest.raises(LinkError, match="key registered") as caught:
             link.pull()
         assert not caught.value.retry
+
+
+@pytest.mark.parametrize(("seconds", "way"), [(120.5, "behind"), (-119.5, "ahead of")])
+def test_a_clock_that_is_off_loses_no_reply(fake, seconds, way):
+    """Boards without a battery: a reply is dated by the SuperLink's clock, and the log says so."""
+    fake.clock_seconds = seconds
+    fake.send(pack_content(CONTENT))
+    with linked(fake) as (link, said):
+        (line,) = (line for line in said if "clock" in line)
+        assert re.search(rf"clock is (119|120|121) s {way} the SuperLink's", line)
+        incoming = link.pull()
+        assert incoming is not None
+        link.push(incoming, CONTENT)
+    about = fake.replies[-1][0].metadata
+    assert about.created_at == pytest.approx(time.time() + seconds, abs=5)
+    assert about.created_at + about.ttl == pytest.approx(incoming.created_at + incoming.ttl)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1e8])
+def test_a_refused_key_and_a_wrong_clock_are_told_apart(fake, seconds):
+    fake.tamper["activate-node"] = lambda _: (401, b"{}")
+    fake.clock_seconds = seconds
+    with (
+        pytest.raises(LinkError, match="is this node's key registered there") as caught,
+        linked(fake),
+    ):
+        pass
+    assert bool(re.search(r"clock is 10000000\d s ahead of", str(caught.value))) == bool(seconds)
 
 
 @pytest.fixture

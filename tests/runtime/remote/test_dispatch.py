@@ -9,17 +9,31 @@ from itertools import count
 import numpy as np
 import pytest
 from conformance import case_of, method_names
-from federation import CLIENTS, ROUNDS, fresh_dispatch, params, run, same, server
+from federation import (
+    CLIENTS,
+    ENGINE,
+    ROUNDS,
+    client_data,
+    devices,
+    fresh_dispatch,
+    params,
+    run,
+    same,
+    server,
+)
 from loopback import Loopback, flipped, remote
 
+from fedlean import wire
 from fedlean.core import FederatedAlgorithm
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.remote import dispatch as dispatch_module
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.dispatch import NobodyThere
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.exchange import Failed
+from fedlean.runtime.remote.worker import Worker
 from fedlean.runtime.rounds import Progress, StepRecord
 
 
@@ -70,8 +84,10 @@ def test_devices_that_restart_after_every_round(name, post):
 
 def test_a_device_that_lost_its_disk_gets_spec_and_pattern_again(post):
     dispatch, lines = remote(post, "prunefl")
+    records: list[StepRecord] = []
 
     def watch(progress: Progress, record: StepRecord) -> None:
+        records.append(record)
         if progress.state.phase == "train" and progress.state.round == 3:
             shutil.rmtree(post.folder / "2")
             post.restart(2)
@@ -80,6 +96,16 @@ def test_a_device_that_lost_its_disk_gets_spec_and_pattern_again(post):
     assert "client 2 lacks the spec: it is sent again" in lines
     assert "client 2 has lost what it kept between rounds" in lines
     assert state.round == ROUNDS
+    undisturbed: list[StepRecord] = []
+    run(build("prunefl"), watch=lambda progress, record: undisturbed.append(record))
+    differ = {
+        step: record.cost.downlink_bytes - before.cost.downlink_bytes
+        for step, (record, before) in enumerate(zip(records, undisturbed, strict=True))
+        if record.cost.downlink_bytes != before.cost.downlink_bytes
+    }
+    (step,) = differ  # in which it was sent twice
+    (task,) = (task for task in records[step].tasks if task.client == 2)
+    assert differ[step] == wire.task_bytes(task, wire.Known())
 
 
 def test_only_the_pattern_is_lost(post):
@@ -155,6 +181,64 @@ def test_too_few_replies_are_not_used_and_asked_again(post):
     assert [record.attempts for record in records] == [3] + [1] * (ROUNDS - 1)
     assert sum("nothing is aggregated" in line for line in lines) == 2
     assert same(state, run(everybody()))
+
+
+def test_replies_that_cannot_be_used_do_not_count(post):
+    """Minimum 3 of 4: with two torn updates nothing is aggregated, and the log says which."""
+    dispatch, lines = remote(post, min_replies=3)
+    tries: list[int] = []
+
+    def tear(node: int, content: bytes) -> bytes:
+        tries.append(node)
+        if kind_of(content) == env.UPDATE and len(tries) <= 8 and node in (100, 103):
+            whole = unseal(content, expected=(env.UPDATE,))
+            return seal(Envelope(env.UPDATE, whole.fields, bytes(whole.body)[:-4]))
+        return content
+
+    post.on_the_way_up = only_tasks(tear)
+    records: list[StepRecord] = []
+    state = run(everybody(), dispatch=dispatch, watch=lambda p, r: records.append(r))
+    assert [record.attempts for record in records] == [3] + [1] * (ROUNDS - 1)
+    assert sum("2 of 4 gave an answer that can be used" in line for line in lines) == 2
+    assert sum(line.startswith(("client 0: ", "client 3: ")) for line in lines) == 4
+    assert same(state, run(everybody()))
+
+
+def test_updates_that_the_checks_refuse_do_not_count(post):
+    """The bound on an update's norm is the runtime's: the dispatch asks it before it is content."""
+    dispatch, _ = remote(post, min_replies=4)
+    updates = everybody().configure(everybody().init(params()), devices())
+    dispatch.begin(ClientStore(), 1)
+    assert list(dispatch(updates, lambda update, task: "too far" if task.client else None)) == []
+    assert dispatch.troubles() == {1: "too far", 2: "too far", 3: "too far"}
+    dispatch, _ = remote(post, min_replies=1)
+    dispatch.begin(ClientStore(), 1)
+    got = list(dispatch(updates, lambda update, task: "too far" if task.client else None))
+    assert [update.client for update in got] == [0, 1, 2, 3], "for the runtime to charge and refuse"
+
+
+def test_who_refuses_a_task_for_good_is_not_asked_for_the_same_again(post, monkeypatch):
+    """Not enough memory: until the model is another, or ten minutes have passed."""
+    post.workers[101] = Worker(
+        post.folder / "1",
+        client_data()[1],
+        client=1,
+        engine=ENGINE.name,
+        memory_limit_bytes=1 << 20,
+    )
+    dispatch, _ = remote(post)
+    records: list[StepRecord] = []
+    run(everybody(), dispatch=dispatch, watch=lambda p, r: records.append(r))
+    asked = [node for node, content in post.sent if kind_of(content) == env.TASK]
+    assert asked.count(101) == 1 and asked.count(100) == ROUNDS
+    assert all("MB are free" in record.refused[1] for record in records)
+    assert records[1].refused[1].endswith("(it was not asked again)")
+    dispatch, _ = remote(post)
+    monkeypatch.setattr(dispatch_module, "REFUSAL_SECONDS", 0.0)
+    before = len(post.sent)
+    run(everybody(), dispatch=dispatch)
+    asked = [node for node, content in post.sent[before:] if kind_of(content) == env.TASK]
+    assert asked.count(101) == ROUNDS
 
 
 def test_late_and_second_replies_are_discarded_and_said(post):
@@ -282,7 +366,8 @@ def test_local_and_remote_runs_are_not_mixed_up(post):
 
 def test_errors_of_the_transport_and_of_the_device_are_the_reason_in_the_log(post):
     dispatch, _ = remote(post)
-    trouble = seal(Envelope(env.TROUBLE, {"reason": "out of disk", "missing": None}))
+    fields = {"reason": "out of disk", "missing": None, "final": False}
+    trouble = seal(Envelope(env.TROUBLE, fields))
     answers = {101: Failed("node unavailable"), 102: trouble, 103: b"\x00" * 99}
     post.on_the_way_up = only_tasks(lambda node, content: answers.get(node, content))
     records: list[StepRecord] = []

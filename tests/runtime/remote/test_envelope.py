@@ -30,7 +30,7 @@ RIGHT = {
         "std": [0.25],
     },
     env.UPDATE: {"step": 3, "seconds": 0.5, "lost_state": False},
-    env.TROUBLE: {"reason": "no disk", "missing": "spec"},
+    env.TROUBLE: {"reason": "no disk", "missing": "spec", "final": False},
 }
 
 
@@ -99,6 +99,7 @@ WRONG = [
     (env.UPDATE, "seconds", "1"),
     (env.UPDATE, "lost_state", 0),
     (env.TROUBLE, "missing", "everything"),
+    (env.TROUBLE, "final", 1),
     (env.TROUBLE, "reason", None),
 ]
 
@@ -129,5 +130,5 @@ def test_what_is_no_json_object_is_refused(text):
 
 def test_fields_that_are_too_long_are_not_sealed():
     with pytest.raises(EnvelopeError, match="limit is 65536"):
-        seal(Envelope(env.TROUBLE, {"reason": "x" * 70_000, "missing": None}))
+        seal(Envelope(env.TROUBLE, {"reason": "x" * 70_000, "missing": None, "final": True}))
     assert json.loads(json.dumps(RIGHT[env.TASK])) == RIGHT[env.TASK]

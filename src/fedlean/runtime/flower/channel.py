@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fedlean.runtime.flower.objects import Buffer
 _PIECE_BYTES = 1 << 16  # of one send or receive, each of which has the whole timeout
 _ERROR_BYTES = 1 << 14
 _IDLE_SECONDS = 3.0  # a SuperLink hangs up on a connection that is idle for 5
+_CLOCK_SECONDS = 5.0  # the least difference of two clocks that a Date, in whole seconds, shows
 _SLOWEST_BYTES_PER_S = 256  # an answer that trickles in more slowly is given up
 _HEADERS = {
     "Content-Type": "application/protobuf",
@@ -100,6 +102,7 @@ class Channel:
         self._answer = bytearray()
         self._used = 0.0  # the monotonic second of the last answer
         self.failures = 0  # requests that may or may not have reached the SuperLink
+        self.clock_ahead_seconds = 0.0  # this device's clock against the SuperLink's; small: 0
 
     def post(self, path: str, parts: Sequence[Buffer], limit_bytes: int) -> memoryview:
         """The answer to a request whose body is `parts`; at most limit_bytes.
@@ -134,6 +137,7 @@ class Channel:
         headers |= _HEADERS | self._key.headers()
         self._http.request("POST", path, _pieces(parts), headers)
         response = self._http.getresponse()
+        self.clock_ahead_seconds = _clock_ahead_seconds(response.getheader("Date"))
         if response.status != 200:
             self._refuse(response, path)
         answer = self._read(response, limit_bytes)
@@ -195,10 +199,9 @@ class Channel:
         if status >= 500 or status in (408, 429):
             raise Away(text)
         if status == 401:
-            text += (
-                "; is this node's key registered there (flwr supernode register KEY.pub), and "
-                "this device's clock right?"
-            )
+            text += "; is this node's key registered there (flwr supernode register KEY.pub)?"
+            if self.clock_ahead_seconds:
+                text += f" And {clock_line(self.clock_ahead_seconds)}"
         raise LinkError(text, retry=False, status=status, code=code)
 
     def forget(self) -> None:
@@ -215,6 +218,24 @@ class Channel:
 
     def close(self) -> None:
         self._http.close()
+
+
+def clock_line(ahead_seconds: float) -> str:
+    way = "ahead of" if ahead_seconds > 0 else "behind"
+    return (
+        f"this device's clock is {abs(ahead_seconds):.0f} s {way} the SuperLink's: set it "
+        "(timedatectl)"
+    )
+
+
+def _clock_ahead_seconds(date: str | None) -> float:
+    """This machine's clock minus that of an answer's Date header; 0.0 where there is none."""
+    try:
+        theirs = parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return 0.0
+    ahead = time.time() - theirs
+    return ahead if abs(ahead) >= _CLOCK_SECONDS else 0.0
 
 
 def _pieces(parts: Sequence[Buffer]) -> Iterator[memoryview]:

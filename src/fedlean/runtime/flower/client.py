@@ -35,7 +35,8 @@ def client_app() -> ClientApp:
         try:
             reply = _worker(context).answer(from_record(message.content))
         except (NotOurs, ValueError) as error:  # the node's or the run's configuration
-            reply = seal(Envelope(env.TROUBLE, {"reason": str(error)[:1000], "missing": None}))
+            fields = {"reason": str(error)[:1000], "missing": None, "final": False}
+            reply = seal(Envelope(env.TROUBLE, fields))
         return Message(content=to_record(reply), reply_to=message)
 
     return app

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlean.runtime.flower.content import NotOurs, from_record, to_record
+from fedlean.runtime.flower.content import to_record
+from fedlean.runtime.flower.pull import Pull, Reply
 from fedlean.runtime.remote.exchange import Failed
 
 SPARE_SECONDS = 60.0  # for which a late reply can still be told from a lost one
+PULL_SECONDS = 5.0  # after which others are pulled beside a reply that does not come through
 
 
 class GridPost:
@@ -21,6 +24,7 @@ class GridPost:
         self._grid = grid
         self._unsent = count()
         self._failed: dict[str, Failed] = {}
+        self._pulls: dict[str, Pull] = {}  # under way, by message id
 
     def nodes(self) -> Collection[int]:
         return list(self._grid.get_node_ids())
@@ -45,27 +49,20 @@ class GridPost:
         )
         return key
 
-    def fetch(self, ids: Collection[str]) -> Iterable[tuple[str, bytes | Failed]]:
-        asked = set(ids)
+    def fetch(self, ids: Collection[str], *, seconds: float) -> Iterable[Reply]:
+        asked, ends = set(ids), time.monotonic() + seconds
+        self._pulls = {key: pull for key, pull in self._pulls.items() if key in asked}
         yield from [(key, self._failed.pop(key)) for key in [*self._failed] if key in asked]
         for key in ids:
             if not key.startswith("unsent-"):
-                yield from self._pulled(key)
+                yield from self._pulled(key, ends - time.monotonic())
 
-    def _pulled(self, asked: str) -> Iterator[tuple[str, bytes | Failed]]:
+    def _pulled(self, key: str, seconds: float) -> Iterator[Reply]:
         """One at a time: one reply is in memory, and what is wrong with it stays its own."""
-        try:
-            messages = list(self._grid.pull_messages([asked]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of its own objects
-            yield asked, Failed(f"a reply that Flower cannot read: {type(error).__name__}: {error}")
-            return
-        for message in messages:
-            key = message.metadata.reply_to_message_id
-            if message.has_error():
-                error = message.error
-                yield key, Failed(f"Flower error {error.code}: {error.reason or 'no reason given'}")
-                continue
-            try:
-                yield key, from_record(message.content)
-            except NotOurs as error:
-                yield key, Failed(str(error))
+        if key in self._pulls:  # it was waited for
+            seconds = 0.0
+        pull = self._pulls.pop(key, None) or Pull(self._grid, key)
+        if pull.done(min(PULL_SECONDS, seconds)):
+            yield from pull.replies()
+        else:
+            self._pulls[key] = pull

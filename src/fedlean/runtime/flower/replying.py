@@ -53,7 +53,7 @@ def _message(
     calls: Calls, incoming: Incoming, content: Packed | None, error: Any
 ) -> tuple[Any, Packed]:
     """The reply as PushMessages takes it, without its content, and its tree of objects."""
-    now = time.time()
+    now = time.time() - calls.channel.clock_ahead_seconds  # by the SuperLink's clock
     ttl = incoming.created_at + incoming.ttl - now
     if ttl <= 0:
         raise LinkError(f"the reply is {-ttl:.0f} s too late", retry=False)

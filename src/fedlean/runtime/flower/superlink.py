@@ -16,7 +16,14 @@ from typing import Any
 
 from fedlean.measure.probe import parse_address
 from fedlean.runtime.flower.calls import Calls
-from fedlean.runtime.flower.channel import Channel, LinkError, delays, plain, trust
+from fedlean.runtime.flower.channel import (
+    Channel,
+    LinkError,
+    clock_line,
+    delays,
+    plain,
+    trust,
+)
 from fedlean.runtime.flower.heartbeat import CALL_SECONDS, INTERVAL_SECONDS, Heartbeat, Presence
 from fedlean.runtime.flower.identity import PrivateKey, new_key
 from fedlean.runtime.flower.objects import NotOurs, ObjectError, pack_content
@@ -113,6 +120,8 @@ class SuperLink:
             time.sleep(seconds)
         self._node = self._protos.node.Node(node_id=answer.node_id)
         self._say(f"connected to SuperLink {self._address} as node {answer.node_id}")
+        if ahead := self._calls.channel.clock_ahead_seconds:
+            self._say(clock_line(ahead))
         self._start_heartbeat()
         return answer.node_id
 

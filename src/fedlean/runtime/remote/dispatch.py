@@ -20,12 +20,14 @@ from fedlean import wire
 from fedlean.core import ClientState, ClientTask, ClientUpdate, Device
 from fedlean.data.dataset import Dataset
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, Post, printable
 from fedlean.runtime.remote.roster import Roster
 
 SPARE_BYTES = 1 << 22  # of a reply, for headers, metrics and small statistics
+REFUSAL_SECONDS = 600.0  # until a client that will not do a task is asked for the same again
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ class Missing:
 
     what: str
     reason: str
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A client will not do a task, and would not if it were asked again."""
+
+    reason: str
+    model: tuple[str, str]  # of the task, as `_model` names it
+    until: float  # monotonic seconds; its operator may have changed something by then
 
 
 class NobodyThere(RuntimeError):
@@ -88,6 +99,8 @@ class RemoteDispatch:
         self._committed: dict[int, int] = {}  # client -> step after which its state counts
         self._seconds: dict[int, float] = {}
         self._troubles: dict[int, str] = {}
+        self._repeated_bytes = 0
+        self._final: dict[int, _Refusal] = {}  # by client
 
     def begin(self, store: ClientStore, step: int) -> list[Device]:
         """The clients whose nodes are connected, once there are `min_clients` of them.
@@ -114,29 +127,64 @@ class RemoteDispatch:
                 said = True
             time.sleep(self._terms.poll_seconds)
 
-    def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate]:
-        """Updates in the order of `tasks`; none of them, where fewer than `min_replies` came."""
-        self._seconds, self._troubles = {}, {}
+    def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
+        """Updates in the order of `tasks`; none, where fewer than `min_replies` are good."""
+        self._seconds, self._troubles, self._repeated_bytes = {}, {}, 0
         enough = min(self._terms.min_replies, len(tasks))
         with tempfile.TemporaryDirectory(prefix="fedlean-replies-") as folder:
-            replies = self._collect({task.client: task for task in tasks}, enough, Path(folder))
+            asked = {task.client: task for task in tasks}
+            replies = self._collect(asked, enough, Path(folder))
             self._check()
-            if len(replies) < enough:
+            good = self._good(replies, asked, refuse, enough)
+            if good < enough:
                 self._say(
-                    f"round {tasks[0].round}: {len(replies)} of {len(tasks)} answered within "
-                    f"{self._terms.deadline_seconds:g} s, {enough} are needed: nothing is "
-                    "aggregated"
+                    f"round {tasks[0].round}: {good} of {len(tasks)} gave an answer that can be "
+                    f"used within {self._terms.deadline_seconds:g} s, {enough} are needed: nothing "
+                    "is aggregated"
                 )
                 return
             for task in tasks:
                 if task.client in replies:
-                    yield from self._decoded(replies[task.client], task)
+                    update = _decoded(replies.pop(task.client), task)
+                    if isinstance(update, ClientUpdate):
+                        yield update
+                    else:
+                        self._trouble(task.client, update)
+
+    def _good(
+        self,
+        replies: Mapping[int, Path],
+        asked: Mapping[int, ClientTask],
+        refuse: Refuse,
+        enough: int,
+    ) -> int:
+        """How many replies can be used, counted up to `enough`; with fewer, why not the others.
+
+        They are decoded once more when they are used: all of them together may not fit into memory.
+        """
+        good, objections = 0, dict[int, str]()
+        for client, path in replies.items():
+            if good == enough:
+                return good
+            update = _decoded(path, asked[client])
+            why = update if isinstance(update, str) else refuse(update, asked[client])
+            if why is None:
+                good += 1
+            else:
+                objections[client] = why
+        if good < enough:
+            for client, why in objections.items():
+                self._trouble(client, why)
+        return good
 
     def _collect(
         self, asked: Mapping[int, ClientTask], enough: int, folder: Path
     ) -> dict[int, Path]:
         """Replies on disk, by client."""
         ends = time.monotonic() + self._terms.deadline_seconds
+        asked = self._willing(asked)
+        if len(asked) < enough:  # nothing would be aggregated
+            return {}
         nodes = self._connected(asked, enough, ends)
         client_of = {node: client for client, node in nodes.items()}
         repeated: set[int] = set()
@@ -144,7 +192,7 @@ class RemoteDispatch:
 
         def take(node: int, content: bytes | Failed) -> Letters:
             client = client_of[node]
-            update = self._update(client, content)
+            update = self._update(asked[client], content)
             if isinstance(update, Missing):
                 if client in repeated:
                     self._trouble(client, update.reason)
@@ -181,6 +229,16 @@ class RemoteDispatch:
             self._trouble(client, "is not connected")
         return nodes
 
+    def _willing(self, asked: Mapping[int, ClientTask]) -> dict[int, ClientTask]:
+        """Without those that have just refused the same task for good."""
+        now, willing = time.monotonic(), dict(asked)
+        for client, task in asked.items():
+            refusal = self._final.get(client)
+            if refusal and refusal.model == _model(task) and now < refusal.until:
+                self._trouble(client, f"{refusal.reason} (it was not asked again)")
+                del willing[client]
+        return willing
+
     def _letter(self, task: ClientTask, *, whole: bool = False) -> bytes:
         known = wire.Known() if whole else self._store.known(task.client)
         fields = {
@@ -191,10 +249,14 @@ class RemoteDispatch:
             "mean": self._dataset.mean.tolist(),
             "std": self._dataset.std.tolist(),
         }
-        return seal(Envelope(env.TASK, fields, wire.encode_task(task, known)))
+        body = wire.encode_task(task, known)
+        if whole:
+            self._repeated_bytes += len(body)
+        return seal(Envelope(env.TASK, fields, body))
 
-    def _update(self, client: int, content: bytes | Failed) -> Envelope | Missing | None:
+    def _update(self, task: ClientTask, content: bytes | Failed) -> Envelope | Missing | None:
         """The envelope of an update; None where there is none, which is noted."""
+        client = task.client
         if isinstance(content, Failed):
             return self._trouble(client, content.reason)
         try:
@@ -205,6 +267,9 @@ class RemoteDispatch:
         if envelope.kind == env.TROUBLE:
             if fields["missing"]:
                 return Missing(fields["missing"], fields["reason"])
+            if fields["final"]:
+                until = time.monotonic() + REFUSAL_SECONDS
+                self._final[client] = _Refusal(printable(fields["reason"]), _model(task), until)
             return self._trouble(client, fields["reason"])
         if fields["step"] != self._step:
             return self._trouble(client, f"answered step {fields['step']}, expected {self._step}")
@@ -212,19 +277,6 @@ class RemoteDispatch:
             self._say(f"client {client} has lost what it kept between rounds")
         self._seconds[client] = float(fields["seconds"])
         return envelope
-
-    def _decoded(self, path: Path, task: ClientTask) -> Iterator[ClientUpdate]:
-        limit = 32 * task.spec.num_params + SPARE_BYTES  # values, statistics, masks
-        try:
-            update = wire.decode_update(
-                path.read_bytes(), task, limit_bytes=limit, allow_nonfinite=True, packed=True
-            )
-        except wire.WireError as error:
-            self._trouble(task.client, str(error))
-            return
-        finally:
-            path.unlink(missing_ok=True)
-        yield update
 
     def _trouble(self, client: int, reason: str) -> None:
         reason = printable(reason)
@@ -261,6 +313,25 @@ class RemoteDispatch:
     def measured_seconds(self) -> Mapping[int, float]:
         return dict(self._seconds)
 
+    def repeated_bytes(self) -> int:
+        return self._repeated_bytes
+
     def troubles(self) -> Mapping[int, str]:
         """Why clients of the last call gave nothing."""
         return dict(self._troubles)
+
+
+def _model(task: ClientTask) -> tuple[str, str]:
+    """What decides whether a device has the memory for a task."""
+    return task.spec.hash, wire.pattern_hash(task.sub_model.masks)
+
+
+def _decoded(path: Path, task: ClientTask) -> ClientUpdate | str:
+    """The update in a reply, or what is wrong with it."""
+    limit = 32 * task.spec.num_params + SPARE_BYTES  # values, statistics, masks
+    try:
+        return wire.decode_update(
+            path.read_bytes(), task, limit_bytes=limit, allow_nonfinite=True, packed=True
+        )
+    except wire.WireError as error:
+        return str(error)

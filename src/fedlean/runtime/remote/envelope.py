@@ -39,7 +39,7 @@ class Envelope:
     WELCOME  client (or null), num_examples, input_shape, classes, name
     TASK     run, method, step, committed (step whose client state counts, or null), mean, std
     UPDATE   step, seconds, lost_state
-    TROUBLE  reason, missing ("spec", "pattern" or null)
+    TROUBLE  reason, missing ("spec", "pattern" or null), final (asking again is of no use)
     """
 
     kind: int
@@ -147,5 +147,6 @@ _WANTED: dict[int, dict[str, Any]] = {
     TROUBLE: {
         "reason": _text(2000),
         "missing": lambda value: value in (None, "spec", "pattern"),
+        "final": lambda value: isinstance(value, bool),
     },
 }

@@ -28,8 +28,10 @@ class Post(Protocol):
         """Message ids, in order; a reply is of use for so many seconds."""
         ...
 
-    def fetch(self, ids: Collection[str]) -> Iterable[tuple[str, bytes | Failed]]:
-        """Replies that have come since, with the message they answer."""
+    def fetch(
+        self, ids: Collection[str], *, seconds: float
+    ) -> Iterable[tuple[str, bytes | Failed]]:
+        """Replies that have come since, with the message they answer, in about `seconds`."""
         ...
 
 
@@ -57,7 +59,8 @@ class Exchange:
         waiting = self._send(letters, ends)
         while waiting and time.monotonic() < ends:
             came = False
-            for key, content in self.post.fetch([*waiting, *self._late]):
+            fetched = self.post.fetch([*waiting, *self._late], seconds=ends - time.monotonic())
+            for key, content in fetched:
                 came = True
                 node = waiting.pop(key, None)
                 if key in self._late:

@@ -10,7 +10,7 @@ Losing any of it costs a message or a method's memory, never the run: the device
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedlean.spec import ModelSpec
 from fedlean.tree import pattern_hash
 
 RUNS = 4  # of which a device keeps files
+SPECS = 16  # of one run: methods that train block after block have many
 PATTERNS = 4  # of one run
 
 
@@ -41,6 +42,7 @@ class HeldSpecs(Mapping[str, ModelSpec]):
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, spec.to_json().encode())
+            _keep_newest(self._folder.glob("spec-*.json"), SPECS)
 
     def __getitem__(self, key: str) -> ModelSpec:
         if self._last and self._last[0] == key:
@@ -87,9 +89,7 @@ class HeldPatterns(Mapping[str, Masks]):
         bits = {name: np.packbits(mask) for name, mask in masks.items()}
         shapes = {name: ",".join(map(str, mask.shape)) for name, mask in masks.items()}
         write_atomically(path, save(bits, metadata=shapes))
-        paths = sorted(self._folder.glob("pattern-*.safetensors"), key=_modified)
-        for old in paths[:-PATTERNS]:
-            old.unlink(missing_ok=True)
+        _keep_newest(self._folder.glob("pattern-*.safetensors"), PATTERNS)
 
     def __getitem__(self, key: str) -> Masks:
         if self._last and self._last[0] == key:
@@ -155,6 +155,11 @@ def forget_old_runs(folder: Path, current: str) -> None:
     for path in runs[:-RUNS]:
         if path.name != current:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _keep_newest(paths: Iterable[Path], count: int) -> None:
+    for old in sorted(paths, key=_modified)[:-count]:
+        old.unlink(missing_ok=True)
 
 
 def _read_masks(path: Path) -> Masks:

@@ -80,9 +80,12 @@ class Worker:
             return _trouble(str(error), "spec")
         except wire.UnknownPattern as error:
             return _trouble(str(error), "pattern")
-        except (EnvelopeError, wire.WireError, TooLarge, Refused) as error:
+        except (EnvelopeError, wire.WireError) as error:
             log.warning("refused a message: %s", error)
             return _trouble(str(error))
+        except (TooLarge, Refused) as error:
+            log.warning("refused a task: %s", error)
+            return _trouble(str(error), final=True)
         except Exception as error:  # the round goes on without this device, and says why
             log.exception("a task failed")
             return _trouble(f"{type(error).__name__}: {error}")
@@ -120,7 +123,7 @@ class Worker:
         seconds = time.perf_counter() - began
         run.patterns.keep(update.sub_model.masks)
         states.write(fields["step"], state, committed=fields["committed"])
-        task = replace(task, params={})  # their memory is needed for the reply
+        task = replace(task, params={}, arrays={})  # their memory is needed for the reply
         os.utime(run.folder)  # by which the oldest runs are found and forgotten
         reply = {"step": fields["step"], "seconds": seconds, "lost_state": lost}
         return Envelope(env.UPDATE, reply, wire.encode_update(update, task))
@@ -215,5 +218,6 @@ class _Job(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def _trouble(reason: str, missing: str | None = None) -> bytes:
-    return seal(Envelope(env.TROUBLE, {"reason": reason[:1000], "missing": missing}))
+def _trouble(reason: str, missing: str | None = None, *, final: bool = False) -> bytes:
+    fields = {"reason": reason[:1000], "missing": missing, "final": final}
+    return seal(Envelope(env.TROUBLE, fields))
