@@ -59,6 +59,7 @@ def test_light_nodes(method, superlink, light_nodes, app, tmp_path):
     superlink.run(app, "-c", run_settings(method, out), timeout_seconds=150)
     assert json.loads((out / "summary.json").read_text())["rounds"] == ROUNDS
     assert same(model(out), local(method, tmp_path / "local"))
+    assert (out / "report.html").is_file()
 
 
 @pytest.mark.parametrize("method", METHODS)
