@@ -54,7 +54,10 @@ Structure::Structure(const Network& network, const std::vector<bool>& trainable_
 
 Program::Program(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
                  const Structure& structure, const Mode& mode)
-    : structure_(structure), training_(mode.training), importance_(mode.importance) {
+    : structure_(structure),
+      training_(mode.training),
+      importance_(mode.importance),
+      group_panels_(mode.group_panels) {
   wire(network, layers);
   for (int node : mode.taps) {
     tensors_[node + 1].tapped = true;
@@ -88,6 +91,7 @@ void Program::wire(const Network& network, const std::vector<std::unique_ptr<Lay
       ++tensors_[input + 1].readers;
     }
     step.output = int(i) + 1;
+    step.node = int(i);
     step.backward = tensors_[step.output].needs_grad;
     step.training = training_;
     steps_.push_back(step);
@@ -210,7 +214,7 @@ void Program::share_gradients() {
 Situation Program::situation(const Step& step, const Mode& mode, bool local) const {
   Situation s;
   const Batch batch{mode.examples};
-  s.panels = local ? std::min(kGroupPanels, batch.panels()) : batch.panels();
+  s.panels = local ? std::min(group_panels_, batch.panels()) : batch.panels();
   s.examples = std::min(mode.examples, s.panels * kPanelLanes);
   s.lanes = std::min(batch.padded(), s.panels * kPanelLanes);
   s.training = step.training && step.backward;
@@ -225,7 +229,7 @@ void Program::lay_out(const Mode& mode) {
   const int end_of_region = int(region_) - 1, loss_time = int(steps_.size());
   const Batch batch{mode.examples};
   auto lanes_of = [&](const Tensor& t) {
-    return t.local ? std::min(batch.padded(), kGroupPanels * kPanelLanes) : batch.padded();
+    return t.local ? std::min(batch.padded(), group_panels_ * kPanelLanes) : batch.padded();
   };
   // Values, in the order in which they are made.
   auto add_value = [&](int t, int time) {
@@ -283,6 +287,7 @@ void Program::lay_out(const Mode& mode) {
     const Needs needs = step.layer->needs(situation(step, mode, i < region_));
     const int forward = forward_time(i), backward = backward_time(i);
     step.forward_scratch = plan_.add(needs.forward_scratch, forward, forward);
+    if (mode.moved) step.moved = plan_.add(MovedLayer::floats(*step.layer), forward, forward);
     if (!step.backward) continue;
     step.saved = plan_.add(needs.saved, forward, backward);
     step.backward_scratch = plan_.add(needs.backward_scratch, backward, backward);
@@ -364,7 +369,7 @@ void Program::pack(const Pass& pass, const float* x) const {
 }
 
 void Program::forward(const Kernels& kernels, ThreadPool& pool, float* arena, const float* x,
-                      Batch batch) const {
+                      Batch batch, const Direction* direction) const {
   auto input_pass = [&](int begin, int end) {
     Pass pass{kernels, pool,    batch,   begin, end, false, false, {},
               {},      nullptr, nullptr, {},    {},  {},    {}};
@@ -376,11 +381,17 @@ void Program::forward(const Kernels& kernels, ThreadPool& pool, float* arena, co
     Pass pass = pass_of(step, kernels, pool, arena, batch, begin, end);
     pass.scratch = arena + plan_.offset(step.forward_scratch);
     if (step.clear_out) clear_halo(pass, pass.out);
-    step.layer->forward(pass);
+    pass.out_end = step.layer->node.shape.channels;
+    if (!direction || !step.layer->any_trainable()) return step.layer->forward(pass);
+    MovedLayer moved(*step.layer, *direction, step.node, arena + plan_.offset(step.moved));
+    for (const int all = pass.out_end; pass.out_begin < all; pass.out_begin = pass.out_end) {
+      pass.out_end = moved.make(pass.out_begin, pass.moved);
+      step.layer->forward(pass);
+    }
   };
   if (!tensors_[0].local) pack(input_pass(0, batch.panels()), x);
-  for (int begin = 0; region_ > 0 && begin < batch.panels(); begin += kGroupPanels) {
-    const int end = std::min(begin + kGroupPanels, batch.panels());
+  for (int begin = 0; region_ > 0 && begin < batch.panels(); begin += group_panels_) {
+    const int end = std::min(begin + group_panels_, batch.panels());
     if (tensors_[0].local) pack(input_pass(begin, end), x);
     for (std::size_t i = 0; i < region_; ++i) run(steps_[i], begin, end);
   }

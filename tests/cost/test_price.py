@@ -13,7 +13,7 @@ from fedlean.cost.flops import step_flops, work_flops
 from fedlean.cost.price import cost, work_memory_bytes
 from fedlean.cost.profile import load_profile
 from fedlean.cost.time import link_seconds, round_seconds, work_seconds
-from fedlean.engine.memory import step_memory
+from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.protocol import SGD
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU
 from fedlean.spec import sequential
@@ -172,3 +172,12 @@ def test_memory_is_that_of_the_model():
     work = Work(3, 4, 1, kept=kept, optimizer_floats=1)
     expected = cost(SPEC, sub_model, SPARSE, importance_steps=1, **momentum).peak_memory_bytes
     assert work_memory_bytes(SPEC, work) == expected
+
+
+def test_forward_work_needs_no_more_than_a_forward_pass():
+    """Frozen tensors too, which are perturbed where nothing is trained by backpropagation."""
+    kept = kept_counts(masked(0.3).masks)
+    work = Work(0, 4, forward_examples=204, kept=kept)
+    expected = forward_memory(SPEC, kept, batch_size=4).peak_bytes
+    found = work_memory_bytes(SPEC, work, frozen=frozenset({"fc1.weight"}))
+    assert found == expected < work_memory_bytes(SPEC, Work(1, 4, kept=kept))

@@ -58,7 +58,6 @@ def test_running_statistics_move_in_training_only(engine):
     before = session.params()
     assert set(before) == set(CONV.tensor_shapes) and set(BUFFERS) <= set(before)
     session.loss(x, y)
-    session.loss_perturbed(x, y, seed=0, k=0, sigma=0.1)
     session.forward(x, taps=["bn"])
     assert same(session.params(), before)
     session.step(x, y)

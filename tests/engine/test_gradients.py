@@ -128,12 +128,11 @@ def test_backward_needs_a_training_forward(engine):
     [
         lambda session, x, y: session.step(x, y),
         lambda session, x, y: session.loss(x, y),
-        lambda session, x, y: session.loss_perturbed(x, y, seed=0, k=0, sigma=0.1),
         lambda session, x, y: session.forward(x),
         lambda session, x, y: session.apply({"fc2.bias": np.ones(4, np.float32)}),
         lambda session, x, y: session.load(session.params()),
     ],
-    ids=["step", "loss", "loss_perturbed", "forward", "apply", "load"],
+    ids=["step", "loss", "forward", "apply", "load"],
 )
 def test_backward_comes_right_after_its_forward(engine, compute):
     """What it needs may be overwritten by anything else that the session computes."""

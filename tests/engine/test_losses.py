@@ -1,4 +1,4 @@
-"""Importance sums, losses, and losses at perturbed parameters."""
+"""Importance sums and losses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from engine.cases import (
     masks_of,
     mlp_by_hand,
     opened,
-    start,
 )
 from federation import same
 
-from fedlean.core import generator
 from fedlean.engine.protocol import SGD
-from fedlean.tree import apply_mask
 
 
 def test_importance_is_the_sum_of_squares_of_all_coordinates(engine):
@@ -70,51 +67,3 @@ def test_loss_of_a_batch_is_the_mean_of_its_examples(engine):
     session, (x, y) = opened(engine, PLAIN), batch(PLAIN, 5)
     singles = [session.loss(x[i : i + 1], y[i : i + 1]) for i in range(5)]
     assert session.loss(x, y) == pytest.approx(np.mean(singles), rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_unperturbed_loss(engine, loss):
-    session, (x, y) = opened(engine, CONV, masks=masks_of(CONV), loss=loss), batch(CONV)
-    unmoved = session.loss_perturbed(x, y, seed=1, k=0, sigma=0.0)
-    assert unmoved == pytest.approx(session.loss(x, y), rel=1e-6)
-
-
-def test_perturbed_loss_is_deterministic_by_seed_and_k(engine):
-    masks, (x, y) = masks_of(CONV), batch(CONV)
-    session, other = (opened(engine, CONV, masks=masks) for _ in range(2))
-    draws = [(seed, k) for seed in range(4) for k in range(4)]
-    first = {d: session.loss_perturbed(x, y, seed=d[0], k=d[1], sigma=0.1) for d in draws}
-    before = session.params()
-    again = {d: other.loss_perturbed(x, y, seed=d[0], k=d[1], sigma=0.1) for d in draws[::-1]}
-    assert first == again
-    assert len(set(first.values())) == len(draws)
-    assert same(session.params(), before)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_perturbed_loss_is_the_loss_at_the_perturbed_parameters(engine, loss):
-    """The direction: standard normal by tensor, from the (seed, k) stream; masks apply to it."""
-    masks, (x, y) = masks_of(CONV), batch(CONV)
-    frozen = {"conv2.bias"}
-    params = apply_mask(start(CONV), masks)
-    session = opened(engine, CONV, params, masks=masks, frozen=frozen, loss=loss)
-    moved = dict(params)
-    for name, shape in CONV.param_shapes.items():
-        if name not in frozen:
-            z = generator(7, 0, 3, f"direction/{name}").standard_normal(shape, dtype=np.float32)
-            moved[name] = params[name] + np.float32(0.05) * z * masks.get(name, True)
-    got = session.loss_perturbed(x, y, seed=7, k=3, sigma=0.05)
-    assert got == pytest.approx(opened(engine, CONV, moved, loss=loss).loss(x, y), rel=1e-6)
-    assert abs(got - session.loss(x, y)) > 1e-4
-
-
-def test_perturbed_difference_is_the_directional_derivative(engine):
-    params, (x, y) = start(MLP), batch(MLP)
-    session = opened(engine, MLP, params)
-    _, _, gradients, _ = mlp_by_hand(params, x, y, "ce")
-    slope = sum(
-        (generator(0, 0, 5, f"direction/{n}").standard_normal(g.shape, dtype=np.float32) * g).sum()
-        for n, g in gradients.items()
-    )
-    up, down = (session.loss_perturbed(x, y, seed=0, k=5, sigma=s) for s in (1e-3, -1e-3))
-    assert (up - down) / 2e-3 == pytest.approx(slope, rel=1e-2)

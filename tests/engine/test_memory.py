@@ -1,4 +1,4 @@
-"""The memory model against the engines: live bytes of torch, the native plan, and by hand."""
+"""The memory models against the engines: live bytes of torch, the native plan, and by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from live_memory import peak_bytes
 
 from fedlean.core import SubModel
-from fedlean.engine.memory import step_memory
+from fedlean.engine.memory import forward_memory, step_memory
+from fedlean.engine.native_forward_plan import CONV_BLOCK, LINEAR_BLOCK
 from fedlean.engine.native_storage import SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
@@ -174,3 +175,95 @@ def test_thresholds_are_those_of_the_native_engine():
     for name, ours in (("Conv", SPARSE_CONV_BELOW), ("Linear", SPARSE_LINEAR_BELOW)):
         (theirs,) = re.findall(rf"kSparse{name}Below = ([0-9.]+);", text)
         assert ours == float(theirs), name
+
+
+# Forward only
+
+
+@pytest.mark.usefixtures("has_native")
+@pytest.mark.parametrize("density", [1.0, 0.9, 0.6, 0.3, 0.1, 0.01])
+@pytest.mark.parametrize("model", sorted(NATIVE))
+def test_native_forward_claim_is_the_plan(model, density):
+    """To the byte: batches of a part of a panel, of one, of more than run at once."""
+    spec = catalog.build(model, NATIVE[model], 10)
+    kept, params, masks = pruned(spec, density)
+    engine = open_engine("native", 3)
+    some = frozenset([*list(spec.tensor_shapes)[:3], spec.prunable[-1]])
+    for batch_size, at_once, frozen in ((1, 1, some), (20, 2, frozenset()), (70, 3, some)):
+        session = engine.open_forward(
+            spec,
+            params,
+            SubModel(masks=masks, frozen=frozen),
+            batch_size=batch_size,
+            directions_at_once=at_once,
+        )
+        claim = forward_memory(
+            spec, kept, batch_size=batch_size, frozen=frozen, directions_at_once=at_once
+        )
+        assert claim.peak_bytes == session.peak_memory_bytes
+        assert claim.parameter_bytes == session.held_bytes
+
+
+@pytest.mark.parametrize("model", sorted(SHAPES))
+@pytest.mark.parametrize("masked", [False, True])
+def test_dense_forward_claim_is_within_15_percent_of_live_bytes(model, masked):
+    spec = catalog.build(model, SHAPES[model], 10)
+    params = init_params(spec, 0)
+    masks = {}
+    if masked:
+        masks = {name: np.ones(spec.param_shapes[name], bool) for name in spec.prunable}
+    x = np.random.default_rng(0).standard_normal((32, *SHAPES[model])).astype(np.float32)
+
+    def evaluate() -> None:
+        session = TorchEngine(1).open_forward(spec, params, SubModel(masks=masks), batch_size=32)
+        session.losses_perturbed(x, np.zeros(32, np.int64), seed=0, ks=[0], sigma=0.1)
+
+    claim = forward_memory(spec, dict.fromkeys(masks, 0), batch_size=32, sparse=False).peak_bytes
+    claim += x.nbytes  # the caller's
+    measured = peak_bytes(evaluate)
+    assert abs(claim - measured) <= 0.15 * measured, (claim, measured)
+
+
+def test_native_forward_linear_by_hand():
+    """Linear 100 -> 10 with bias, 40 kept; batch 3, which takes four lanes.
+
+    Stored: value 4 and row 2 bytes each, where its 10 rows start, and the bias.  At once: input 400
+    floats, output 40, and in the scratch layer 40 weights, 10 biases and 100 of rank one's columns,
+    in cache lines of 16 floats.  Frozen: no scratch.
+    """
+    spec = sequential((100,), [("fc", Linear(10))])
+    kept = {"fc.weight": 40}
+    memory = forward_memory(spec, kept, batch_size=3)
+    assert memory.parameter_bytes == 40 * 6 + 11 * 4 + 10 * 4
+    assert memory.activation_bytes == 4 * (400 + 48 + (48 + 16 + 100 + 12))
+    assert memory.peak_bytes == memory.parameter_bytes + memory.activation_bytes
+    twice = forward_memory(spec, kept, batch_size=3, directions_at_once=2)
+    assert twice.activation_bytes == 2 * memory.activation_bytes
+    frozen = frozenset(spec.param_shapes)
+    still = forward_memory(spec, kept, batch_size=3, frozen=frozen)
+    assert still.activation_bytes == 4 * (400 + 48)
+
+
+def test_resnet20_takes_a_seventh_of_backpropagation():
+    spec = catalog.build("resnet20", (3, 32, 32), 10)
+    forward = forward_memory(spec, {}, batch_size=32).peak_bytes
+    assert 7 * forward <= step_memory(spec, {}, batch_size=32).peak_bytes
+
+
+@pytest.mark.parametrize("model", ["conv2", "resnet8", "resnet18", "vgg11"])
+@pytest.mark.parametrize("density", [1.0, 0.2])
+def test_forward_only_takes_less_than_training(model, density):
+    """Not a small MLP: its training, which updates in place, holds hardly more than its weights."""
+    spec = catalog.build(model, NATIVE[model], 10)
+    kept, _, _ = pruned(spec, density)
+    for batch_size in (4, 32):
+        forward = forward_memory(spec, kept, batch_size=batch_size).peak_bytes
+        assert forward < step_memory(spec, kept, batch_size=batch_size).peak_bytes
+
+
+@pytest.mark.skipif(not THRESHOLDS.is_file(), reason="not in a checkout")
+def test_blocks_are_those_of_the_native_engine():
+    for source, ours in (("linear", LINEAR_BLOCK), ("conv_dense", CONV_BLOCK)):
+        text = (THRESHOLDS.parent / f"{source}.cpp").read_text()
+        (theirs,) = re.findall(r"kMovedFloats = (\d+);", text)
+        assert ours == int(theirs), source

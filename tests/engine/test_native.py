@@ -47,7 +47,6 @@ def trained(spec: ModelSpec, threads: int, masks, size: int) -> tuple:
         x, y = batch(spec, size, step)
         losses.append(session.step(x, y, importance=step != 1))
         losses.append(session.loss(x, y))
-        losses.append(session.loss_perturbed(x, y, seed=1, k=step, sigma=0.1))
     out = session.forward(x, taps=list(spec.by_name), training=True)
     output = spec.nodes[-1].name
     gradients = session.backward({output: np.ones_like(out[output])}, dense=True)

@@ -65,7 +65,6 @@ BAD_Y = {
 CALLS = {
     "step": lambda session, x, y: session.step(x, y, importance=True),
     "loss": lambda session, x, y: session.loss(x, y),
-    "perturbed": lambda session, x, y: session.loss_perturbed(x, y, seed=0, k=0, sigma=0.1),
     "forward": lambda session, x, y: session.forward(x),
     "training forward": lambda session, x, y: session.forward(x, training=True),
 }
@@ -95,7 +94,7 @@ def test_bad_x(untouched, call, bad):
         CALLS[call](untouched, change(x), y)
 
 
-@pytest.mark.parametrize("call", ["step", "loss", "perturbed"])
+@pytest.mark.parametrize("call", ["step", "loss"])
 @pytest.mark.parametrize("bad", BAD_Y)
 def test_bad_y(untouched, call, bad):
     change, match = BAD_Y[bad]
@@ -103,12 +102,6 @@ def test_bad_y(untouched, call, bad):
     y[:3] = 0, 1, 2
     with pytest.raises(ValueError, match=match):
         CALLS[call](untouched, x, change(y))
-
-
-@pytest.mark.parametrize("sigma", [np.nan, np.inf])
-def test_bad_sigma(untouched, sigma):
-    with pytest.raises(ValueError, match="sigma must be finite, got"):
-        untouched.loss_perturbed(*batch(CONV), seed=0, k=0, sigma=sigma)
 
 
 def test_unknown_taps(untouched):
@@ -272,7 +265,7 @@ def test_a_loss_needs_logits(engine):
     spec = sequential((2, 3, 3), [("relu", ReLU())])
     session = opened(engine, spec, {})
     x, y = np.ones((5, 2, 3, 3), np.float32), np.zeros(5, np.int64)
-    for call in ("step", "loss", "perturbed"):
+    for call in ("step", "loss"):
         with pytest.raises(ValueError, match=r"'relu' has shape \(2, 3, 3\), but a loss needs"):
             CALLS[call](session, x, y)
     np.testing.assert_array_equal(session.forward(x)["relu"], x)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from engine.cases import batch, masks_of, opened, start
 
+from fedlean.core import SubModel
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
 from fedlean.layers import Linear
@@ -82,6 +83,23 @@ def test_plan_of_a_frozen_prefix(native):
     assert planned < whole.peak_memory_bytes
     session.step(*batch(spec, 20))
     assert session.held_bytes == planned
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_only_plan_is_what_is_held(native, name, density):
+    spec, params = model(name)
+    sub_model = SubModel(masks=masks_of(spec, density) if density < 1 else {})
+    for batch_size, at_once in ((1, 1), (20, 2), (33, 1)):
+        session = native.open_forward(
+            spec, params, sub_model, batch_size=batch_size, directions_at_once=at_once
+        )
+        planned = session.peak_memory_bytes
+        assert session.held_bytes < planned
+        x, y = batch(spec, min(batch_size, 2))
+        session.losses_perturbed(x, y, seed=0, ks=[0, 1, 2], sigma=0.1)
+        session.loss(x, y)
+        assert session.held_bytes == planned == session.peak_memory_bytes
 
 
 def test_plan_by_hand(native):

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -45,6 +46,10 @@ struct Pass {
   std::vector<bool> accumulate;  // per input
   View grad_out;
   Sink sink;
+  // Forward only: perturbed weight and bias, or null; the weight's of the outputs of this pass,
+  // which are all unless the layer comes in blocks (Layer::block_end).
+  const float* moved[2] = {};
+  int out_begin = 0, out_end = 0;
 
   int lanes(int panel) const { return batch.lanes(panel); }
   // f(thread, begin, end) on every thread, [0, n) cut evenly.
@@ -74,6 +79,14 @@ struct Needs {
 };
 
 enum Slot { kWeight, kBias, kRunningMean, kRunningVar, kSlots };
+
+// Kept weights of one output that follow one another as stored and in the dense order.
+struct Run {
+  int output;
+  std::uint32_t begin, end;  // stored values
+  std::uint32_t at;  // of the first, among those of a block of outputs
+  int chunk;  // of a sparse layer's pattern
+};
 
 class Layer {
 public:
@@ -107,6 +120,24 @@ public:
   virtual std::vector<std::uint32_t> weight_positions() const { return {}; }
   // Stored index of each kept weight, in the row-major order of the dense tensor.
   virtual std::vector<std::uint32_t> row_major() const { return {}; }
+
+  // Perturbed weights are made for the outputs [begin, block_end(begin)) at once, one block after
+  // the other, in the memory of the last one.  block_floats: most values of a block; known before
+  // `build`.  All of this is for a layer without gradients.
+  virtual int block_end(int /*begin*/) const { return node.shape.channels; }
+  virtual std::size_t block_floats() const { return stored(kWeight); }
+  // f(run) for the outputs of a block, in the row-major order of the dense weight.
+  using RunVisitor = std::function<void(const Run&)>;
+  virtual void for_runs(int begin, int end, const RunVisitor& f) const;
+  // values[i] = u * v[column of the run's value i], where the dense weight is (outputs, columns).
+  virtual void outer(const Run& run, float u, const float* v, float* values) const;
+
+  // The weight (from the pass's first output on) or the bias (from the first of all).
+  const float* value(const Pass& pass, Slot slot) const {
+    return pass.moved[slot] ? pass.moved[slot] : tensors[slot].value.data();
+  }
+  // Columns of the weight as a matrix with a row per output; 0 where it is a vector.
+  virtual std::size_t columns() const { return 0; }
 
   bool any_trainable() const { return tensors[kWeight].trainable || tensors[kBias].trainable; }
 
@@ -150,6 +181,27 @@ void for_rows(const View& a, const View& b, int p, int lanes, int begin, int end
     for (int y = 0; y < s.height; ++y)
       f(pa + (std::size_t(c) * a.layout.plane() + std::size_t(y) * a.layout.row()) * lanes,
         pb + (std::size_t(c) * b.layout.plane() + std::size_t(y) * b.layout.row()) * lanes, n);
+}
+
+// f(element of the view, element of the row-major array) for every example.
+template <typename F>
+void for_values(const View& v, Batch batch, F&& f) {
+  const Shape& s = v.layout.shape;
+  for (int p = 0; p < batch.panels(); ++p) {
+    const int lanes = batch.lanes(p);
+    for (int c = 0; c < s.channels; ++c) {
+      for (int y = 0; y < s.height; ++y) {
+        float* const row =
+            v.interior(p, lanes) +
+            (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
+        for (int x = 0; x < s.width; ++x)
+          for (int l = 0; l < batch.used(p); ++l)
+            f(row[std::size_t(x) * lanes + l],
+              (std::size_t(p * kPanelLanes + l) * s.channels + c) * s.height * s.width +
+                  std::size_t(y) * s.width + x);
+      }
+    }
+  }
 }
 
 }  // namespace fedlean

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "fedlean/direction.h"
 #include "fedlean/layer.h"
 #include "fedlean/network.h"
 #include "fedlean/plan.h"
@@ -25,13 +26,12 @@ struct Mode {
   std::vector<int> taps;  // nodes whose outputs are wanted, and where gradients may enter
   int examples = 0;
   int threads = 1;
+  int group_panels = 2;  // that run at once where nothing is kept for backward
+  bool moved = false;  // with memory for one layer's perturbed weights
 };
 
 class Program {
 public:
-  // Panels that run at once where nothing is kept for backward.
-  static constexpr int kGroupPanels = 2;
-
   Program(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
           const Structure& structure, const Mode& mode);
 
@@ -42,8 +42,10 @@ public:
   // The tensor that holds a node's output.
   int tensor_of(int node) const { return node + 1; }
 
-  // `x`: (examples, C, H, W) row-major.  Activations stay in `arena` until the next call.
-  void forward(const Kernels&, ThreadPool&, float* arena, const float* x, Batch batch) const;
+  // `x`: (examples, C, H, W) row-major.  Activations stay in `arena` until the next call.  With a
+  // `direction`, which takes a mode with `moved`, the weights are moved by it.
+  void forward(const Kernels&, ThreadPool&, float* arena, const float* x, Batch batch,
+               const Direction* direction = nullptr) const;
   // After forward in training mode and after the outputs' gradients were put into `gradient`.
   void backward(const Kernels&, ThreadPool&, float* arena, Batch batch, const Sink& sink) const;
   void clear_seeds(const Kernels&, ThreadPool&, float* arena, Batch batch) const;
@@ -63,7 +65,8 @@ private:
     Layer* layer;
     std::vector<int> inputs;
     int output;
-    int saved = -1, forward_scratch = -1, backward_scratch = -1;
+    int node;
+    int saved = -1, forward_scratch = -1, backward_scratch = -1, moved = -1;
     bool training = false, backward = false, clear_out = false;
     std::vector<bool> accumulate, clear_grad;
   };
@@ -91,6 +94,7 @@ private:
   std::vector<int> producer_;  // step that makes each tensor; -1 for the input
   std::size_t region_ = 0;  // the first so many steps run group by group
   bool training_ = false, importance_ = false;
+  const int group_panels_;
   int output_ = 0;
   Plan plan_;
 };

@@ -1,5 +1,4 @@
-// A model in training: its weights, its programs, one arena.  Arrays are row-major and dense, or
-// "packed": the kept values of a masked tensor in row-major order.
+// A model in training: its weights, its programs, one arena.
 //
 // The caller (bindings) checks shapes, masks and labels; this class trusts them.
 #pragma once
@@ -10,15 +9,9 @@
 #include <vector>
 
 #include "fedlean/loss.h"
-#include "fedlean/program.h"
+#include "fedlean/model.h"
 
 namespace fedlean {
-
-struct TensorOptions {
-  bool trainable[kSlots] = {};
-  // Kept coordinates of a masked tensor, or -1 where there is no mask.
-  std::int64_t kept[kSlots] = {-1, -1, -1, -1};
-};
 
 struct Options {
   int batch_size = 1;
@@ -44,15 +37,13 @@ public:
   // Bytes that are held now; equals the plan once a step has run.
   std::size_t held_bytes() const;
 
-  // Sets up a node's weights and their patterns; masks are per slot, null where there is none.
+  // As the model's.
   void build(int node, const std::uint8_t* const masks[kSlots]);
   // As after `build`: momentum, gradients and sums are gone; values are loaded anew by the caller.
   void reset();
   // `reference`: also take it as what a proximal term pulls towards.
   void load(int node, Slot slot, const float* values, bool packed, bool reference);
-  void read(int node, Slot slot, float* values, bool packed) const;
-  void read_mask(int node, Slot slot, std::uint8_t* kept) const;  // of a masked tensor
-  std::size_t tensor_size(int node, Slot slot) const;  // dense
+  const Model& model() const { return model_; }
 
   double step(const float* x, const std::int64_t* y, int examples, bool importance);
   double loss(const float* x, const std::int64_t* y, int examples);
@@ -73,23 +64,16 @@ public:
 private:
   const Program& training_program(bool importance);
   Mode mode(bool training, bool importance) const;
-  float* arena(std::size_t floats);
   void hold_gradients(bool dense);
   void update_unreached(const Program& program, const Sink& sink);
   void clip(const std::vector<std::pair<int, Slot>>& tensors);
-  std::vector<std::pair<int, Slot>> trainable() const;
-  Weight& tensor(int node, Slot slot) const { return layers_[node]->tensors[slot]; }
-  std::vector<std::uint32_t> packed_order(int node, Slot slot) const;
 
   std::shared_ptr<Engine> engine_;
-  Network network_;
   Options options_;
-  std::vector<std::unique_ptr<Layer>> layers_;
-  std::unique_ptr<Structure> structure_;
+  Model model_;
   std::unique_ptr<Program> training_, importance_, evaluation_, tapped_;
   Batch tapped_batch_;
-  std::unique_ptr<float[], void (*)(float*)> arena_;
-  std::size_t arena_floats_ = 0;
+  Arena arena_;
 };
 
 }  // namespace fedlean

@@ -28,6 +28,7 @@ public:
     if (slot == kBias) return node.bias ? g.out.channels : 0;
     return slot == kWeight ? std::size_t(g.out.channels) * group_inputs() * taps() : 0;
   }
+  std::size_t columns() const override { return std::size_t(group_inputs()) * taps(); }
 
   Needs needs(const Situation& s) const override {
     Needs needs;
@@ -42,11 +43,16 @@ public:
   }
 
   void forward(Pass& pass) override {
-    if (g.split())
+    if (g.split() && pass.out_begin == 0)
       for (int p = pass.panel_begin; p < pass.panel_end; ++p) split_phases(pass, p);
-    pass.split(int(out_parts_.size()) - 1, [&](int, int begin, int end) {
+    auto part_of = [&](int output) {
+      return int(std::lower_bound(out_parts_.begin(), out_parts_.end(), output) -
+                 out_parts_.begin());
+    };
+    const int first = part_of(pass.out_begin);
+    pass.split(part_of(pass.out_end) - first, [&](int, int begin, int end) {
       for (int p = pass.panel_begin; p < pass.panel_end; ++p)
-        convolve(pass, p, out_parts_[begin], out_parts_[end]);
+        convolve(pass, p, out_parts_[first + begin], out_parts_[first + end]);
     });
   }
 

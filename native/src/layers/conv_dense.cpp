@@ -23,6 +23,13 @@ public:
     }
   }
 
+  int block_end(int begin) const override {
+    return std::min(g.out.channels, begin + block_outputs());
+  }
+  std::size_t block_floats() const override {
+    return columns() * std::min(g.out.channels, block_outputs());
+  }
+
   Needs needs(const Situation& s) const override {
     Needs needs = Conv::needs(s);
     if (!s.importance)
@@ -35,17 +42,18 @@ protected:
     const int lanes = pass.lanes(p);
     const View& out = pass.out;
     const float* const in = inputs_of(pass, p);
+    const int first = pass.out_begin;
     DenseConvArgs args;
     args.shape = g.forward_shape(lanes, out.layout.row(), out.layout.plane());
-    args.weight = tensors[kWeight].value.data();
-    args.out = out.interior(p, lanes);
-    args.out_begin = begin;
-    args.out_end = end;
+    args.weight = value(pass, kWeight);
+    args.out = out.interior(p, lanes) + std::size_t(first) * out.layout.plane() * lanes;
+    args.out_begin = begin - first;
+    args.out_end = end - first;
     const int plane = g.in_plane() * g.phases(), chunk = dense_chunk(g.kernel);
     for (int c = 0; c < g.in.channels; c += chunk) {
       args.conv = dense(std::min(chunk, g.in.channels - c));
       args.in = in + std::size_t(c) * plane * lanes;
-      args.bias = c == 0 && node.bias ? tensors[kBias].value.data() : nullptr;
+      args.bias = c == 0 && node.bias ? value(pass, kBias) + first : nullptr;
       args.accumulate = c > 0;
       pass.kernels.dense_conv(args);
       args.weight += chunk * taps();
@@ -100,6 +108,11 @@ private:
   struct Taps {
     std::vector<std::int32_t> offset, weight;
   };
+
+  // Perturbed weights that are made at once: few enough for the near caches, enough output channels
+  // for a tile of the input to be worth loading.
+  static constexpr int kMovedFloats = 65536;
+  int block_outputs() const { return std::max(1, kMovedFloats / int(columns()) / 4) * 4; }
 
   // Whole register blocks of output channels (12 = 2*6 = 3*4).
   static std::vector<int> cut_even(int channels) {

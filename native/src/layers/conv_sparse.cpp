@@ -12,7 +12,12 @@ class SparseConv : public Conv {
 public:
   SparseConv(const Node& node, const Shape& in, int in_halo, int grad_halo, std::size_t nonzeros,
              bool needs_grad_in)
-      : Conv(node, in, in_halo, grad_halo), nonzeros_(nonzeros), needs_grad_in_(needs_grad_in) {
+      : Conv(node, in, in_halo, grad_halo),
+        nonzeros_(nonzeros),
+        needs_grad_in_(needs_grad_in),
+        by_channel_(channel_pixels()),
+        by_plane_(g.in_plane()),
+        by_row_(g.in_row()) {
     const double density = double(nonzeros) / double(Conv::stored(kWeight));
     chunk_ = chunk_channels(g.kernel, density, channel_pixels());
     chunk_backward_ = chunk_channels(g.kernel, density, g.grad_plane());
@@ -64,15 +69,31 @@ public:
   std::vector<std::uint32_t> row_major() const override {
     std::vector<std::uint32_t> order;
     order.reserve(nonzeros_);
-    for (std::uint32_t o = 0; o < std::uint32_t(g.out.channels); ++o) {
-      for (const Chunk& chunk : forward_.chunks) {
+    for_runs(0, g.out.channels, [&](const Run& run) {
+      for (std::uint32_t k = run.begin; k < run.end; ++k) order.push_back(k);
+    });
+    return order;
+  }
+
+  // A row of each chunk after the other.  A block is the whole weight.
+  void for_runs(int begin, int end, const RunVisitor& f) const override {
+    const std::vector<std::uint32_t>& start = forward_.row_start;
+    for (std::uint32_t o = begin; o < std::uint32_t(end); ++o) {
+      for (std::size_t c = 0; c < forward_.chunks.size(); ++c) {
+        const Chunk& chunk = forward_.chunks[c];
         if (o < chunk.out_begin || o >= chunk.out_end) continue;
         const std::uint32_t row = chunk.first_row + (o - chunk.out_begin);
-        for (std::uint32_t k = forward_.row_start[row]; k < forward_.row_start[row + 1]; ++k)
-          order.push_back(k);
+        f({int(o), start[row], start[row + 1], start[row], int(c)});
       }
     }
-    return order;
+  }
+
+  void outer(const Run& run, float u, const float* v, float* values) const override {
+    // The chunk's first input channel, counted from the first of the output's group.
+    const int first =
+        run.chunk * chunk_ - run.output / (g.out.channels / g.groups) * group_inputs();
+    for (std::uint32_t k = run.begin; k < run.end; ++k)
+      values[k - run.begin] = u * v[std::ptrdiff_t(first) * taps() + column_of(forward_.offset[k])];
   }
 
 protected:
@@ -82,10 +103,10 @@ protected:
     GatherArgs args;
     args.shape = g.forward_shape(lanes, out.layout.row(), out.layout.plane());
     args.pattern = &forward_;
-    args.value = tensors[kWeight].value.data();
+    args.value = value(pass, kWeight);
     args.in = inputs_of(pass, p);
     args.out = out.interior(p, lanes);
-    args.bias = node.bias ? tensors[kBias].value.data() : nullptr;
+    args.bias = node.bias ? value(pass, kBias) : nullptr;
     args.accumulate = false;
     args.out_begin = begin;
     args.out_end = end;
@@ -138,6 +159,27 @@ protected:
   }
 
 private:
+  // Division of a number below 65536 without dividing.
+  struct Divisor {
+    explicit Divisor(int n)
+        : n(std::uint32_t(n)), inverse(((std::uint64_t(1) << 32) + n - 1) / n) {}
+    std::uint32_t of(std::uint32_t x) const { return std::uint32_t(x * inverse >> 32); }
+    std::uint32_t n;
+    std::uint64_t inverse;
+  };
+
+  // (input channel within the chunk, ky, kx) as one index; the offset is that of tap_offset.
+  std::uint32_t column_of(std::uint32_t offset) const {
+    const std::uint32_t channel = by_channel_.of(offset), pixel = offset - channel * by_channel_.n;
+    const std::uint32_t phase = by_plane_.of(pixel), rest = pixel - phase * by_plane_.n;
+    std::uint32_t y = by_row_.of(rest), x = rest - y * by_row_.n;
+    if (g.split()) {
+      y = y * g.stride + g.phase_of[phase].y;
+      x = x * g.stride + g.phase_of[phase].x;
+    }
+    return channel * taps() + y * g.kernel + x;
+  }
+
   static constexpr std::uint32_t kStrip = 4096;  // non-zeros whose gradients wait for their update
 
   std::size_t nonzeros() const { return nonzeros_; }
@@ -269,6 +311,7 @@ private:
   const std::size_t nonzeros_;
   const bool needs_grad_in_;
   int chunk_, chunk_backward_;  // channels
+  const Divisor by_channel_, by_plane_, by_row_;
 };
 
 }  // namespace

@@ -5,6 +5,16 @@
 
 namespace fedlean {
 
+// Of a weight that is stored as it is: its rows.
+void Layer::for_runs(int begin, int end, const RunVisitor& f) const {
+  const std::uint32_t n = std::uint32_t(columns());
+  for (int o = begin; o < end; ++o) f({o, o * n, (o + 1) * n, (o - begin) * n, 0});
+}
+
+void Layer::outer(const Run& run, float u, const float* v, float* values) const {
+  for (std::uint32_t i = 0; i < run.end - run.begin; ++i) values[i] = u * v[i];
+}
+
 void clear(const Pass& pass, const View& v) {
   for (int p = pass.panel_begin; p < pass.panel_end; ++p)
     std::memset(v.panel(p), 0, v.layout.pixels() * pass.lanes(p) * sizeof(float));

@@ -10,6 +10,9 @@ namespace fedlean {
 
 namespace {
 
+// Perturbed weights that are made at once: they stay in the near caches until they are used.
+constexpr int kMovedFloats = 16384;
+
 // Columns are inputs (forward scatters, backward collects) or, where no gradient of the input is
 // needed, outputs (forward collects, and there is nothing to scatter).
 class SparseLinear : public Layer {
@@ -75,10 +78,10 @@ public:
   std::vector<std::uint32_t> row_major() const override {
     std::vector<std::uint32_t> order;
     order.reserve(nonzeros_);
-    if (by_output_) {  // the blocks of each column follow one another
-      for (int c = 0; c < pattern_.columns; ++c)
-        for (int b = 0; b < pattern_.blocks(); ++b)
-          for (std::uint32_t k = start(b, c); k < start(b, c + 1); ++k) order.push_back(k);
+    if (by_output_) {
+      for_runs(0, outputs_, [&](const Run& run) {
+        for (std::uint32_t k = run.begin; k < run.end; ++k) order.push_back(k);
+      });
       return order;
     }
     // Columns are inputs and come in order: what is left is to tell the outputs of a block apart.
@@ -96,7 +99,38 @@ public:
     return order;
   }
 
+  // Without gradients columns are outputs.  In a block of outputs the values of one block of rows
+  // follow those of the one before.
+  void for_runs(int begin, int end, const RunVisitor& f) const override {
+    std::vector<std::uint32_t> at(pattern_.blocks(), 0);
+    for (int b = 1; b < pattern_.blocks(); ++b) at[b] = at[b - 1] + count(b - 1, begin, end);
+    for (int c = begin; c < end; ++c) {
+      for (int b = 0; b < pattern_.blocks(); ++b) {
+        f({c, start(b, c), start(b, c + 1), at[b], b});
+        at[b] += count(b, c, c + 1);
+      }
+    }
+  }
+  int block_end(int begin) const override {
+    std::size_t values = 0;
+    for (int c = begin; c < outputs_; ++c) {
+      for (int b = 0; b < pattern_.blocks(); ++b) values += count(b, c, c + 1);
+      if (values > block_floats()) return c;
+    }
+    return outputs_;
+  }
+  std::size_t block_floats() const override {
+    return std::min(nonzeros_, std::max<std::size_t>(kMovedFloats, inputs_));
+  }
+  void outer(const Run& run, float u, const float* v, float* values) const override {
+    const float* const block = v + std::size_t(run.chunk) * pattern_.block_rows;
+    for (std::uint32_t k = run.begin; k < run.end; ++k)
+      values[k - run.begin] = u * block[pattern_.row[k]];
+  }
+  std::size_t columns() const override { return inputs_; }
+
   void forward(Pass& pass) override {
+    if (pass.moved[kWeight]) return forward_moved(pass);
     if (by_output_) {
       pass.split(int(parts_.size()) - 1, [&](int, int begin, int end) {
         fill_bias(pass, parts_[begin], parts_[end]);
@@ -138,11 +172,32 @@ private:
   std::uint32_t start(int block, int column) const {
     return pattern_.start[std::size_t(block) * pattern_.columns + column];
   }
+  std::uint32_t count(int block, int begin, int end) const {  // of the columns [begin, end)
+    return start(block, end) - start(block, begin);
+  }
+
+  // The outputs of the pass with its perturbed weights, in the order of for_runs.
+  void forward_moved(Pass& pass) {
+    pass.split(pass.out_end - pass.out_begin, [&](int, int first, int last) {
+      const int begin = pass.out_begin + first, end = pass.out_begin + last;
+      fill_bias(pass, begin, end);
+      std::ptrdiff_t at = 0;
+      for (int b = 0; b < pattern_.blocks(); ++b) {
+        // the kernel counts non-zeros from the pattern's first
+        const std::ptrdiff_t before = std::ptrdiff_t(start(b, pass.out_begin)) - at;
+        for_panels(pass, pass.in[0], pass.out, [&](ColumnArgs& args) {
+          args.value = pass.moved[kWeight] - before;
+          pass.kernels.collect(args, b, begin, end);
+        });
+        at += count(b, pass.out_begin, pass.out_end);
+      }
+    });
+  }
 
   void fill_bias(const Pass& pass, int begin, int end) const {
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       const int lanes = pass.lanes(p);
-      pass.kernels.fill_channels(node.bias ? tensors[kBias].value.data() + begin : nullptr,
+      pass.kernels.fill_channels(node.bias ? value(pass, kBias) + begin : nullptr,
                                  pass.out.panel(p) + std::size_t(begin) * lanes, lanes,
                                  end - begin);
     }
@@ -297,6 +352,11 @@ public:
     if (slot == kBias) return node.bias ? outputs_ : 0;
     return slot == kWeight ? std::size_t(inputs_) * outputs_ : 0;
   }
+  std::size_t columns() const override { return inputs_; }
+  int block_end(int begin) const override { return std::min(outputs_, begin + block_outputs()); }
+  std::size_t block_floats() const override {
+    return std::size_t(std::min(outputs_, block_outputs())) * inputs_;
+  }
 
   bool reads_input() const override { return tensors[kWeight].trainable; }
 
@@ -314,13 +374,16 @@ public:
     const int examples = examples_of(pass);
     float* const rows = pass.scratch;
     float* const out = rows + std::size_t(examples) * inputs_;
-    to_rows(pass, pass.in[0], rows);
+    if (pass.out_begin == 0) to_rows(pass, pass.in[0], rows);
     constexpr int step = 4;  // whole register blocks
-    pass.split((outputs_ + step - 1) / step, [&](int, int begin, int end) {
-      const int first = begin * step, last = std::min(outputs_, end * step);
-      pass.kernels.dense_forward(rows, tensors[kWeight].value.data(),
-                                 node.bias ? tensors[kBias].value.data() : nullptr, out, examples,
-                                 inputs_, outputs_, first, last);
+    const int outputs = pass.out_end - pass.out_begin;
+    pass.split((outputs + step - 1) / step, [&](int, int begin, int end) {
+      const int first = pass.out_begin + begin * step;
+      const int last = std::min(pass.out_end, pass.out_begin + end * step);
+      pass.kernels.dense_forward(rows, value(pass, kWeight),
+                                 node.bias ? value(pass, kBias) + pass.out_begin : nullptr,
+                                 out + pass.out_begin, examples, inputs_, outputs_,
+                                 first - pass.out_begin, last - pass.out_begin);
       for_elements(pass, pass.out, first, last,
                    [&](float& y, int b, int o) { y = out[std::size_t(b) * outputs_ + o]; });
       fill_idle(pass, first, last);
@@ -363,6 +426,8 @@ public:
 
 private:
   static constexpr int kGradRows = 8, kNearRows = 32;
+
+  int block_outputs() const { return std::max(1, kMovedFloats / inputs_ / 4) * 4; }
 
   // Idle lanes repeat the last example.
   void fill_idle(const Pass& pass, int begin, int end) const {

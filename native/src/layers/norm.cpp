@@ -103,6 +103,7 @@ public:
   void forward(Pass& pass) override {
     const int per_group = shape_.channels / node.groups;
     const float count = float(per_group) * float(pixels());
+    const float *const weight = value(pass, kWeight), *const bias = value(pass, kBias);
     pass.split(node.groups, [&](int, int begin, int end) {
       for (int group = begin; group < end; ++group) {
         for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
@@ -117,8 +118,8 @@ public:
           for (int c = first; c < first + per_group; ++c) {
             Lanes scale, shift;
             for (int l = 0; l < kPanelLanes; ++l) {
-              scale[l] = inverse[l] * tensors[kWeight].value[c];
-              shift[l] = tensors[kBias].value[c] - mean[l] * scale[l];
+              scale[l] = inverse[l] * weight[c];
+              shift[l] = bias[c] - mean[l] * scale[l];
             }
             scale_channel(pass, pass.in[0], pass.out, p, c, scale, shift, false);
           }
@@ -199,6 +200,7 @@ public:
 
   void forward(Pass& pass) override {
     const bool batch = pass.training && mixes_examples();
+    const float *const weight = value(pass, kWeight), *const bias = value(pass, kBias);
     pass.split(shape_.channels, [&](int, int begin, int end) {
       for (int c = begin; c < end; ++c) {
         float mean = tensors[kRunningMean].value[c], var = tensors[kRunningVar].value[c];
@@ -210,8 +212,8 @@ public:
         }
         Lanes scale, shift;
         for (int l = 0; l < kPanelLanes; ++l) {
-          scale[l] = inverse * tensors[kWeight].value[c];
-          shift[l] = tensors[kBias].value[c] - mean * scale[l];
+          scale[l] = inverse * weight[c];
+          shift[l] = bias[c] - mean * scale[l];
         }
         for (int p = pass.panel_begin; p < pass.panel_end; ++p)
           scale_channel(pass, pass.in[0], pass.out, p, c, scale, shift, false);

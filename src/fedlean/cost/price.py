@@ -9,7 +9,7 @@ from fedlean.core import SubModel, Work
 from fedlean.cost.flops import work_flops
 from fedlean.cost.profile import Profile
 from fedlean.cost.time import as_done, link_seconds, work_seconds
-from fedlean.engine.memory import step_memory
+from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.protocol import SGD
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
@@ -60,8 +60,15 @@ def cost(
     return Cost(work_flops(spec, work), memory, up, down, seconds)
 
 
-def work_memory_bytes(spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset()) -> int:
-    """Modelled peak of a device that stores only what it trains (see `engine.memory`)."""
+def work_memory_bytes(
+    spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset(), sparse: bool = True
+) -> int:
+    """Modelled peak of a device that stores only what it trains (see `engine.memory`).
+
+    Work of forward passes alone needs no more than those: what is frozen may be perturbed in them.
+    """
+    if not work.steps:
+        return forward_memory(spec, work.kept, batch_size=work.batch_size, sparse=sparse).peak_bytes
     return step_memory(
         spec,
         work.kept,
@@ -69,4 +76,5 @@ def work_memory_bytes(spec: ModelSpec, work: Work, *, frozen: frozenset[str] = f
         optimizer_floats=work.optimizer_floats,
         frozen=frozen,
         importance=work.importance_steps > 0,
+        sparse=sparse,
     ).peak_bytes

@@ -10,13 +10,17 @@ a device runs it too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import isfinite, prod
+from math import prod
+from typing import Any, get_args
 
 import numpy as np
 
 from fedlean.core import Masks, Params, SubModel
+from fedlean.engine.directions import Kind
 from fedlean.layers import BatchNorm, Shape
 from fedlean.spec import ModelSpec
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check_settings(batch_size: int, loss: str) -> None:
@@ -117,10 +121,25 @@ def check_moments(spec: ModelSpec, examples: int, frozen: Iterable[str]) -> None
             )
 
 
-def check_sigma(sigma: float) -> None:
-    """ValueError unless the size of a perturbation is finite."""
-    if not isfinite(sigma):
-        raise ValueError(f"sigma must be finite, got {sigma!r}")
+def check_directions_at_once(directions_at_once: int) -> None:
+    """ValueError unless an integer >= 1."""
+    if not _is_integer(directions_at_once) or directions_at_once < 1:
+        raise ValueError(
+            f"directions_at_once must be an integer of at least 1, got {directions_at_once!r}"
+        )
+
+
+def check_perturbation(seed: int, ks: Iterable[int], sigma: float, kind: str) -> None:
+    """ValueError unless seed and ks are integers, sigma is a finite float32, kind is known."""
+    if not _is_integer(seed):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    for k in ks:
+        if not _is_integer(k):
+            raise ValueError(f"ks holds {k!r}, expected the numbers of directions, integers")
+    if not isinstance(sigma, float | int) or not abs(sigma) <= _FLOAT32_MAX:
+        raise ValueError(f"sigma must be finite in float32, got {sigma!r}")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
 
 
 def check_taps(spec: ModelSpec, taps: Iterable[str]) -> None:
@@ -155,6 +174,10 @@ def check_gradients(spec: ModelSpec, gradients: Params) -> None:
         if name not in spec.param_shapes:
             raise ValueError(f"gradient {name!r} is of no trainable tensor of the model")
         _check_floats(f"gradient {name!r}", gradient, (spec.param_shapes[name],))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check_floats(what: str, value: np.ndarray, shapes: tuple[Shape, ...]) -> None:

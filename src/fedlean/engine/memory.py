@@ -1,4 +1,4 @@
-"""What a training step holds in memory, from the model alone.
+"""What a training step, or a forward pass alone, holds in memory, from the model alone.
 
 Two models: `sparse=True` is a device with the native engine, which keeps and computes the kept
 weights only (`native_storage`, `native_arena`); `sparse=False` is what a dense engine with masks
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from fedlean.engine.native_arena import arena_bytes, geometries, structure
+from fedlean.engine.native_forward_plan import forward_bytes
 from fedlean.engine.native_storage import FLOAT_BYTES, stored_bytes
 from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU
 from fedlean.spec import INPUT, ModelSpec
@@ -61,6 +62,60 @@ def step_memory(
     saved = _saved_bytes(spec, batch_size)
     peak = stored + sums + _backward_peak(spec, saved, gradients, batch_size)
     return StepMemory(stored + sum(gradients.values()), sums, sum(saved.values()), peak)
+
+
+@dataclass(frozen=True)
+class ForwardMemory:
+    """Bytes of evaluating a model and its perturbed neighbours; `peak_bytes` is their sum."""
+
+    parameter_bytes: int  # values, indices, masks
+    activation_bytes: int  # those that live at once, and scratch: the perturbed layer in work
+    peak_bytes: int
+
+
+def forward_memory(
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    *,
+    batch_size: int,
+    frozen: frozenset[str] = frozenset(),
+    sparse: bool = True,
+    directions_at_once: int = 1,
+) -> ForwardMemory:
+    """Memory of a `ForwardSession` for `batch_size` examples, on as many threads as directions.
+
+    `kept` maps masked tensors to their kept coordinates (absent: dense).  Not counted is the table
+    of normal values, 256 KiB, which a process has once.
+    """
+    if sparse:
+        stored, live = forward_bytes(
+            spec,
+            kept,
+            batch_size=batch_size,
+            frozen=frozen,
+            directions_at_once=directions_at_once,
+        )
+        return ForwardMemory(stored, live, stored + live)
+    sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
+    stored = sum(FLOAT_BYTES * prod(shape) for shape in spec.tensor_shapes.values())
+    stored += FLOAT_BYTES * sum(sizes[name] for name in kept if name in sizes)  # masks, as factors
+    live = _forward_peak(spec, sizes, batch_size)
+    return ForwardMemory(stored, live, stored + live)
+
+
+def _forward_peak(spec: ModelSpec, moved: Mapping[str, int], batch_size: int) -> int:
+    """Most bytes of activations and of one layer's perturbed weights at once."""
+    last = {source: i for i, node in enumerate(spec.nodes) for source in node.inputs}
+    live, peak = dict[str, int](), 0
+    for i, node in enumerate(spec.nodes):
+        if not isinstance(node.layer, Flatten):
+            live[node.name] = FLOAT_BYTES * batch_size * prod(spec.shapes[node.name])
+        layer = sum(moved.get(f"{node.name}.{suffix}", 0) for suffix in ("weight", "bias"))
+        peak = max(peak, sum(live.values()) + FLOAT_BYTES * layer)
+        for source in node.inputs:
+            if last[source] == i:
+                live.pop(source, None)
+    return peak
 
 
 def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:

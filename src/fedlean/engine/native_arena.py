@@ -36,7 +36,7 @@ class Structure:
     readers: Counter[str]
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     node: Node
     inputs: tuple[str, ...]
     output: str
@@ -92,9 +92,9 @@ def _gradient_halo(spec: ModelSpec, node: Node, conv: L.Conv2d) -> int:
     return max((conv.kernel_size - 1) // conv.stride, *beyond)
 
 
-def _steps(spec: ModelSpec, s: Structure) -> list[_Step]:
+def steps_of(spec: ModelSpec, s: Structure) -> list[Step]:
     """In the engine's order: a ReLU read by a max-pooling alone works on the pooled image."""
-    steps = [_Step(node, tuple(node.inputs), node.name) for node in spec.nodes]
+    steps = [Step(node, tuple(node.inputs), node.name) for node in spec.nodes]
     for i, relu in enumerate(steps):
         if not isinstance(relu.node.layer, L.ReLU) or s.readers[relu.output] != 1:
             continue
@@ -105,7 +105,7 @@ def _steps(spec: ModelSpec, s: Structure) -> list[_Step]:
         between, last = relu.output, pool.output
         s.shapes[between], s.value_halo[between] = s.shapes[last], s.value_halo[last]
         s.grad_halo[between] = s.grad_halo[last] = 0
-        swapped = [_Step(pool.node, relu.inputs, between), _Step(relu.node, (between,), last)]
+        swapped = [Step(pool.node, relu.inputs, between), Step(relu.node, (between,), last)]
         steps[i : j + 1] = [*steps[i + 1 : j], *swapped]
     return steps
 
@@ -145,7 +145,7 @@ def arena_bytes(
 ) -> int:
     """Activations, their gradients and scratch at the worst moment; changes `s`."""
     where = geometries(spec, s)
-    steps, lives = _steps(spec, s), _Lives()
+    steps, lives = steps_of(spec, s), _Lives()
     lanes = -(-batch_size // LANE_STEP) * LANE_STEP
     _add_values(spec, s, steps, lives, lanes, frozen)
     _add_gradients(s, steps, lives, lanes)
@@ -169,7 +169,8 @@ def arena_bytes(
     return FLOAT_BYTES * lives.peak()
 
 
-def _floats(shape: Shape, halo: int, lanes: int) -> int:
+def floats_of(shape: Shape, halo: int, lanes: int) -> int:
+    """Of an activation with zeros around its image."""
     sides = [side + 2 * halo for side in shape[1:]]
     return shape[0] * prod(sides) * lanes
 
@@ -177,18 +178,18 @@ def _floats(shape: Shape, halo: int, lanes: int) -> int:
 def _add_values(
     spec: ModelSpec,
     s: Structure,
-    steps: list[_Step],
+    steps: list[Step],
     lives: _Lives,
     lanes: int,
     frozen: frozenset[str],
 ) -> None:
-    made = {INPUT: lives.add(_floats(s.shapes[INPUT], s.value_halo[INPUT], lanes), 0, 0)}
+    made = {INPUT: lives.add(floats_of(s.shapes[INPUT], s.value_halo[INPUT], lanes), 0, 0)}
     makers = {step.output: step for step in steps}
     for i, step in enumerate(steps):
         if _in_place(step, s, makers):
             made[step.output] = made[step.inputs[0]]
         else:
-            floats = _floats(s.shapes[step.output], s.value_halo[step.output], lanes)
+            floats = floats_of(s.shapes[step.output], s.value_halo[step.output], lanes)
             made[step.output] = lives.add(floats, i, i)
         for array in (made[step.output], *(made[source] for source in step.inputs)):
             lives.extend(array, i)
@@ -203,7 +204,7 @@ def _add_values(
     lives.extend(made[steps[-1].output], 2 * len(steps))
 
 
-def _in_place(step: _Step, s: Structure, makers: Mapping[str, _Step]) -> bool:
+def _in_place(step: Step, s: Structure, makers: Mapping[str, Step]) -> bool:
     """Whether the output takes the memory of the first input, which nobody needs again."""
     source = step.inputs[0]
     if not isinstance(step.node.layer, L.ReLU | L.Add | L.Flatten) or source == INPUT:
@@ -236,7 +237,7 @@ def _reads_input(spec: ModelSpec, node: Node, frozen: frozenset[str]) -> bool:
     return False
 
 
-def _add_gradients(s: Structure, steps: list[_Step], lives: _Lives, lanes: int) -> None:
+def _add_gradients(s: Structure, steps: list[Step], lives: _Lives, lanes: int) -> None:
     made: dict[str, int] = {}
     for i, step in reversed(list(enumerate(steps))):
         if not s.needs_grad[step.output]:
@@ -246,7 +247,7 @@ def _add_gradients(s: Structure, steps: list[_Step], lives: _Lives, lanes: int) 
         def array(name: str, time: int = back) -> int:
             if name not in made:
                 made[name] = lives.add(
-                    _floats(s.shapes[name], s.grad_halo[name], lanes), time, time
+                    floats_of(s.shapes[name], s.grad_halo[name], lanes), time, time
                 )
             lives.extend(made[name], time)
             return made[name]
@@ -266,7 +267,7 @@ def _add_gradients(s: Structure, steps: list[_Step], lives: _Lives, lanes: int) 
             array(source)
 
 
-def _saved(step: _Step, s: Structure, batch_size: int, lanes: int) -> int:
+def _saved(step: Step, s: Structure, batch_size: int, lanes: int) -> int:
     """Floats from forward to backward beside the activations."""
     shape = s.shapes[step.output]
     match step.node.layer:

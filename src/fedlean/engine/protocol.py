@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from fedlean.core import Params, SubModel
+from fedlean.engine.directions import Kind
 from fedlean.spec import ModelSpec
 
 Loss = Literal["ce", "bce"]  # cross-entropy; BCE-with-logits on one-hot, mean over batch × classes
@@ -80,12 +81,6 @@ class Session(Protocol):
         """Mean loss, forward only, in evaluation mode."""
         ...
 
-    def loss_perturbed(
-        self, x: np.ndarray, y: np.ndarray, *, seed: int, k: int, sigma: float
-    ) -> float:
-        """Mean loss at params + sigma·z, z the k-th Gaussian direction of `seed`, masked."""
-        ...
-
     def forward(
         self, x: np.ndarray, *, taps: Sequence[str] = (), training: bool = False
     ) -> Mapping[str, np.ndarray]:
@@ -122,6 +117,54 @@ class Session(Protocol):
         ...
 
 
+class ForwardSession(Protocol):
+    """One sub-model that is only evaluated, at its parameters or near them: no backpropagation.
+
+    It holds the weights, the activations that live at once, and the perturbed weights of the layer
+    in work: never a second copy of the model.  Conventions and checks are those of `Session`;
+    BatchNorm takes its running statistics.
+    """
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """What the engine says it needs for any call but `forward`, whose taps come on top."""
+        ...
+
+    def loss(self, x: np.ndarray, y: np.ndarray) -> float:
+        """Mean loss on x (B, *input_shape), y (B,)."""
+        ...
+
+    def losses_perturbed(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        seed: int,
+        ks: Sequence[int],
+        sigma: float,
+        kind: Kind = "gaussian",
+    ) -> np.ndarray:
+        """Mean losses float64 (len(ks),), each at params + sigma·z_k.
+
+        z_k is the direction `k` of `seed` (`fedlean.engine.directions`) of every tensor that is
+        not frozen, on kept coordinates.  A perturbed weight is w + float32(sigma)·z, product and
+        sum each rounded to float32, on every engine.  `sigma` may be negative.
+        """
+        ...
+
+    def forward(self, x: np.ndarray, *, taps: Sequence[str] = ()) -> Mapping[str, np.ndarray]:
+        """Activations (B, ...) of the tapped nodes and of the output node, by node name."""
+        ...
+
+    def load(self, params: Params) -> None:
+        """Replaces all tensors, in the form that `open_forward` takes."""
+        ...
+
+    def params(self, *, packed: bool = False) -> Params:
+        """A copy of all tensors, as `Session.params`."""
+        ...
+
+
 class Engine(Protocol):
     """Opens sessions.  `arithmetic` says whether a mask saves anything here."""
 
@@ -144,5 +187,23 @@ class Engine(Protocol):
         A masked one is dense, and its pruned coordinates are ignored, or packed: its kept values
         (K,) in the row-major order of its mask, as they travel.  Raises ValueError, also for what
         this engine does not support.
+        """
+        ...
+
+    def open_forward(
+        self,
+        spec: ModelSpec,
+        params: Params,
+        sub_model: SubModel,
+        *,
+        batch_size: int,
+        loss: Loss = "ce",
+        directions_at_once: int = 1,
+    ) -> ForwardSession:
+        """`params` as `open` takes them.
+
+        With `directions_at_once`, an engine of several threads may evaluate so many perturbed
+        models at the same time, each in memory of its own; results do not depend on it.  Raises
+        ValueError, also for what this engine does not support.
         """
         ...

@@ -7,7 +7,7 @@ slices (`SubModel.index`), output modules and GPUs, which are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from fedlean import layers as L
-from fedlean.core import Params, SubModel, generator
+from fedlean.core import Params, SubModel
 from fedlean.engine import checks
-from fedlean.engine.memory import step_memory
+from fedlean.engine.directions import Kind, direction
+from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import INPUT, ModelSpec, Node
 
@@ -49,6 +50,22 @@ class TorchEngine:
         checks.check_settings(batch_size, loss)
         checks.check_sub_model(spec, sub_model, self.name)
         return TorchSession(spec, params, sub_model, batch_size, optimizer, loss)
+
+    def open_forward(
+        self,
+        spec: ModelSpec,
+        params: Params,
+        sub_model: SubModel,
+        *,
+        batch_size: int,
+        loss: Loss = "ce",
+        directions_at_once: int = 1,
+    ) -> TorchForwardSession:
+        """As `open`.  Directions come one after the other: torch's threads share each layer."""
+        checks.check_directions_at_once(directions_at_once)
+        return TorchForwardSession(
+            self.open(spec, params, sub_model, batch_size=batch_size, optimizer=SGD(0.0), loss=loss)
+        )
 
 
 class TorchSession:
@@ -144,23 +161,6 @@ class TorchSession:
         self._check_batch(x, y)
         self._kept_graph = {}
         return float(self._loss(self._run(_tensor(x), training=False)[self._output], y))
-
-    @torch.no_grad()
-    def loss_perturbed(
-        self, x: np.ndarray, y: np.ndarray, *, seed: int, k: int, sigma: float
-    ) -> float:
-        self._check_batch(x, y)
-        checks.check_sigma(sigma)
-        self._kept_graph = {}
-        moved = dict(self._state)
-        for name in self._trainable:
-            shape = self._spec.param_shapes[name]
-            rng = generator(seed, 0, k, f"direction/{name}")
-            z = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-            z = z * self._masks[name] if name in self._masks else z
-            moved[name] = self._state[name] + sigma * z
-        logits = self._run(_tensor(x), training=False, state=moved)[self._output]
-        return float(self._loss(logits, y))
 
     def forward(
         self, x: np.ndarray, *, taps: Sequence[str] = (), training: bool = False
@@ -283,6 +283,70 @@ class TorchSession:
                 if readers[source] == 0 and source not in keep:
                     values.pop(source, None)
         return values
+
+
+class TorchForwardSession:
+    """See `fedlean.engine.protocol.ForwardSession`."""
+
+    def __init__(self, session: TorchSession):
+        self._session = session
+        self.peak_memory_bytes = forward_memory(
+            session._spec,
+            dict.fromkeys(session._masks, 0),
+            batch_size=session._batch_size,
+            frozen=session._frozen,
+            sparse=False,
+        ).peak_bytes
+        self.loss, self.load, self.params = session.loss, session.load, session.params
+
+    @torch.no_grad()
+    def losses_perturbed(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        seed: int,
+        ks: Sequence[int],
+        sigma: float,
+        kind: Kind = "gaussian",
+    ) -> np.ndarray:
+        self._session._check_batch(x, y)
+        checks.check_perturbation(seed, ks, sigma, kind)
+        losses = np.empty(len(ks), np.float64)
+        for i, k in enumerate(ks):
+            moved = _Moved(self._session, seed, k, sigma, kind)
+            logits = self._session._run(_tensor(x), training=False, state=moved)
+            losses[i] = float(self._session._loss(logits[self._session._output], y))
+        return losses
+
+    def forward(self, x: np.ndarray, *, taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        return self._session.forward(x, taps=taps)
+
+
+class _Moved(Mapping[str, torch.Tensor]):
+    """A session's tensors at params + sigma·z_k, each made when it is asked for."""
+
+    def __init__(self, session: TorchSession, seed: int, k: int, sigma: float, kind: Kind):
+        self._state, self._masks = session._state, session._masks
+        self._trainable = frozenset(session._trainable)
+        self._seed, self._k, self._sigma = seed, k, np.float32(sigma)
+        self._kind: Kind = kind
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        held = self._state[name]
+        if name not in self._trainable:
+            return held
+        mask = self._masks[name].numpy() != 0 if name in self._masks else None
+        z = direction(self._seed, self._k, name, tuple(held.shape), mask, self._kind)
+        moved = held.detach().numpy().copy()
+        moved.reshape(-1)[... if mask is None else mask.reshape(-1)] += self._sigma * z
+        return torch.from_numpy(moved)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -12,10 +12,12 @@ from federation import ENGINE, SPEC, client_data, devices, params, server
 
 from fedlean import wire
 from fedlean.core import ClientTask, SubModel
+from fedlean.engine.memory import forward_memory
 from fedlean.engine.protocol import SGD
 from fedlean.methods.fedavg import fedavg
 from fedlean.models.conv2 import conv2
 from fedlean.models.initialise import init_params
+from fedlean.models.resnet import resnet8
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.dispatch import _decoded
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
@@ -135,6 +137,25 @@ def test_a_session_that_does_not_fit_is_refused_before_it_allocates():
     with pytest.raises(TooLarge, match=r"a training step needs .* MB, .* are free"):
         engine.open(spec, values, SubModel(), batch_size=20, optimizer=SGD(0.1))
     assert resident_bytes() - before < 2_000_000
+
+
+def test_a_forward_pass_that_does_not_fit_is_refused_before_it_is_opened():
+    """Evaluation may fit where training does not."""
+    spec = resnet8((3, 32, 32), 10)
+    values = init_params(spec, 0)
+    x, y = np.zeros((32, 3, 32, 32), np.float32), np.zeros(32, np.int64)
+    little = LimitedEngine(ENGINE, resident_bytes() + 1_000_000)
+    before = resident_bytes()
+    with pytest.raises(TooLarge, match=r"a forward pass needs .* MB, .* are free"):
+        little.open_forward(spec, values, SubModel(), batch_size=32)
+    assert resident_bytes() - before < 1_000_000
+    sparse = ENGINE.arithmetic == "sparse"
+    enough = forward_memory(spec, {}, batch_size=32, sparse=sparse).peak_bytes
+    engine = LimitedEngine(ENGINE, resident_bytes() + 2 * enough)
+    with pytest.raises(TooLarge, match="a training step needs"):
+        engine.open(spec, values, SubModel(), batch_size=32, optimizer=SGD(0.1))
+    session = engine.open_forward(spec, values, SubModel(), batch_size=32, directions_at_once=1)
+    assert np.isfinite(session.losses_perturbed(x, y, seed=0, ks=[0], sigma=0.1)).all()
 
 
 def test_sums_of_squares_that_do_not_fit_are_refused():

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedlean.core import Params, SubModel
-from fedlean.engine.memory import step_memory
-from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.engine.memory import forward_memory, step_memory
+from fedlean.engine.protocol import SGD, Engine, ForwardSession, Loss, Session
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
 
@@ -66,6 +66,38 @@ class LimitedEngine:
         )
         self._planned_bytes = plain
         return _Guarded(session, important, free, self._limit_bytes)  # type: ignore[return-value]
+
+    def open_forward(
+        self,
+        spec: ModelSpec,
+        params: Params,
+        sub_model: SubModel,
+        *,
+        batch_size: int,
+        loss: Loss = "ce",
+        directions_at_once: int = 1,
+    ) -> ForwardSession:
+        """Raises TooLarge before anything is allocated; else as the engine's own."""
+        needed = forward_memory(
+            spec,
+            kept_counts(sub_model.masks),
+            batch_size=batch_size,
+            frozen=sub_model.frozen,
+            sparse=self._engine.arithmetic == "sparse",
+            directions_at_once=directions_at_once,
+        ).peak_bytes
+        free = self._limit_bytes - (resident_bytes() - self._planned_bytes)
+        check_fits(needed, free, self._limit_bytes, "a forward pass")
+        session = self._engine.open_forward(
+            spec,
+            params,
+            sub_model,
+            batch_size=batch_size,
+            loss=loss,
+            directions_at_once=directions_at_once,
+        )
+        self._planned_bytes = needed
+        return session
 
 
 class _Guarded:
