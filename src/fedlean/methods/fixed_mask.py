@@ -11,15 +11,10 @@ random weights are drawn from a seed derived from this run's; PruneFL's code tak
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
+from typing import Literal, get_args
 
 from fedlean.core import (
     Batches,
@@ -35,15 +30,14 @@ from fedlean.core import (
     derive_seed,
 )
 from fedlean.engine.protocol import Engine, Loss
-from fedlean.models.initialise import check_params, init_params
-from fedlean.spec import ModelSpec
+from fedlean.models.initialise import init_params
+from fedlean.pruning.finished_run import read_finished_run
 from fedlean.train.hyperparameters import at_least, check_sgd, learning_rate
 from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.sampling import sample_cohort
 from fedlean.tree import apply_mask, fold
 
 Initial = Literal["original", "random", "trained"]
-MASK = ".mask"  # ending of a mask's name in model.safetensors (docs/run-folder.md)
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def fixed_mask(
     if not masks_from and initial != "original":
         raise ValueError(f"initial={initial!r} needs masks_from, the folder of a finished run")
     spec = server.spec
-    ticket = _read_ticket(Path(masks_from), spec) if masks_from else None
+    ticket = read_finished_run(Path(masks_from), spec) if masks_from else None
 
     def init(params: Params) -> State:
         if ticket is None:
@@ -145,76 +139,6 @@ def fixed_mask(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done)
-
-
-@dataclass(frozen=True)
-class _Ticket:
-    """What a finished run leaves: its mask, its final weights and how its first ones were drawn."""
-
-    params: Params
-    masks: Masks
-    seed: int
-    init: str
-
-
-def _read_ticket(folder: Path, spec: ModelSpec) -> _Ticket:
-    """Raises ValueError saying what is missing or does not fit."""
-    for name, remedy in (
-        ("config.json", "give the folder that its --out named"),
-        ("model.safetensors", f"finish it with 'fedlean resume {folder}'"),
-    ):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"masks_from: {folder} is not the folder of a finished run, it has no {name}: "
-                f"{remedy}"
-            )
-    seed, init, trained, method = _read_config(folder / "config.json")
-    if trained.hash != spec.hash:
-        raise ValueError(
-            f"masks_from: the run in {folder} trained another model than this run's: take the same "
-            "--model and a data set of the same shape and classes"
-        )
-    path = folder / "model.safetensors"
-    try:
-        tensors = load(path.read_bytes())
-        params = {name: value for name, value in tensors.items() if not name.endswith(MASK)}
-        check_params(spec, params)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"masks_from: {path} is damaged: {error}") from None
-    masks = {
-        name.removesuffix(MASK): value.astype(bool)
-        for name, value in tensors.items()
-        if name.endswith(MASK)
-    }
-    if not masks:
-        raise ValueError(
-            f"masks_from: the run in {folder} has no masks, {method} left a dense model: take a "
-            "run of a method that prunes"
-        )
-    _check_masks(masks, spec, folder)
-    return _Ticket(params, masks, seed, init)
-
-
-def _read_config(path: Path) -> tuple[int, str, ModelSpec, str]:
-    """Seed, way of drawing the first weights, model and method of a run."""
-    try:
-        document: Mapping[str, Any] = json.loads(path.read_bytes())
-        spec = ModelSpec.from_json(json.dumps(document["spec"]))
-        init = str(document.get("init", "pytorch"))  # early runs do not name it
-        return int(document["seed"]), init, spec, str(document["method"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"masks_from: {path} is damaged: {type(error).__name__}: {error}"
-        ) from None
-
-
-def _check_masks(masks: Mapping[str, np.ndarray], spec: ModelSpec, folder: Path) -> None:
-    for name, mask in masks.items():
-        if name not in spec.prunable or mask.shape != spec.param_shapes[name]:
-            raise ValueError(
-                f"masks_from: the run in {folder} has a mask of {name!r} with shape {mask.shape}, "
-                "which fits no prunable weight of the model"
-            )
 
 
 def client_update(

@@ -56,8 +56,8 @@ from fedlean.core import (
     derive_seed,
 )
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.patterns.largest import largest
 from fedlean.pruning.budget import density_limit, fraction_to, max_kept
-from fedlean.pruning.coordinates import largest
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.prunable_set import fraction_at
 from fedlean.pruning.reconfigure import Pruner

@@ -18,7 +18,8 @@ import numpy as np
 
 from fedlean.core import Masks, Params
 from fedlean.cost.time import LinearTime
-from fedlean.pruning.coordinates import check_importance, check_limits, largest, masked_sum
+from fedlean.patterns.largest import largest
+from fedlean.pruning.coordinates import check_importance, check_limits, masked_sum
 
 
 def gamma(delta: float, seconds: float) -> float:

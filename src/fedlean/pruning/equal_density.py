@@ -13,7 +13,7 @@ from math import floor
 import numpy as np
 
 from fedlean.core import Masks, Params
-from fedlean.pruning.coordinates import largest
+from fedlean.patterns.largest import largest
 
 
 def kept_count(size: int, density: float) -> int:

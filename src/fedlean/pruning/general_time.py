@@ -17,7 +17,8 @@ from math import isfinite
 import numpy as np
 
 from fedlean.core import Masks, Params
-from fedlean.pruning.coordinates import check_importance, check_limits, largest, masked_sum
+from fedlean.patterns.largest import largest
+from fedlean.pruning.coordinates import check_importance, check_limits, masked_sum
 from fedlean.pruning.empirical_risk import gamma
 
 Seconds = Callable[[Mapping[str, int]], float]  # kept coordinates by tensor -> seconds of a round

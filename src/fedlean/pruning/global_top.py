@@ -7,8 +7,8 @@ from math import prod
 import numpy as np
 
 from fedlean.core import Masks, Params
+from fedlean.patterns.largest import largest
 from fedlean.pruning.budget import max_kept
-from fedlean.pruning.coordinates import largest
 from fedlean.spec import ModelSpec
 from fedlean.tree import num_kept
 

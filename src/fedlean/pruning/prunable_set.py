@@ -12,7 +12,7 @@ from math import floor
 import numpy as np
 
 from fedlean.core import Masks, Params
-from fedlean.pruning.coordinates import largest
+from fedlean.patterns.largest import largest
 
 
 def removable(params: Params, masks: Masks, fraction: float, names: Iterable[str]) -> Masks:
