@@ -24,7 +24,7 @@ from federation import (
 from live_memory import peak_bytes
 
 from fedlean.core import FederatedAlgorithm
-from fedlean.engine.memory import step_memory
+from fedlean.cost.price import work_memory_bytes
 from fedlean.engine.open import NAMES, open_engine
 from fedlean.engine.protocol import Engine
 from fedlean.methods.fedavg import fedavg
@@ -206,14 +206,12 @@ def test_memory_claimed_against_measured(name, engine):
         )
         update, state = out[0]
         claims = [
-            step_memory(
+            work_memory_bytes(
                 task.spec,
-                work.kept,
-                batch_size=work.batch_size,
-                optimizer_floats=work.optimizer_floats,
-                importance=work.importance_steps > 0,
+                work,
+                frozen=task.sub_model.frozen,
                 sparse=engine.arithmetic == "sparse",
-            ).peak_bytes
+            )
             for work in update.work
         ]
         checked.append((peak, max(claims)))
@@ -247,6 +245,10 @@ class Remembering:
 
     def open(self, *arguments, **settings):
         self.sessions.append(self.engine.open(*arguments, **settings))
+        return self.sessions[-1]
+
+    def open_forward(self, *arguments, **settings):
+        self.sessions.append(self.engine.open_forward(*arguments, **settings))
         return self.sessions[-1]
 
 

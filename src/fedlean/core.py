@@ -43,6 +43,8 @@ class SubModel:
     index: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)  # kept ids per axis
     frozen: frozenset[str] = frozenset()  # tensor names that no client updates
     output_module: str | None = None
+    # of masks that are `patterns.shuffled_masks` of their counts: a new one travels as these
+    mask_seed: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class ClientTask:
     """One client's order for one round.  `params` and `sub_model` are what it starts from.
 
     In tasks and updates a masked tensor is dense or "packed": its kept values alone (K,), in the
-    row-major order of its mask, as they travel.
+    row-major order of its mask, as they travel.  `arrays` are what else a method's clients need,
+    named tensors by group; they travel bit for bit.
     """
 
     round: int
@@ -76,6 +79,7 @@ class ClientTask:
     params: Params
     sub_model: SubModel
     hparams: Mapping[str, Scalar]
+    arrays: Mapping[str, Params] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fedlean.wire import (
     params_payload_bytes,
     pattern_hash,
     pattern_payload_bytes,
+    round_int8,
     task_bytes,
     update_bytes,
 )
@@ -269,24 +270,72 @@ def test_statistics_take_as_little_as_they_need(
     got = decode_update(sent, task).statistics["c"].tensors["c"]
     assert got.dtype == array.dtype and got.tobytes() == array.tobytes()
     payload_bytes = int.from_bytes(sent[HEADER_BYTES - 8 : HEADER_BYTES], "little")
-    assert payload_bytes == 1 + payload  # a byte of names: no tensor is carried
+    assert payload_bytes == payload
 
 
 def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
-    """80 + 82 of JSON + 1 for "no tensors" + 4 * 4 = 179 bytes."""
+    """80 + 93 of JSON + 4 * 4 = 189 bytes; "mean" and the masks' weights go without saying."""
+    work = Work(5, 20, kept={"conv.weight": 18, "fc.weight": 30})
     update = ClientUpdate(
         5,
         20,
         {},
         task.sub_model,
-        {"c": Statistic({"c": np.full(4, 0.1, np.float32)}, "mean")},
+        {
+            "c": Statistic({"c": np.array([0.1, 0.3, 0.5, 1.1], np.float32)}, "mean"),
+            "n": Statistic({}, "sum"),
+        },
         {"loss": 0.5},
-        (Work(5, 20),),
+        (work, replace(work, kept={"fc.weight": 30})),
     )
-    text = '{"metrics":{"loss":0.5},"statistics":{"c":["mean",{"c":["f4",[4]]}]},"work":[[5,20]]}'
+    text = (
+        '{"metrics":{"loss":0.5},"statistics":{"c":{"c":["f4",[4]]},"n":["sum",{}]},'
+        '"work":[[5,20,{}],[5,20,{"fc.weight":30}]]}'
+    )
     sent = encode_update(update, task)
-    assert len(sent) == 80 + len(text) + 1 + 16 <= 200
+    assert len(sent) == update_bytes(update, task) == 80 + len(text) + 16
     assert text.encode() in sent
+    got = decode_update(sent, task)
+    assert got.work == update.work and got.statistics["c"].reduction == "mean"
+
+
+def test_fifty_scalars_of_a_byte_each_are_below_200_bytes(task: ClientTask) -> None:
+    """Whatever the model: neither the tensors nor the masked ones are named."""
+    scalars = round_int8(np.linspace(-3, 3, 50, dtype=np.float32))
+    kept = {name: int(mask.sum()) for name, mask in task.sub_model.masks.items()}
+    update = ClientUpdate(
+        5,
+        40,
+        {},
+        task.sub_model,
+        {"c": Statistic({"c": scalars}, "mean")},
+        work=(Work(0, 32, forward_examples=32 * 51, kept=kept),),
+    )
+    sent = encode_update(update, task)
+    assert len(sent) == update_bytes(update, task) <= 200
+    got = decode_update(sent, task)
+    assert same_arrays(got.statistics["c"].tensors, {"c": scalars}) and got.work == update.work
+
+
+def test_float16_values_take_two_bytes_each(task: ClientTask) -> None:
+    values = np.array([0.1, -70.25, 3e-7, 0.5], np.float32).astype(np.float16).astype(np.float32)
+    update = ClientUpdate(5, 40, {}, task.sub_model, {"c": Statistic({"c": values}, "mean")})
+    longer = Statistic({"c": np.array([0.1, -70.25, 3e-7, 0.5], np.float32)}, "mean")
+    sent = encode_update(update, task)
+    assert same_arrays(decode_update(sent, task).statistics["c"].tensors, {"c": values})
+    assert update_bytes(replace(update, statistics={"c": longer}), task) - len(sent) == 8
+
+
+def test_a_task_carries_arrays_bit_for_bit(task: ClientTask) -> None:
+    arrays = {
+        "first": {"fc.weight": np.linspace(0, 1, 30, dtype=np.float32)},
+        "log": {"rounds": np.array([3, 4]), "c": np.full((2, 5), 0.1, np.float32)},
+    }
+    sent = encode_task(replace(task, params={}, arrays=arrays))
+    assert len(sent) == task_bytes(replace(task, params={}, arrays=arrays))
+    got = decode_task(sent, {}, {})
+    assert not got.params and got.arrays.keys() == arrays.keys()
+    assert all(same_arrays(got.arrays[key], arrays[key]) for key in arrays)
 
 
 def test_full_gradient_by_hand(task: ClientTask) -> None:
@@ -294,8 +343,11 @@ def test_full_gradient_by_hand(task: ClientTask) -> None:
     gradient = {name: np.full(s, 0.1, np.float32) for name, s in task.spec.param_shapes.items()}
     bare = ClientUpdate(5, 1, {}, task.sub_model)
     full = replace(bare, statistics={"g": Statistic(gradient, "mean")})
-    table = '{"statistics":{"g":["mean",{' + ",".join(f'"{n}":null' for n in gradient) + "}]}}"
-    assert update_bytes(full, task) - update_bytes(bare, task) == 4 * 1498 + len(table) - len("{}")
+    table = '{"statistics":{"g":{' + ",".join(f'"{n}":null' for n in gradient) + "}}}"
+    # a byte of names goes with the parameters
+    assert (
+        update_bytes(full, task) - update_bytes(bare, task) == 4 * 1498 + len(table) - len("{}") - 1
+    )
 
 
 @pytest.mark.parametrize("value_dtype", DTYPES)

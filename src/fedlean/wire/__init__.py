@@ -2,11 +2,14 @@
 
 A message is a fixed header (`header.py`), a small canonical JSON part (`fields.py`) and a payload:
 
-    task      [spec] [extras] [masks] names of the tensors carried, their values
+    task      [spec] [extras] [masks] names of the tensors carried, their values, arrays
     update           [extras] [masks] names of the tensors carried, their values, statistics
 
 A section in brackets is there if its flag is set: a spec or pattern travels only when the receiver
-does not hold its hash, extras (frozen, index, output module) only when they differ from the task's.
+does not hold its hash (a random pattern as the seed and counts that it was drawn from), extras
+(frozen, index, output module) only when they differ from the task's.
+An update of statistics alone is small, so what goes without saying is left out of it: the names,
+"mean", and the weights worked on where they are those of the masks.
 Whatever the bytes, decoding gives a valid object or raises `WireError`; lengths are checked before
 anything is allocated.  This package knows no transport and does not judge what a client claims
 (counts, accuracies): the runtime does.
@@ -23,6 +26,7 @@ from fedlean.wire.pattern import pattern_payload_bytes as pattern_payload_bytes
 from fedlean.wire.receiving import DEFAULT_LIMIT_BYTES as DEFAULT_LIMIT_BYTES
 from fedlean.wire.receiving import decode_task as decode_task
 from fedlean.wire.receiving import decode_update as decode_update
+from fedlean.wire.scaled_int8 import round_int8 as round_int8
 from fedlean.wire.sending import Known as Known
 from fedlean.wire.sending import encode_task as encode_task
 from fedlean.wire.sending import encode_update as encode_update

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from math import isfinite
+from types import MappingProxyType
 from typing import Any, get_args
 
 from fedlean.core import Reduction, Scalar, Work
@@ -23,14 +24,19 @@ TensorForm = tuple[str, tuple[int, ...] | None]
 Table = Mapping[str, tuple[Reduction, Mapping[str, TensorForm]]]
 STATISTIC_DTYPES = {"f4": "<f4", "f8": "<f8", "i4": "<i4", "i8": "<i8", "b1": "?"}
 BFLOAT16 = "bf"  # float32 whose values all have 16 bits only: their upper halves travel
+FLOAT16 = "f2"  # float32 whose values are all of float16
+SCALED = "q1"  # float32 that are steps of one scale: the scale and an int8 each
 _MAX_WORKS = 256  # stretches of one task: each is priced
 SPARSE = "s"  # behind either code of float32: a pattern and the values that are not 0
-STATISTIC_CODES = frozenset({*STATISTIC_DTYPES, BFLOAT16, "f4" + SPARSE, BFLOAT16 + SPARSE})
+STATISTIC_CODES = frozenset(
+    {*STATISTIC_DTYPES, BFLOAT16, FLOAT16, SCALED, "f4" + SPARSE, BFLOAT16 + SPARSE}
+)
 _MAX_AXES = 8
 _MAX_ELEMENTS = 1 << 31
 
 # Numbers of a `Work` in the order in which they are written, with their defaults.  A new one joins
 # at the end, so that what was written before it can still be read.
+AS_MASKED: Mapping[str, int] = MappingProxyType({})  # as many as the sub-model's masks keep
 _WORK: dict[str, int] = {f.name: f.default for f in fields(Work) if isinstance(f.default, int)}
 
 
@@ -38,6 +44,7 @@ _WORK: dict[str, int] = {f.name: f.default for f in fields(Work) if isinstance(f
 class TaskFields:
     phase: str
     hparams: Mapping[str, Scalar]
+    arrays: Mapping[str, Mapping[str, TensorForm]]
     output_module: str | None
 
 
@@ -84,11 +91,16 @@ def load_canonical(raw: bytes) -> dict[str, Any]:
 
 
 def read_task(document: dict[str, Any]) -> TaskFields:
-    _only(document, {"phase", "hparams", "output_module"}, "task")
+    _only(document, {"phase", "hparams", "arrays", "output_module"}, "task")
     hparams = _object(document.get("hparams", {}), "hparams")
+    arrays = _object(document.get("arrays", {}), "arrays")
     return TaskFields(
         phase=_text(document.get("phase", ""), "phase"),
         hparams={key: _scalar(value, f"hparam {key!r}") for key, value in hparams.items()},
+        arrays={
+            key: _read_forms(_object(forms, f"arrays {key!r}"), key)
+            for key, forms in arrays.items()
+        },
         output_module=_output_module(document),
     )
 
@@ -108,6 +120,8 @@ def read_update(document: dict[str, Any]) -> UpdateFields:
 def write_work(work: Work) -> list[Any]:
     """The numbers in their order without the defaults at the end, then `kept` unless empty.
 
+    An empty object stands for `AS_MASKED`.
+
     >>> write_work(Work(steps=5, batch_size=20, kept={"fc.weight": 48}))
     [5, 20, {'fc.weight': 48}]
     """
@@ -115,7 +129,7 @@ def write_work(work: Work) -> list[Any]:
     defaults = list(_WORK.values())
     while values and values[-1] == defaults[len(values) - 1]:
         values.pop()
-    return [*values, dict(work.kept)] if work.kept else values
+    return [*values, dict(work.kept)] if work.kept or work.kept is AS_MASKED else values
 
 
 def check_kept(works: tuple[Work, ...], spec: ModelSpec) -> None:
@@ -126,9 +140,19 @@ def check_kept(works: tuple[Work, ...], spec: ModelSpec) -> None:
                 raise WireError(f"work.kept: {_short(name)} names no tensor of the spec")
 
 
-def write_statistic(reduction: str, forms: Mapping[str, TensorForm]) -> list[Any]:
-    """The inverse of `_read_statistic`; null stands for float32 in the tensor's own shape."""
-    return [reduction, {name: _write_form(*form) for name, form in forms.items()}]
+def write_statistic(
+    reduction: str, forms: Mapping[str, TensorForm], *, short: bool = False
+) -> list[Any] | dict[str, Any]:
+    """The inverse of `_read_statistic`; null stands for float32 in the tensor's own shape.
+
+    `short` leaves out "mean".
+    """
+    tensors = write_forms(forms)
+    return tensors if short and reduction == "mean" else [reduction, tensors]
+
+
+def write_forms(forms: Mapping[str, TensorForm]) -> dict[str, Any]:
+    return {name: _write_form(*form) for name, form in forms.items()}
 
 
 def _write_form(dtype: str, shape: tuple[int, ...] | None) -> list[Any] | None:
@@ -146,7 +170,7 @@ def _read_works(entries: list[Any]) -> tuple[Work, ...]:
 def _read_work(entry: Any) -> Work:
     match entry:
         case [*values, dict(kept)]:
-            pass
+            kept = kept or AS_MASKED
         case [*values]:
             kept = {}
         case _:
@@ -156,20 +180,26 @@ def _read_work(entry: Any) -> Work:
     counts = {
         name: _count(value, f"work.{name}") for name, value in zip(_WORK, values, strict=False)
     }
-    return Work(
-        **counts, kept={name: _count(value, f"work.kept {name!r}") for name, value in kept.items()}
-    )
+    if kept is not AS_MASKED:
+        kept = {name: _count(value, f"work.kept {name!r}") for name, value in kept.items()}
+    return Work(**counts, kept=kept)
 
 
 def _read_statistic(entry: Any, name: str) -> tuple[Reduction, Mapping[str, TensorForm]]:
     match entry:
+        case dict(tensors):
+            reduction = "mean"
         case [reduction, dict(tensors)]:
             pass
         case _:
             raise WireError(f"statistic {name!r}: expected [reduction, tensors]")
     if reduction not in get_args(Reduction):
         raise WireError(f"statistic {name!r}: unknown reduction {reduction!r}")
-    return reduction, {key: _read_form(form, f"{name}.{key}") for key, form in tensors.items()}
+    return reduction, _read_forms(tensors, name)
+
+
+def _read_forms(tensors: Mapping[str, Any], name: str) -> dict[str, TensorForm]:
+    return {key: _read_form(form, f"{name}.{key}") for key, form in tensors.items()}
 
 
 def _read_form(form: Any, what: str) -> TensorForm:

@@ -12,12 +12,14 @@ MAGIC = b"FdLn"
 VERSION = 1
 TASK, UPDATE = 1, 2
 SPEC, PATTERN, EXTRAS = 1, 2, 4  # flags: which optional sections the payload opens with
+BARE = 8  # flag: no parameters, not even the bits that say which
+DRAWN = 16  # flag, beside PATTERN: seed and counts of random masks in their place
 
 # magic, version, kind, flags, value dtype, round, client, seed, examples, spec, pattern, lengths
 _LAYOUT = struct.Struct("<4sBBBBIQQQ16s16sIQ")
 HEADER_BYTES = _LAYOUT.size
 _KINDS = {TASK: "task", UPDATE: "update"}
-_FLAGS = {TASK: SPEC | PATTERN | EXTRAS, UPDATE: PATTERN | EXTRAS}
+_FLAGS = {TASK: SPEC | PATTERN | EXTRAS | DRAWN, UPDATE: PATTERN | EXTRAS | BARE}
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedlean.core import ClientTask, ClientUpdate, Masks, SubModel
+from fedlean.core import ClientTask, ClientUpdate, Masks, SubModel, Work
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
+from fedlean.tree import kept_counts
 from fedlean.wire.errors import UnknownPattern, UnknownSpec, WireError
-from fedlean.wire.fields import MAX_JSON_BYTES, check_kept, load_canonical, read_task, read_update
-from fedlean.wire.header import EXTRAS, PATTERN, SPEC, TASK, UPDATE, Header, read_header
+from fedlean.wire.fields import (
+    AS_MASKED,
+    MAX_JSON_BYTES,
+    Table,
+    check_kept,
+    load_canonical,
+    read_task,
+    read_update,
+)
+from fedlean.wire.header import (
+    BARE,
+    DRAWN,
+    EXTRAS,
+    PATTERN,
+    SPEC,
+    TASK,
+    UPDATE,
+    Header,
+    read_header,
+)
 from fedlean.wire.pattern import NO_PATTERN, check_masks, pattern_hash
 from fedlean.wire.reader import Reader
 from fedlean.wire.sections import (
+    decode_drawn,
     decode_extras,
     decode_masks,
     decode_names,
@@ -51,7 +72,9 @@ def decode_task(
         raise WireError(f"a task has no examples, the header says {header.num_examples}")
     spec = _spec(reader, header, specs)
     sub_model = _sub_model(reader, header, spec, fields.output_module, _WHOLE, patterns)
-    params, _ = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
+    params, shapes = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
+    table: Table = {key: ("mean", forms) for key, forms in fields.arrays.items()}
+    arrays = decode_statistics(reader, table, shapes, allow_nonfinite)
     reader.finish()
     return ClientTask(
         round=header.round,
@@ -62,6 +85,7 @@ def decode_task(
         params=params,
         sub_model=sub_model,
         hparams=fields.hparams,
+        arrays={key: one.tensors for key, one in arrays.items()},
     )
 
 
@@ -93,7 +117,7 @@ def decode_update(
         sub_model=sub_model,
         statistics=statistics,
         metrics=fields.metrics,
-        work=fields.work,
+        work=tuple(_with_kept(work, sub_model.masks) for work in fields.work),
     )
 
 
@@ -149,8 +173,13 @@ def _masks(
     patterns: Mapping[str, Masks],
 ) -> Masks:
     claimed = header.pattern.hex()
+    if header.flags & DRAWN and not header.flags & PATTERN:
+        raise WireError("the flag of random masks comes without that of a pattern")
     if header.flags & PATTERN:
-        masks = decode_masks(reader, spec, shapes)
+        drawn = bool(header.flags & DRAWN)
+        if drawn and shapes != spec.tensor_shapes:
+            raise WireError("random masks are of a whole model, the task slices it")
+        masks = decode_drawn(reader, spec) if drawn else decode_masks(reader, spec, shapes)
         got = pattern_hash(masks)
         if not masks or got != claimed:
             raise WireError(f"the pattern received has hash {got}, the header says {claimed}")
@@ -174,11 +203,17 @@ def _params(
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Shape]]:
     """The tensors carried, and the shapes in which all tensors travel."""
     shapes = sliced_shapes(spec, sub_model.index)
+    if header.flags & BARE:
+        return {}, shapes
     carried = {name: shapes[name] for name in decode_names(reader, spec, "params")}
     value_dtype = dtype_of(header.value_dtype)
     masks = sub_model.masks
     params = decode_params(reader, carried, masks, value_dtype, allow_nonfinite, packed)
     return params, shapes
+
+
+def _with_kept(work: Work, masks: Masks) -> Work:
+    return replace(work, kept=kept_counts(masks)) if work.kept is AS_MASKED else work
 
 
 def _check_answers(header: Header, task: ClientTask) -> None:

@@ -4,17 +4,21 @@ names    one bit per tensor of the spec, in its order, in ceil(tensors / 8) byte
 spec     u32 length, canonical JSON
 extras   names of the frozen, names of the sliced, then per sliced tensor the ids of each axis
 masks    names of the masked, then their patterns
+drawn    names of the masked, u64 seed, u32 kept coordinates of each
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import prod
 
 import numpy as np
 
 from fedlean.core import Masks
 from fedlean.layers import Shape
+from fedlean.patterns.shuffled import shuffled_masks
 from fedlean.spec import ModelSpec
+from fedlean.tree import kept_counts
 from fedlean.wire.errors import WireError
 from fedlean.wire.fields import MAX_JSON_BYTES, dump, load
 from fedlean.wire.pattern import decode_ids, decode_mask, encode_ids, encode_mask
@@ -121,6 +125,32 @@ def decode_extras(
 def encode_masks(masks: Masks, spec: ModelSpec) -> list[bytes]:
     names = encode_names(masks, spec, "masks")
     return [names, *(encode_mask(masks[n]) for n in spec.tensor_shapes if n in masks)]
+
+
+def encode_drawn(masks: Masks, seed: int, spec: ModelSpec) -> list[bytes]:
+    if not 0 <= seed < 1 << 64:
+        raise WireError(f"mask_seed must be in [0, 2^64), got {seed}")
+    counts = kept_counts(masks)
+    numbers = [counts[name].to_bytes(4, "little") for name in spec.tensor_shapes if name in masks]
+    return [encode_names(masks, spec, "masks"), seed.to_bytes(8, "little"), *numbers]
+
+
+def drawn_bytes(masks: Masks, spec: ModelSpec) -> int:
+    return names_bytes(spec) + 8 + 4 * len(masks)
+
+
+def decode_drawn(reader: Reader, spec: ModelSpec) -> Masks:
+    """bool arrays in the spec's shapes."""
+    names = decode_names(reader, spec, "masks")
+    seed = int.from_bytes(reader.take(8, "the masks' seed"), "little")
+    counts = {name: reader.u32(f"the kept coordinates of {name!r}") for name in names}
+    sizes = [prod(spec.tensor_shapes[name]) for name in names]
+    # the masks, and the random words of the largest of them, of which a selection makes copies
+    reader.reserve(sum(sizes) + 3 * 8 * max(sizes, default=0), "the masks' seed and counts")
+    try:
+        return shuffled_masks(spec, counts, seed)
+    except ValueError as error:
+        raise WireError(f"random masks: {error}") from None
 
 
 def decode_masks(

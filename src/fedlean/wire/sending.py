@@ -8,20 +8,36 @@ from typing import Any
 
 import numpy as np
 
-from fedlean.core import ClientTask, ClientUpdate, Params, Statistic, SubModel
+from fedlean.core import ClientTask, ClientUpdate, Masks, Params, Statistic, SubModel, Work
 from fedlean.spec import ModelSpec
+from fedlean.tree import kept_counts
 from fedlean.wire.errors import WireError
 from fedlean.wire.fields import (
+    AS_MASKED,
+    TensorForm,
     check_kept,
     dump,
     read_task,
     read_update,
+    write_forms,
     write_statistic,
     write_work,
 )
-from fedlean.wire.header import EXTRAS, HEADER_BYTES, PATTERN, SPEC, TASK, UPDATE, Header
+from fedlean.wire.header import (
+    BARE,
+    DRAWN,
+    EXTRAS,
+    HEADER_BYTES,
+    PATTERN,
+    SPEC,
+    TASK,
+    UPDATE,
+    Header,
+)
 from fedlean.wire.pattern import NO_PATTERN, check_masks, pattern_hash, pattern_payload_bytes
 from fedlean.wire.sections import (
+    drawn_bytes,
+    encode_drawn,
     encode_extras,
     encode_masks,
     encode_names,
@@ -108,11 +124,22 @@ class _Draft:
     def _sends_masks(self) -> bool:
         return bool(self.header.flags & PATTERN)
 
+    @property
+    def _draws_masks(self) -> bool:
+        return bool(self.header.flags & DRAWN)
+
+    @property
+    def _bare(self) -> bool:
+        return bool(self.header.flags & BARE)
+
     def num_bytes(self) -> int:
         shapes = sliced_shapes(self.spec, self.sub_model.index)
         carried = {name: shapes[name] for name in self.params}
-        size = HEADER_BYTES + len(self.text) + len(self.opening) + names_bytes(self.spec)
-        if self._sends_masks:
+        size = HEADER_BYTES + len(self.text) + len(self.opening)
+        size += 0 if self._bare else names_bytes(self.spec)
+        if self._draws_masks:
+            size += drawn_bytes(self.sub_model.masks, self.spec)
+        elif self._sends_masks:
             size += names_bytes(self.spec) + pattern_payload_bytes(self.sub_model.masks)
         size += values_bytes(carried, self.sub_model.masks, self.value_dtype)
         return size + statistics_bytes(self.statistics)
@@ -122,13 +149,19 @@ class _Draft:
         carried = [name for name in self.spec.tensor_shapes if name in self.params]
         payload = [
             self.opening,
-            *(encode_masks(masks, self.spec) if self._sends_masks else ()),
-            encode_names(self.params, self.spec, "params"),
+            *self._pattern(),
+            b"" if self._bare else encode_names(self.params, self.spec, "params"),
             *encode_params(self.params, carried, masks, self.value_dtype),
             *encode_statistics(self.statistics),
         ]
         header = replace(self.header, payload_bytes=sum(map(len, payload)))
         return b"".join([header.pack(), self.text, *payload])
+
+    def _pattern(self) -> list[bytes]:
+        sub_model = self.sub_model
+        if self._draws_masks and sub_model.mask_seed is not None:
+            return encode_drawn(sub_model.masks, sub_model.mask_seed, self.spec)
+        return encode_masks(sub_model.masks, self.spec) if self._sends_masks else []
 
 
 def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Draft:
@@ -136,9 +169,16 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
     pattern = pattern_hash(sub_model.masks)
     flags = 0 if spec.hash in known.specs else SPEC
     flags |= 0 if pattern == NO_PATTERN or pattern in known.patterns else PATTERN
+    flags |= DRAWN if flags & PATTERN and _better_drawn(sub_model, spec) else 0
     flags |= EXTRAS if _extras_differ(sub_model, _WHOLE) else 0
+    arrays = {key: Statistic(tensors, "mean") for key, tensors in task.arrays.items()}
     document = _nonempty(
-        phase=task.phase, hparams=dict(task.hparams), output_module=sub_model.output_module
+        phase=task.phase,
+        hparams=dict(task.hparams),
+        arrays={
+            key: write_forms(_forms(one, key, task.spec, sub_model)) for key, one in arrays.items()
+        },
+        output_module=sub_model.output_module,
     )
     read_task(document)
     text = dump(document)
@@ -150,6 +190,7 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
         params=task.params,
         sub_model=sub_model,
         value_dtype=value_dtype,
+        statistics=arrays,
     )
 
 
@@ -161,10 +202,19 @@ def _draft_update(update: ClientUpdate, task: ClientTask, value_dtype: ValueDtyp
     same = sub_model.masks is old.masks or pattern == pattern_hash(old.masks)
     flags = 0 if same or pattern == NO_PATTERN else PATTERN
     flags |= EXTRAS if _extras_differ(sub_model, old) else 0
+    flags |= BARE if update.statistics and not update.params else 0
+    works = update.work
+    if flags & BARE:
+        works = tuple(_as_masked(work, sub_model.masks) for work in works)
     document = _nonempty(
         metrics=dict(update.metrics),
-        work=[write_work(work) for work in update.work],
-        statistics=_statistics_table(update, task.spec),
+        work=[write_work(work) for work in works],
+        statistics={
+            key: write_statistic(
+                one.reduction, _forms(one, key, task.spec, sub_model), short=bool(flags & BARE)
+            )
+            for key, one in update.statistics.items()
+        },
         output_module=sub_model.output_module if flags & EXTRAS else None,
     )
     check_kept(read_update(document).work, task.spec)
@@ -212,6 +262,14 @@ def _opening(flags: int, spec: ModelSpec, sub_model: SubModel) -> bytes:
     return sent
 
 
+def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:
+    """Whether seed and counts are what makes the masks, and shorter than they."""
+    if sub_model.mask_seed is None or sub_model.index:
+        return False
+    whole = names_bytes(spec) + pattern_payload_bytes(sub_model.masks)
+    return drawn_bytes(sub_model.masks, spec) < whole
+
+
 def _extras_differ(new: SubModel, old: SubModel) -> bool:
     """Whether anything but the masks does."""
     if new is old:
@@ -231,18 +289,18 @@ def _same_index(
     )
 
 
-def _statistics_table(update: ClientUpdate, spec: ModelSpec) -> dict[str, Any]:
-    shapes = sliced_shapes(spec, update.sub_model.index)
+def _forms(
+    statistic: Statistic, key: str, spec: ModelSpec, sub_model: SubModel
+) -> dict[str, TensorForm]:
+    shapes = sliced_shapes(spec, sub_model.index)
     return {
-        key: write_statistic(
-            one.reduction,
-            {
-                name: tensor_form(array, shapes.get(name), f"{key}.{name}")
-                for name, array in one.tensors.items()
-            },
-        )
-        for key, one in update.statistics.items()
+        name: tensor_form(array, shapes.get(name), f"{key}.{name}")
+        for name, array in statistic.tensors.items()
     }
+
+
+def _as_masked(work: Work, masks: Masks) -> Work:
+    return replace(work, kept=AS_MASKED) if masks and work.kept == kept_counts(masks) else work
 
 
 def _nonempty(**document: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Arrays beside the parameters, bit for bit; bool arrays as patterns.
 
-float32 arrays take as little as they need without loss: two bytes a value where all are bfloat16,
-as a sender may have rounded them, and a pattern with the values that are not 0 where that is less.
+float32 arrays take as little as they need without loss: two bytes a value where all are bfloat16
+or float16, one where all are steps of a scale, as a sender may have rounded them, and a pattern
+with the values that are not 0 where that is less.
 They are written in the order of their names; the table in the JSON part says what they are.
 """
 
@@ -16,12 +17,22 @@ from fedlean.core import Statistic
 from fedlean.layers import Shape
 from fedlean.wire.bfloat16 import fits_bfloat16, from_halves, to_halves
 from fedlean.wire.errors import WireError
-from fedlean.wire.fields import BFLOAT16, SPARSE, STATISTIC_DTYPES, Table, TensorForm
+from fedlean.wire.fields import (
+    BFLOAT16,
+    FLOAT16,
+    SCALED,
+    SPARSE,
+    STATISTIC_DTYPES,
+    Table,
+    TensorForm,
+)
 from fedlean.wire.pattern import decode_mask, encode_mask, mask_bytes
 from fedlean.wire.reader import Reader
+from fedlean.wire.scaled_int8 import SCALE_BYTES, fits_int8, from_int8, to_int8
 from fedlean.wire.values import check_finite, raw_bytes
 
 _CODES = {np.dtype(form): code for code, form in STATISTIC_DTYPES.items()}
+_NARROW = {BFLOAT16: "<u2", FLOAT16: "<f2", SCALED: "<i1"}  # codes of float32 in fewer bytes
 
 
 def tensor_form(array: np.ndarray, own: Shape | None, what: str) -> TensorForm:
@@ -64,14 +75,28 @@ def _code(array: np.ndarray) -> str:
     """The shortest form."""
     if array.dtype != np.float32:
         return _CODES[array.dtype]
+    if fits_int8(array):
+        return SCALED
     code = BFLOAT16 if fits_bfloat16(array) else "f4"
-    item, sent = _item_bytes(code), _not_zero(array)
+    if code == "f4" and _fits_float16(array):
+        return FLOAT16
+    item, sent = _item_dtype(code).itemsize, _not_zero(array)
     pruned = sent.size - int(np.count_nonzero(sent))
     return code + SPARSE if item * pruned > mask_bytes(sent) else code
 
 
-def _item_bytes(code: str) -> int:
-    return 2 if code.startswith(BFLOAT16) else np.dtype(STATISTIC_DTYPES[code[:2]]).itemsize
+def _fits_float16(array: np.ndarray) -> bool:
+    """Whether every value of a float32 array is a float16, and there is one."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    if not array.size or int(np.bitwise_or.reduce(bits, axis=None)) & 0x1FFF:
+        return False
+    with np.errstate(over="ignore"):
+        again = np.ascontiguousarray(array).astype("<f2").astype(np.float32)
+    return np.array_equal(again.view(np.uint32), bits)
+
+
+def _item_dtype(code: str) -> np.dtype:
+    return np.dtype(_NARROW.get(code[:2]) or STATISTIC_DTYPES[code[:2]])
 
 
 def _not_zero(array: np.ndarray) -> np.ndarray:
@@ -83,16 +108,20 @@ def _num_bytes(array: np.ndarray) -> int:
     if array.dtype == np.bool_:
         return mask_bytes(array)
     code = _code(array)
+    item = _item_dtype(code).itemsize
     if not code.endswith(SPARSE):
-        return _item_bytes(code) * array.size
+        return item * array.size + (SCALE_BYTES if code == SCALED else 0)
     sent = _not_zero(array)
-    return mask_bytes(sent) + _item_bytes(code) * int(np.count_nonzero(sent))
+    return mask_bytes(sent) + item * int(np.count_nonzero(sent))
 
 
 def _encode(array: np.ndarray) -> list[bytes | memoryview]:
     if array.dtype == np.bool_:
         return [encode_mask(array)]
     code = _code(array)
+    if code == SCALED:
+        scale, steps = to_int8(array)
+        return [scale.astype("<f4").tobytes(), raw_bytes(steps, "<i1")]
     if not code.endswith(SPARSE):
         return [_values(array, code)]
     sent = _not_zero(array)
@@ -102,7 +131,7 @@ def _encode(array: np.ndarray) -> list[bytes | memoryview]:
 def _values(array: np.ndarray, code: str) -> memoryview:
     if code.startswith(BFLOAT16):
         return raw_bytes(to_halves(array), "<u2")
-    return raw_bytes(array, STATISTIC_DTYPES[code[:2]])
+    return raw_bytes(array, _item_dtype(code).str)
 
 
 def _decode(
@@ -129,9 +158,18 @@ def _decode(
 
 def _read_values(reader: Reader, count: int, code: str, what: str) -> np.ndarray:
     """(count,), a copy: what lies in the message is neither aligned nor ours."""
-    halves = code.startswith(BFLOAT16)
-    dtype = np.dtype("<u2" if halves else STATISTIC_DTYPES[code[:2]])
+    dtype, narrow = _item_dtype(code), code[:2] in _NARROW
+    scale = np.float32(1)
+    if code == SCALED:
+        scale = np.frombuffer(reader.take(SCALE_BYTES, f"statistic {what!r}"), "<f4")[0]
+        if not 0 <= scale < np.inf:
+            raise WireError(f"statistic {what!r} has the scale {scale}, expected a number >= 0")
     raw = reader.take(dtype.itemsize * count, f"statistic {what!r}")
-    reader.reserve(2 * len(raw) if halves else len(raw), f"statistic {what!r}")
+    reader.reserve(4 * count if narrow else len(raw), f"statistic {what!r}")
     array = np.frombuffer(raw, dtype)
-    return from_halves(array) if halves else array.astype(dtype.newbyteorder("="))
+    if code == SCALED:
+        with np.errstate(over="ignore"):  # the caller looks for what this hides
+            return from_int8(np.float32(scale), array)
+    if code.startswith(BFLOAT16):
+        return from_halves(array)
+    return array.astype(np.float32 if narrow else dtype.newbyteorder("="))
