@@ -15,6 +15,12 @@ from fedlean.spec import ModelSpec
 # Every model of the catalogue: input, classes, parameters counted by hand.
 MODELS = {
     "lenet300": ((1, 28, 28), 10, 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10),
+    "mlp": ((1, 8, 8), 10, 64 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10),
+    "mlp_40_20": ((1, 8, 8), 10, 64 * 40 + 40 + 40 * 20 + 20 + 20 * 10 + 10),
+    "mlp_13_7": ((1, 8, 8), 10, 64 * 13 + 13 + 13 * 7 + 7 + 7 * 10 + 10),
+    # convolutions 200 + 8 and 3,200 + 16 with norms 2 * (8 + 16); 400-120-84-10
+    "lenet5": ((1, 28, 28), 10, 3_472 + 400 * 120 + 120 + 120 * 84 + 84 + 85 * 10),
+    "lenet5_small": ((1, 28, 28), 10, 936 + 200 * 48 + 48 + 48 * 32 + 32 + 33 * 10),
     "conv2": ((1, 28, 28), 62, 6_603_710),  # PruneFL: 52,096 + 6,551,614
     "vgg11": (
         (3, 32, 32),
@@ -108,6 +114,9 @@ def test_resnet_norm():
         resnet8((3, 32, 32), 10, norm="layer")  # type: ignore[arg-type]
 
 
+VECTORS = {"lenet300", "mlp", "mlp_40_20", "mlp_13_7"}  # read them, too
+
+
 @pytest.mark.parametrize("classes", [1, 0, -3, True, 2.0, "10"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_classes(name: str, classes: object):
@@ -115,7 +124,7 @@ def test_bad_classes(name: str, classes: object):
         catalog.build(name, MODELS[name][0], classes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"lenet300"}))
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - VECTORS))
 def test_models_for_images_say_so(name: str):
     with pytest.raises(ValueError, match=rf"{name} reads images.*got \(784,\)"):
         catalog.build(name, (784,), 10)
@@ -139,7 +148,7 @@ def test_unknown_names_propose_the_nearest():
         catalog.build("resnet34", (3, 32, 32), 10)
     with pytest.raises(ValueError, match="'Conv-2': did you mean conv2"):
         catalog.build("Conv-2", (3, 32, 32), 10)
-    with pytest.raises(ValueError, match="there are conv2, lenet300, mobilenetv3_small, resnet18"):
+    with pytest.raises(ValueError, match="there are conv2, lenet300, lenet5, lenet5_small, mlp, "):
         catalog.build("zzz", (3, 32, 32), 10)
 
 

@@ -17,6 +17,7 @@ from fedlean.runtime.run import RunConfig, start
 METHODS = {
     "fedavg": {"local_steps": 2},
     "prunefl": {"local_steps": 2, "reconfigure_every": 2, "initial_max_passes": 4},
+    "ntk_zo": {"directions": 8, "prune_steps": 2, "scalars": "int8", "download": "scalars"},
 }
 ROUNDS = 4
 
