@@ -27,7 +27,8 @@ def groups_of(path: Path) -> dict[str, dict[str, RunConfig]]:
     return getattr(module, "GROUPS", None) or {"all": module.RUNS}
 
 
-GREY = {"conv2", "lenet300"}  # models whose recipes read 28 x 28 pixels; the others 3 x 32 x 32
+# models whose recipes read 28 x 28 pixels; the others 3 x 32 x 32
+GREY = {"conv2", "lenet300", "lenet5", "mlp"}
 
 
 def small_set(tmp_path: Path, model: str) -> Path:
@@ -61,10 +62,13 @@ def test_settings_exist(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
     (runs, *_) = groups_of(path).values()
-    data = small_set(tmp_path, runs["fedavg"].model)
+    first, second, *_ = runs  # the baseline and what the experiment is about
+    data = small_set(tmp_path, runs[first].model)
     folders = []
-    for name in ("fedavg", "prunefl"):
-        settings = {**runs[name].settings, "local_steps": 1, "cohort": 2}
+    for name in (first, second):
+        settings = {**runs[name].settings, "cohort": 2}
+        if "local_steps" in settings:
+            settings["local_steps"] = 1
         if name == "prunefl":
             settings |= {"initial_max_passes": 1, "initial_passes": 1}
         config = replace(
@@ -121,6 +125,24 @@ def test_card_table_by_hand():
     assert other.startswith("| b | 50 s (round 3), **2.00×** | 2.0 s, **0.50×** | not reached | – ")
     assert here.startswith("| c | (round 3) | 0.5 s, **2.00×** | not reached | – | – | – | 12 ms ")
     assert heads.count("|") == base.count("|") == other.count("|") == here.count("|")
+
+
+def test_seeds_table_by_hand():
+    def run(end: float, round: int | None) -> dict:
+        return {
+            "density": 0.2,
+            "time_to_accuracy": {"0.9": {"round": round} if round else None},
+            "final_accuracy": end,
+            "uplink_bytes": 12_300,
+            "downlink_bytes": 4_560_000,
+            "flops_per_client": 7.89e9,
+            "median_round_memory_bytes": 1e6,
+        }
+
+    _, _, line = recipe.seeds_table([{"a": run(0.95, 7)}, {"a": run(0.85, None)}]).splitlines()
+    assert line == (
+        "| a | 20.0% | 7 / – | 95.0 / 85.0% | 90.0% | 12.3 kB | 4.56 MB | 7.89 GFLOP | 1.00 MB |"
+    )
 
 
 def test_layer_table_by_hand(tmp_path):

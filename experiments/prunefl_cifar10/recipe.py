@@ -19,7 +19,7 @@ PAPER = {
 }
 # From PyTorch's first weights the loss stays at ln 10 for hundreds of rounds (there are no norms),
 # and with He's the paper's learning rate diverges.
-SHORT = {"lr": 0.02, "local_steps": 5, "batch_size": 20, "cohort": 5}
+SHORT = {"lr": 0.02, "local_steps": 5, "batch_size": 20, "cohort": 2}
 
 
 def runs(rounds: int, every: int, init: str, common: dict) -> dict[str, RunConfig]:
@@ -33,8 +33,8 @@ def runs(rounds: int, every: int, init: str, common: dict) -> dict[str, RunConfi
             rounds=rounds,
             device="raspberry_pi_4",
             target_accuracy=TARGETS,
-            eval_every=5,
-            eval_examples=2000,
+            eval_every=10,
+            eval_examples=1000,
             settings=settings,
         )
 
@@ -43,7 +43,7 @@ def runs(rounds: int, every: int, init: str, common: dict) -> dict[str, RunConfi
 
 
 GROUPS = {
-    "short": runs(200, 10, "he", SHORT),
+    "short": runs(600, 15, "he", SHORT),
     "paper": runs(10_000, 50, "pytorch", PAPER),
 }
 

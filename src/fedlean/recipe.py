@@ -20,11 +20,13 @@ from fedlean.cost.profile import load_profile, to_document
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
+from fedlean.report.units import human
 from fedlean.runtime.method import Settings
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import RunConfig, read_config, resume, start
 
 SMOKE_ROUNDS = 3
+_TARGETS = "time_to_accuracy"
 SMOKE_EXAMPLES = 500
 REPORTED = (
     "final_accuracy",
@@ -41,14 +43,25 @@ REPORTED = (
 )
 
 
-def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> None:
+def main(
+    groups: Mapping[str, Mapping[str, RunConfig]],
+    *,
+    default_out: str,
+    default_data: str | None = None,
+) -> None:
     """Command line of a recipe: each group of runs is compared, its first run the baseline.
 
-    Results go to OUT/<group>/seed<S>/<run>; what is there already is not run again.
+    Results go to OUT/<group>/seed<S>/<run>; what is there already is not run again.  Without
+    --data, `default_data` is read.
     """
     names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
     parser = argparse.ArgumentParser(description=f"Runs {', '.join(names)} and compares them.")
-    parser.add_argument("--data", required=True, help="folder of the data set")
+    parser.add_argument(
+        "--data",
+        required=default_data is None,
+        default=default_data,
+        help="folder of the data set",
+    )
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--groups", nargs="+", choices=list(groups), default=list(groups))
@@ -62,6 +75,7 @@ def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> 
     arguments = parser.parse_args()
     here = unlinked(arguments.here, arguments.out) if arguments.here else None
     for group in arguments.groups:
+        seeds: list[dict[str, dict[str, Any]]] = []
         runs = {name: run for name, run in groups[group].items() if name in arguments.only}
         if here and "prunefl" in runs:
             runs["prunefl_here"] = replace(runs["prunefl"], device=here)
@@ -74,6 +88,8 @@ def main(groups: Mapping[str, Mapping[str, RunConfig]], *, default_out: str) -> 
                     config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
                 run_once(config, folder / name)
             compare([folder / name for name in runs], folder)
+            seeds.append({name: reported(folder / name) for name in runs})
+        (arguments.out / group / "seeds.md").write_text(seeds_table(seeds))
 
 
 def approaches(
@@ -208,6 +224,28 @@ def card_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for target in targets:
             line += _reached(run, baseline, target)
         lines.append(line + _totals(run, baseline))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def seeds_table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """Markdown: a row per run, its figures with each of the seeds, and the mean at the end."""
+    targets = [f"{float(target):.0%}" for target in next(iter(seeds[0].values()))[_TARGETS]]
+    heads = ["run", "density", *(f"rounds to {target}" for target in targets)]
+    heads += ["at the end", "mean", "bytes up, first seed", "down", "FLOPs per client", "memory"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, first in seeds[0].items():
+        runs = [run[name] for run in seeds]
+        line = [name, f"{first['density']:.1%}"]
+        for target in first[_TARGETS]:
+            reached = [run[_TARGETS].get(target) for run in runs]
+            line.append(" / ".join(str(one["round"]) if one else "–" for one in reached))
+        ends = [run["final_accuracy"] for run in runs]
+        line.append(" / ".join(f"{100 * end:.1f}" for end in ends) + "%")
+        line.append(f"{sum(ends) / len(ends):.1%}")
+        line += [human(first["uplink_bytes"], "bytes"), human(first["downlink_bytes"], "bytes")]
+        line.append(human(first["flops_per_client"], "flops"))
+        line.append(human(first["median_round_memory_bytes"], "bytes"))
+        lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
