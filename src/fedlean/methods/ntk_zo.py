@@ -1,7 +1,7 @@
 """Pruning by the neural tangent kernel before training, then training by forward passes alone.
 
-After Zhang et al., arXiv 2405.04765 (Journal of Systems Architecture 168, 2025): federated foresight
-pruning on the neural tangent kernel, then training without backpropagation.
+After Zhang et al., arXiv 2405.04765 (Journal of Systems Architecture 168, 2025): federated
+foresight pruning on the neural tangent kernel, then training without backpropagation.
 
 **A reconstruction.**  Of that paper we had the abstract and the methods that it builds on, not its
 body: NTK-SAP (Wang et al., ICLR 2023) for the masks, BAFFLE (Feng et al., arXiv 2301.12195) for the

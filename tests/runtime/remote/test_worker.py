@@ -19,6 +19,7 @@ from fedlean.models.conv2 import conv2
 from fedlean.models.initialise import init_params
 from fedlean.models.resnet import resnet8
 from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote import worker as worker_module
 from fedlean.runtime.remote.dispatch import _decoded
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.held import PATTERNS, RUNS, HeldPatterns, HeldStates, forget_old_runs
@@ -104,11 +105,23 @@ def test_a_task_for_another_client_is_refused(tmp_path):
 
 
 def test_an_oversized_message_is_refused_by_its_length(tmp_path):
-    """A third of what is free under the limit, and 64 KiB at least."""
+    """What is free under the limit, and 64 KiB at least."""
     small = worker(tmp_path, memory_limit_bytes=2000)
     spec = conv2((1, 8, 8), 3)
     answer = small.answer(letter(a_task(spec, init_params(spec, 0))))
     assert "the limit is 65536" in reason(answer)
+
+
+def test_a_message_is_measured_against_what_is_free(tmp_path, monkeypatch):
+    """It is in memory itself, as is the last task's session: one that fits beside them is taken."""
+    whole = letter(a_task())
+    limit = 4 * resident_bytes()
+    device = worker(tmp_path, memory_limit_bytes=limit)
+    monkeypatch.setattr(worker_module, "LIMIT_FLOOR_BYTES", 0)
+    monkeypatch.setattr(worker_module, "resident_bytes", lambda: limit - len(whole))
+    assert unseal(device.answer(whole), expected=(env.UPDATE,))
+    monkeypatch.setattr(worker_module, "resident_bytes", lambda: limit - len(whole) // 2)
+    assert f"the limit is {len(whole) // 2}" in reason(device.answer(whole))
 
 
 def test_what_is_not_held_is_said(tmp_path):

@@ -31,6 +31,7 @@ from fedlean.spec import ModelSpec
 
 log = logging.getLogger("fedlean")
 LIMIT_BYTES = 1 << 28  # of a message and of what it decodes into, where the operator says nothing
+LIMIT_FLOOR_BYTES = 1 << 16  # of the same, however little memory is left: it says why
 
 
 class Worker:
@@ -129,7 +130,7 @@ class Worker:
         return Envelope(env.UPDATE, reply, wire.encode_update(update, task))
 
     def _task(self, body: bytes | memoryview, run: _Run) -> ClientTask:
-        limit = message_limit_bytes(self._limit)
+        limit = _array_limit_bytes(self._limit)
         return wire.decode_task(body, run.specs, run.patterns, limit_bytes=limit, packed=True)
 
     def _open_run(self, run: str) -> _Run:
@@ -193,7 +194,14 @@ def message_limit_bytes(memory_limit_bytes: int | None) -> int:
     """Of a message: it is held as bytes, as arrays and in the session, a third each."""
     if memory_limit_bytes is None:
         return LIMIT_BYTES
-    return max(1 << 16, (memory_limit_bytes - resident_bytes()) // 3)
+    return max(LIMIT_FLOOR_BYTES, (memory_limit_bytes - resident_bytes()) // 3)
+
+
+def _array_limit_bytes(memory_limit_bytes: int | None) -> int:
+    """Of what a message decodes into: it is in memory already, and the engine checks its own."""
+    if memory_limit_bytes is None:
+        return LIMIT_BYTES
+    return max(LIMIT_FLOOR_BYTES, memory_limit_bytes - resident_bytes())
 
 
 class Refused(ValueError):
