@@ -13,7 +13,7 @@ from fedlean.runtime.run import RunConfig
 ROUNDS = 200
 TARGETS = (0.9, 0.95)
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.1"}
-BACKPROP = {"lr": 1.0, "local_steps": 1, "batch_size": 32}
+BACKPROP = {"lr": 0.7, "local_steps": 1, "batch_size": 32}
 FORWARD = {
     "directions": 50,
     "batch_size": 32,
