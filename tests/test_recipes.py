@@ -49,7 +49,7 @@ def small_set(tmp_path: Path, model: str) -> Path:
 
 def test_there_are_recipes_and_each_has_a_card():
     assert RECIPES
-    assert all((path.parent / "README.md").is_file() for path in RECIPES)
+    assert all((path.parent / "README.md").stat().st_size > 300 for path in RECIPES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
@@ -83,7 +83,9 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
         recipe.run_once(config, folders[-1])
         recipe.run_once(config, folders[-1])  # done: nothing happens
     recipe.compare(folders, tmp_path)
+    recipe.compare_seeds([tmp_path] * 2, [first, second], tmp_path)
     assert (tmp_path / "compare.html").stat().st_size > 10_000
+    assert f"| {second} |" in (tmp_path / "seeds.md").read_text()
     assert set(recipe.reported(folders[1])) > {"median_round_seconds", "density"}
 
 
@@ -163,6 +165,7 @@ def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     ran = {}
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))
     monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
+    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out: None)
     monkeypatch.chdir(tmp_path)
     here = tmp_path / "board.json"
     here.write_text(json.dumps(to_document(load_profile("generic"))))
@@ -177,6 +180,20 @@ def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     profile = load_profile(second.device)
     assert replace(profile, uplink_bytes_per_s=1.0).downlink_bytes_per_s >= 1e15
     assert profile.dense_flops_per_s == load_profile("generic").dense_flops_per_s
+
+
+def test_only_skips_groups_without_such_a_run(monkeypatch):
+    ran, compared, tables = [], [], []
+    monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.append(str(folder)))
+    monkeypatch.setattr(recipe, "compare", lambda folders, out: compared.append(str(out)))
+    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out: tables.append(names))
+    command = ["recipe", "--data", "set", "--only", "snip", "--seeds", "1", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    groups = {"iid": {"fedavg": RunConfig("fedavg")}, "own": {"snip": RunConfig("snip")}}
+    recipe.main(groups, default_out="out")
+    assert ran == ["out/own/seed1/snip", "out/own/seed2/snip"]
+    assert compared == ["out/own/seed1", "out/own/seed2"]
+    assert tables == [["snip"]]
 
 
 def test_a_recipe_that_names_no_engine_takes_the_run_of_any():

@@ -21,7 +21,7 @@ FORWARD = {
     "lr_half_life_rounds": 100.0,
     "ema": 0.9,
 }
-CRITERIA = ("ntk_shuffled", "node", "water_filling", "random", "synflow", "magnitude")
+CRITERIA = ("ntk_shuffled", "node_ntk", "node", "water_filling", "random", "synflow", "magnitude")
 SMALL = {0.2: "mlp_40_20", 0.05: "mlp_13_7"}
 
 

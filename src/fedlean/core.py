@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -97,6 +98,7 @@ class StatisticForm:
     shapes: Mapping[str, tuple[int, ...]]  # of each of its tensors
     reduction: Reduction = "mean"
     non_negative: bool = False
+    limit: float = inf  # of |value|: what no honest client computes
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,13 @@ def main(
     arguments = parser.parse_args()
     here = unlinked(arguments.here, arguments.out) if arguments.here else None
     for group in arguments.groups:
-        seeds: list[dict[str, dict[str, Any]]] = []
         runs = {name: run for name, run in groups[group].items() if name in arguments.only}
+        if not runs:  # --only names runs of other groups
+            continue
         if here and "prunefl" in runs:
             runs["prunefl_here"] = replace(runs["prunefl"], device=here)
-        for seed in arguments.seeds:
-            folder = arguments.out / group / f"seed{seed}"
+        folders = [arguments.out / group / f"seed{seed}" for seed in arguments.seeds]
+        for seed, folder in zip(arguments.seeds, folders, strict=True):
             for name, run in runs.items():
                 config = beside(folder, run)
                 config = replace(config, seed=seed, dataset=arguments.data)
@@ -88,8 +89,7 @@ def main(
                     config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
                 run_once(config, folder / name)
             compare([folder / name for name in runs], folder)
-            seeds.append({name: reported(folder / name) for name in runs})
-        (arguments.out / group / "seeds.md").write_text(seeds_table(seeds))
+        compare_seeds(folders, list(runs), arguments.out / group)
 
 
 def approaches(
@@ -172,6 +172,12 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     (out / "table.md").write_text(card_table(results))
     (out / "layers.md").write_text("\n".join(map(layer_table, folders)))
     Console().print(cost_table(loaded))
+
+
+def compare_seeds(folders: Sequence[Path], names: Sequence[str], out: Path) -> None:
+    """`seeds.md` in `out`: the runs `names`, which are in the folder of each seed."""
+    seeds = [{name: reported(folder / name) for name in names} for folder in folders]
+    (out / "seeds.md").write_text(seeds_table(seeds))
 
 
 def reported(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Scores and budgets are tested in tests/pruning, slopes, optimisers and replay in
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +125,34 @@ def test_scores_of_clients_add_up_to_those_of_their_pooled_data():
     expected = pooled.mean()["fc1.weight"].ravel()
     np.testing.assert_allclose(summed, expected, rtol=0, atol=1e-5 * abs(expected).max())
     assert num_kept(found.masks) == 420
+
+
+@pytest.mark.parametrize("criterion", ["ntk", "node"])
+def test_scoring_holds_a_micro_batch_at_once(criterion):
+    """Other memory, and what is charged for it, but the same scores."""
+    found = []
+    for micro_batch in (0, 3):
+        algorithm = ntk_zo(
+            server(),
+            **TRAIN,
+            **PRUNE,
+            scores="clients",
+            criterion=criterion,
+            micro_batch=micro_batch,
+        )
+        task = algorithm.configure(algorithm.init(params()), devices())[0]
+        sizes = []
+
+        def opened(spec, *rest, batch_size, sizes=sizes, **settings):
+            sizes.append(batch_size)
+            of = ENGINE.open_forward if criterion == "node" else ENGINE.open
+            return of(spec, *rest, batch_size=batch_size, **settings)
+
+        engine = SimpleNamespace(open=opened, open_forward=opened)
+        update, _ = client_update(task, client_data()[0], engine, {})
+        assert {*sizes, *(work.batch_size for work in update.work)} == {micro_batch or 8}
+        found.append(update.statistics["scores"].tensors["fc1.weight"])
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4 * abs(found[0]).max())
 
 
 def test_masks_of_a_finished_run(tmp_path):
@@ -438,6 +467,7 @@ def test_hybrid_needs_another_block():
         ({"criterion": "snip"}, "criterion"),
         ({"scores": "clients", "criterion": "random"}, "criterion='random'"),
         ({"inputs": "local"}, "scores='clients'"),
+        ({"optimizer": "normalised", "directions": 1}, "directions=2"),
         ({"download": "scalars", "shared_directions": False}, "shared_directions"),
         ({"masks_weights": "trained"}, "masks_from"),
         ({"masks_from": "nowhere"}, "nowhere"),

@@ -11,6 +11,7 @@ from federation import ENGINE, SPEC, params, same
 from fedlean.patterns.shuffled import shuffled_masks
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.foresight import Criterion, Scoring, foresight_masks, shuffled_as
+from fedlean.pruning.node_perturbation import node_gradient
 from fedlean.pruning.ntk_pruning import prune_by_ntk
 from fedlean.pruning.synaptic_flow import prune_by_flow
 from fedlean.tree import kept_counts, num_kept
@@ -39,6 +40,10 @@ def test_density_is_met_and_a_seed_decides(criterion):
 def test_criteria_are_those_of_their_modules():
     ntk = prune_by_ntk(ENGINE, SPEC, 0.5, steps=2, examples=8, seed=3)
     assert same(masks_by("ntk"), ntk)
+    by_nodes = prune_by_ntk(
+        ENGINE, SPEC, 0.5, steps=2, examples=8, seed=3, difference=node_gradient
+    )
+    assert same(masks_by("node_ntk"), by_nodes)
     assert same(masks_by("synflow"), prune_by_flow(SPEC, params(), 0.5, 100))
     every = np.concatenate([abs(params()[name]).ravel() for name in SPEC.prunable])
     kept = np.concatenate([masks_by("magnitude")[name].ravel() for name in SPEC.prunable])

@@ -8,9 +8,9 @@ import pytest
 from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.global_top import keep_largest
-from fedlean.pruning.keep_alive import keep_largest_alive, revive_units
+from fedlean.pruning.keep_alive import keep_largest_alive
 from fedlean.spec import sequential
-from fedlean.tree import kept_counts, num_kept
+from fedlean.tree import num_kept
 
 TWO = sequential((2,), [("fc1", Linear(2)), ("relu", ReLU()), ("fc2", Linear(2))])
 CNN = sequential(
@@ -111,32 +111,3 @@ def test_with_room_for_all_it_is_a_plain_top() -> None:
     assert dead_in_cnn(plain) == []
     masks = keep_largest_alive(CNN, scores, count, full_masks(CNN))
     assert all(np.array_equal(masks[name], plain[name]) for name in plain)
-
-
-def test_revived_by_hand() -> None:
-    """fc1[1] is dead: its best, 2, comes in, and the smallest that nothing needs, 8, goes."""
-    masks = {"fc1.weight": np.array([[True, True], [False, False]])}
-    scores = {"fc1.weight": np.array([[9.0, 8.0], [2.0, 0.0]])}
-    assert revive_units(TWO, masks, scores)["fc1.weight"].tolist() == [[True, False], [True, False]]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_dead_units_are_revived_at_the_same_counts(seed) -> None:
-    scores = scores_of(CNN, seed)
-    rng = np.random.default_rng(seed)
-    counts = {"conv1.weight": 8, "conv2.weight": 10, "fc1.weight": 12, "fc2.weight": 8}
-    masks = {
-        name: rng.permutation(np.arange(score.size) < counts[name]).reshape(score.shape)
-        for name, score in scores.items()
-    }
-    assert dead_in_cnn(masks)
-    revived = revive_units(CNN, masks, scores)
-    assert dead_in_cnn(revived) == [] and kept_counts(revived) == kept_counts(masks)
-    again = revive_units(CNN, revived, scores)
-    assert all(np.array_equal(again[name], revived[name]) for name in revived)
-
-
-def test_revives_with_scores_of_zero() -> None:
-    masks = {"fc1.weight": np.array([[True, True], [False, False]])}
-    revived = revive_units(TWO, masks, {"fc1.weight": np.zeros((2, 2))})["fc1.weight"]
-    assert revived.any(1).all() and revived.sum() == 2

@@ -184,6 +184,15 @@ def test_statistic_of_another_shape():
     assert "importance of 'fc1.weight'" in (refusal(poison(answer({})), task({}), FORMS) or "")
 
 
+def test_a_statistic_beyond_its_limit():
+    """One number may undo a model that is made of such numbers."""
+    forms = {"importance": replace(FORMS["importance"], limit=10.0)}
+    poison = with_statistic("fc1.weight", np.full(SPEC.param_shapes["fc1.weight"], 10, np.float32))
+    assert refusal(poison(answer({})), task({}), forms) is None
+    poison = with_statistic("fc1.weight", np.full(SPEC.param_shapes["fc1.weight"], 11, np.float32))
+    assert "'fc1.weight' with values beyond ±10" in refusal(poison(answer({})), task({}), forms)
+
+
 def test_masks_of_some_weights_where_none_were_given():
     some = {"fc1.weight": MASKS["fc1.weight"]}
     update = replace(answer({}), params=apply_mask(params(), some), sub_model=SubModel(masks=some))

@@ -64,6 +64,12 @@ def test_masks_that_are_shorter_than_their_recipe_go_as_they_are():
     assert len(data) == task_bytes(sent)
 
 
+def test_large_tensors_are_not_left_to_a_small_device_to_draw():
+    spec = sequential((1025,), [("fc", Linear(1024)), ("out", Linear(2))])
+    sent = task(spec, {"fc.weight": 9000, "out.weight": 100})
+    assert not encode_task(sent)[FLAGS_AT] & DRAWN
+
+
 def test_a_seed_that_does_not_make_the_masks_is_found():
     wrong = replace(task(), sub_model=replace(task().sub_model, mask_seed=8))
     with pytest.raises(WireError, match="the pattern received has hash"):

@@ -63,7 +63,7 @@ from fedlean.pruning.density import full_masks
 from fedlean.pruning.finished_run import read_finished_run
 from fedlean.pruning.foresight import Criterion, Scoring, foresight_masks, shuffled_as
 from fedlean.pruning.global_top import count_at
-from fedlean.pruning.node_perturbation import node_scores
+from fedlean.pruning.node_perturbation import node_gradient, node_scores
 from fedlean.pruning.ntk import gaussian_inputs, ntk_scores
 from fedlean.pruning.ntk_pruning import prune_step
 from fedlean.pruning.rescale import rescale_kept
@@ -92,7 +92,9 @@ from fedlean.tree import Fold, apply_mask, kept_counts, pack, unpack
 
 SLOPES = "c"  # name of the statistic and of its one tensor: short, for every byte counts
 MAX_LOG_ROUNDS = 1000  # of scalars that the server keeps for those who missed rounds
-FROM_CLIENTS = ("ntk", "ntk_shuffled", "node")  # criteria that clients can score
+FROM_CLIENTS = ("ntk", "ntk_shuffled", "node_ntk", "node")  # criteria that clients can score
+FORWARD_ONLY = ("node_ntk", "node")  # whose scores take no backward pass
+SLOPE_LIMIT = 1e9  # beyond what a loss can rise by over σ; one such number would undo the model
 DOWNLOADS = ("model", "scalars")
 
 
@@ -160,7 +162,8 @@ def ntk_zo(
       directions: K; sigma: σ; kind: "gaussian", "sign" (±1) or "rank1"; differences: "forward",
         K + 1 evaluations of each example, or "central", 2K.
       shared_directions: False gives each client directions of its own, as a control.
-      batch_size: B, examples of a client's round; micro_batch: of them at once in memory, 0: all.
+      batch_size: B, examples of a client's round; micro_batch: of them, and of those that a client
+        scores on, at once in memory, 0: all.
       cohort: clients a round, drawn anew each round; None: all.  loss: as in `fedavg`.
       scalars: in which the slopes go up: "fp32", "fp16" or "int8".
       download: "model", or "scalars" for clients that replay the rounds they missed: those keep the
@@ -168,7 +171,7 @@ def ntk_zo(
       last_block: "backprop" takes the last block's gradient exactly, and sends it.
       density: kept share of all prunable weights together; 1: no pruning.
       criterion: see `fedlean.pruning.foresight.foresight_masks`.
-      scores: who scores: the "server", or the "clients" (criteria ntk, ntk_shuffled and node) on
+      scores: who scores: the "server", or the "clients" (criteria of FROM_CLIENTS) on
         `inputs`, "gaussian" or "local" ones.
       prune_steps: T of the density schedule d^(t/T); prune_draws: models and batches per step;
         prune_examples: inputs of a batch; epsilon: ε; keep_units: no unit loses its last weight;
@@ -208,6 +211,11 @@ def ntk_zo(
         raise ValueError(
             f"scores='clients' goes with the criteria {', '.join(FROM_CLIENTS)}, got "
             f"criterion={criterion!r}: it needs no client, take scores='server'"
+        )
+    if optimizer == "normalised" and directions == 1:
+        raise ValueError(
+            "optimizer='normalised' divides by the standard deviation of a round's slopes, and one "
+            "has none: take directions=2 or more, or another optimizer"
         )
     if inputs == "local" and scores == "server":
         raise ValueError("inputs='local' needs scores='clients': the server has no data")
@@ -250,7 +258,7 @@ def ntk_zo(
     def score_tasks(state: State, clients: Sequence[int]) -> list[ClientTask]:
         step = state.prune_step + 1
         hparams: dict[str, Scalar] = {
-            "criterion": "node" if criterion == "node" else "ntk",
+            "criterion": criterion if criterion in FORWARD_ONLY else "ntk",
             "inputs": inputs,
             "draws": prune_draws,
             "examples": prune_examples,
@@ -411,7 +419,7 @@ def _check_numbers(
     in_range("momentum", momentum, 0.0, 0.9999)
     in_range("ema", ema, 0.0, 0.99999)
     at_least("directions", directions, 1)
-    in_range("sigma", sigma, 0.0, 1.0, open_low=True)
+    in_range("sigma", sigma, 1e-8, 1.0)  # less is lost beside a weight in float32
     in_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
     in_range("density", density, 0.0, 1.0, open_low=True)
 
@@ -421,11 +429,13 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
     kept = kept_counts(task.sub_model.masks)
     if task.phase == "score":
         return {"scores": StatisticForm({name: (kept[name],) for name in task.spec.prunable})}
-    forms = {SLOPES: StatisticForm({SLOPES: (int(task.hparams["directions"]),)})}
+    shape = (int(task.hparams["directions"]),)
+    forms = {SLOPES: StatisticForm({SLOPES: shape}, limit=SLOPE_LIMIT)}
     if exact := _by_backprop(task.spec, str(task.hparams["last_block"])):
         shapes = task.spec.param_shapes
         forms["gradient"] = StatisticForm(
-            {name: (kept[name],) if name in kept else shapes[name] for name in exact}
+            {name: (kept[name],) if name in kept else shapes[name] for name in exact},
+            limit=SLOPE_LIMIT,
         )
     return forms
 
@@ -556,11 +566,28 @@ def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
         inputs = gaussian_inputs(spec, examples, draws, task.seed)
     at_once = min(int(h["micro_batch"]) or examples, examples)
     passes = draws * ceil(examples / at_once)
+    # forward passes of one example that a bump of every unit takes
+    bumps = sum(spec.param_shapes[name][0] + 1 for name in spec.prunable)
     if h["criterion"] == "node":
-        sums = node_scores(engine, spec, masks, inputs, seed, bump=epsilon, init=init)
+        sums = node_scores(
+            engine, spec, masks, inputs, seed, bump=epsilon, init=init, batch_size=at_once
+        )
         scores = {n: (s / (draws * examples)).astype(np.float32) for n, s in sums.items()}
-        layers = [spec.param_shapes[name][0] + 1 for name in spec.prunable]
-        work = Work(0, examples, forward_examples=draws * examples * sum(layers))
+        work = Work(0, at_once, forward_examples=draws * examples * bumps)
+    elif h["criterion"] == "node_ntk":
+        found = ntk_scores(
+            engine,
+            spec,
+            masks,
+            inputs,
+            seed,
+            epsilon=epsilon,
+            init=init,
+            batch_size=at_once,
+            difference=node_gradient,
+        )
+        scores = found.mean()
+        work = Work(0, at_once, forward_examples=2 * draws * examples * (bumps + 1))
     else:
         found = ntk_scores(
             engine, spec, masks, inputs, seed, epsilon=epsilon, init=init, batch_size=at_once

@@ -19,7 +19,7 @@ from fedlean.patterns.shuffled import shuffled_masks
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.equal_density import kept_count
 from fedlean.pruning.global_top import count_at, keep_largest
-from fedlean.pruning.node_perturbation import node_scores
+from fedlean.pruning.node_perturbation import node_gradient, node_scores
 from fedlean.pruning.ntk import gaussian_inputs
 from fedlean.pruning.ntk_pruning import prune_by_ntk, prune_step
 from fedlean.pruning.prune_steps import density_after
@@ -29,7 +29,7 @@ from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
 
 Criterion = Literal[
-    "ntk", "ntk_shuffled", "node", "water_filling", "random", "synflow", "magnitude"
+    "ntk", "ntk_shuffled", "node_ntk", "node", "water_filling", "random", "synflow", "magnitude"
 ]
 SYNFLOW_STEPS = 100
 
@@ -69,6 +69,7 @@ def foresight_masks(
 
     ntk            the largest |s_j| of NTK-SAP on Gaussian inputs, in T steps
     ntk_shuffled   as many of each layer as "ntk" keeps, at random
+    node_ntk       as "ntk", the scores by forward passes only; in convolutions an approximation
     node           the largest scores of node perturbation, in T steps: forward passes only
     water_filling  min(n_l, c) of each layer, at random
     random         the same share of each layer, at random
@@ -79,7 +80,7 @@ def foresight_masks(
     """
     count = count_at(density, spec)
     sizes = {name: prod(spec.param_shapes[name]) for name in spec.prunable}
-    if criterion in ("ntk", "ntk_shuffled"):
+    if criterion in ("ntk", "ntk_shuffled", "node_ntk"):
         masks = prune_by_ntk(
             engine,
             spec,
@@ -91,8 +92,9 @@ def foresight_masks(
             seed=seed,
             init=scoring.init,
             keep_units=scoring.keep_units,
+            difference=node_gradient if criterion == "node_ntk" else None,
         )
-        return (masks, None) if criterion == "ntk" else shuffled_as(spec, masks, seed)
+        return shuffled_as(spec, masks, seed) if criterion == "ntk_shuffled" else (masks, None)
     if criterion == "node":
         return _prune_by_nodes(engine, spec, density, scoring, seed), None
     if criterion == "water_filling":

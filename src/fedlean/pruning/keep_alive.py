@@ -42,25 +42,6 @@ def keep_largest_alive(spec: ModelSpec, scores: Params, count: int, among: Masks
     return keep_largest(first, count, among)
 
 
-def revive_units(spec: ModelSpec, masks: Masks, scores: Params) -> Masks:
-    """Masks with as many weights in every tensor, and in dead units the best of each instead.
-
-    masks: of prunable weights; scores: in their shapes, floating, >= 0 and without NaN
-
-    The weights that go are those with the smallest scores that no unit needs.  A tensor with fewer
-    weights than it has units, outputs and hidden inputs together, may keep some dead; one without a
-    dead unit stays as it is.
-    """
-    revived = {}
-    for name, mask in masks.items():
-        top = max(float(scores[name].max(initial=0.0)), np.finfo(np.float64).tiny)
-        # those kept above all others, so that only dead units reach for a pruned weight
-        ranked = {name: scores[name] / top + 2.0 * mask}
-        among = {name: np.ones(mask.shape, bool)}
-        revived |= keep_largest_alive(spec, ranked, int(np.count_nonzero(mask)), among)
-    return revived
-
-
 def _best_of_units(scores: np.ndarray, grid: UnitGrid) -> np.ndarray:
     """True at the largest score of each output, then of each hidden input that has none yet.
 

@@ -35,7 +35,7 @@ import numpy as np
 from fedlean.core import Masks, Params, SubModel
 from fedlean.engine.protocol import Engine
 from fedlean.layers import Conv2d, Linear
-from fedlean.pruning.ntk import draw_weights
+from fedlean.pruning.ntk import draw_model
 from fedlean.spec import INPUT, ModelSpec, Node
 
 
@@ -60,7 +60,7 @@ def node_scores(
     """
     total = {name: np.zeros(spec.param_shapes[name]) for name in spec.prunable}
     for draw, x in enumerate(inputs):
-        params, _ = draw_weights(spec, seed, draw, 0.0, init)
+        params = draw_model(spec, seed, draw, init)
         bumped = Bumped(engine, spec, masks, params, x, batch_size=batch_size, bump=bump)
         for name, node in _prunable(spec):
             a, slopes = bumped.layer(node)

@@ -22,7 +22,7 @@ factor 1/ε², which changes no order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 
@@ -32,6 +32,8 @@ from fedlean.core import Masks, Params, SubModel, derive_seed, generator
 from fedlean.engine.protocol import SGD, Engine, Session
 from fedlean.models.initialise import init_params
 from fedlean.spec import ModelSpec
+
+Difference = Callable[..., tuple[dict[str, np.ndarray], float]]  # as `difference_gradient`
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def ntk_scores(
     epsilon: float = 0.01,
     init: str = "pytorch",
     batch_size: int = 256,
+    difference: Difference | None = None,
 ) -> NtkScores:
     """The scores of one draw of θ and Δθ for each of `inputs`, summed.
 
@@ -64,8 +67,9 @@ def ntk_scores(
     inputs: at least one x float32 (examples, *input_shape), e.g. `gaussian_inputs`
     seed: of θ and Δθ; clients whose scores are to add up share it, and the number of inputs
     init: the scheme of `init_params`; batch_size: examples per pass, changes memory only
+    difference: what computes a draw; None: `difference_gradient`, by backpropagation
 
-    Three forward and two backward passes per example.  Raises ValueError.
+    With that, three forward and two backward passes per example.  Raises ValueError.
     """
     if not (isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon must be finite and positive, got {epsilon!r}")
@@ -73,7 +77,7 @@ def ntk_scores(
     squares, examples = 0.0, 0
     for draw, x in enumerate(inputs):
         start, moved = draw_weights(spec, seed, draw, epsilon, init)
-        scores, square = difference_gradient(
+        scores, square = (difference or difference_gradient)(
             engine, spec, masks, x, start, moved, batch_size=batch_size
         )
         for name, values in scores.items():
@@ -98,10 +102,7 @@ def draw_weights(
     spec: ModelSpec, seed: int, draw: int, epsilon: float, init: str = "pytorch"
 ) -> tuple[Params, Params]:
     """θ and θ + Δθ, all tensors of `spec`, dense.  They do not depend on any mask."""
-    start = dict(init_params(spec, derive_seed(seed, 0, draw, "ntk/weights"), init))
-    for node in spec.weighted:
-        if f"{node.name}.bias" in start:
-            start[f"{node.name}.bias"] = np.zeros_like(start[f"{node.name}.bias"])
+    start = draw_model(spec, seed, draw, init)
     moved = dict(start)
     for name in spec.prunable:
         rng = generator(seed, 0, draw, f"ntk/direction/{name}")
@@ -110,6 +111,15 @@ def draw_weights(
         step += start[name]
         moved[name] = step
     return start, moved
+
+
+def draw_model(spec: ModelSpec, seed: int, draw: int, init: str = "pytorch") -> Params:
+    """θ alone."""
+    start = dict(init_params(spec, derive_seed(seed, 0, draw, "ntk/weights"), init))
+    for node in spec.weighted:
+        if f"{node.name}.bias" in start:
+            start[f"{node.name}.bias"] = np.zeros_like(start[f"{node.name}.bias"])
+    return start
 
 
 def difference_gradient(

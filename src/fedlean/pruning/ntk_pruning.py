@@ -13,7 +13,7 @@ from fedlean.engine.protocol import Engine
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.global_top import count_at, keep_largest
 from fedlean.pruning.keep_alive import keep_largest_alive
-from fedlean.pruning.ntk import gaussian_inputs, ntk_scores
+from fedlean.pruning.ntk import Difference, gaussian_inputs, ntk_scores
 from fedlean.pruning.prune_steps import density_after
 from fedlean.spec import ModelSpec
 from fedlean.tree import num_kept
@@ -57,11 +57,13 @@ def prune_by_ntk(
     seed: int = 0,
     init: str = "pytorch",
     keep_units: bool = True,
+    difference: Difference | None = None,
 ) -> Masks:
     """NTK-SAP on Gaussian inputs: masks of all prunable weights, without data and without clients.
 
     Each step scores what is left on `draws` models and batches of `examples`, other ones each time.
-    density in (0, 1], of all prunable weights together.  Raises ValueError.
+    density in (0, 1], of all prunable weights together; difference: as in `ntk_scores`.  Raises
+    ValueError.
     """
     masks = full_masks(spec)
     for step in range(1, steps + 1):
@@ -78,6 +80,7 @@ def prune_by_ntk(
             epsilon=epsilon,
             init=init,
             batch_size=examples,
+            difference=difference,
         )
         masks = prune_step(spec, found.scores, masks, density_now, keep_units=keep_units)
     return masks

@@ -107,4 +107,6 @@ def _not_of(form: StatisticForm, statistic: Statistic) -> str | None:
             return f"of {name!r} with values that are not finite numbers"
         if form.non_negative and bool((values < 0).any()):
             return f"of {name!r} below 0, expected sums of squares"
+        if bool((np.abs(values) > form.limit).any()):
+            return f"of {name!r} with values beyond ±{form.limit:g}"
     return None

@@ -146,6 +146,9 @@ def start(
             f"'fedlean resume {folder}'"
         )
     profile = load_profile(config.device)
+    if config.settings.get("masks_from"):  # a folder, which `resume` must find from anywhere
+        masks_from = str(Path(str(config.settings["masks_from"])).expanduser().resolve())
+        config = replace(config, settings={**config.settings, "masks_from": masks_from})
     run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
     state = run.algorithm.init(_first_model(run))
     folder.mkdir(parents=True, exist_ok=True)

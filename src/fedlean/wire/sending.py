@@ -63,6 +63,7 @@ class Known:
     patterns: frozenset[str] = frozenset()
 
 
+DRAWN_COORDINATES = 1 << 20  # of a tensor whose random mask is left to the receiver to draw
 _NOTHING = Known()
 _WHOLE = SubModel()
 
@@ -263,8 +264,14 @@ def _opening(flags: int, spec: ModelSpec, sub_model: SubModel) -> bytes:
 
 
 def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:
-    """Whether seed and counts are what makes the masks, and shorter than they."""
-    if sub_model.mask_seed is None or sub_model.index:
+    """Whether seed and counts are what makes the masks, and shorter than they.
+
+    Not for large tensors: drawing takes 24 bytes per coordinate of one, which a small device lacks.
+    """
+    masks = sub_model.masks
+    if sub_model.mask_seed is None or sub_model.index or not masks:
+        return False
+    if max(mask.size for mask in masks.values()) > DRAWN_COORDINATES:
         return False
     whole = names_bytes(spec) + pattern_payload_bytes(sub_model.masks)
     return drawn_bytes(sub_model.masks, spec) < whole

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedlean.runtime.flower import calls, heartbeat, replying
+from fedlean.runtime.flower import calls, channel, heartbeat, replying
 from fedlean.runtime.flower import superlink as module
 from fedlean.runtime.flower.channel import delays, plain
 from fedlean.runtime.flower.objects import CHUNK_BYTES, pack, pack_content
@@ -463,6 +463,13 @@ def test_a_clock_that_is_off_loses_no_reply(fake, seconds, way):
     about = fake.replies[-1][0].metadata
     assert about.created_at == pytest.approx(time.time() + seconds, abs=5)
     assert about.created_at + about.ttl == pytest.approx(incoming.created_at + incoming.ttl)
+
+
+@pytest.mark.parametrize(
+    "date", ["", "soon", "Mon, 01 Jan 2024 00:00:00 +" + 20 * "9", f"Mon, 01 Jan {20 * '9'} 00:00"]
+)
+def test_a_date_that_is_none_says_nothing_of_a_clock(date):
+    assert channel._clock_ahead_seconds(date) == 0.0
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1e8])

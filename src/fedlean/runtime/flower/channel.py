@@ -232,7 +232,7 @@ def _clock_ahead_seconds(date: str | None) -> float:
     """This machine's clock minus that of an answer's Date header; 0.0 where there is none."""
     try:
         theirs = parsedate_to_datetime(date or "").timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):  # the second: digits without end
         return 0.0
     ahead = time.time() - theirs
     return ahead if abs(ahead) >= _CLOCK_SECONDS else 0.0
