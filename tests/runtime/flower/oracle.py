@@ -27,7 +27,8 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 CHUNK = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-CALLS: Any = SimpleNamespace(protos=PROTOS)
+CHANNEL = SimpleNamespace(clock_ahead_seconds=0.0)
+CALLS: Any = SimpleNamespace(protos=PROTOS, channel=CHANNEL)
 
 
 def theirs(content: bytes) -> RecordDict:
