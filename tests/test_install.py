@@ -107,7 +107,9 @@ def test_wheel_holds_the_package_its_data_and_the_module(wheel):
 
 def test_installs_light_packages_and_computes(wheel, python):
     install(python, wheel)
-    listing = json.loads(run(python, "-m", "pip", "list", "--format", "json"))
+    listing = json.loads(
+        run(python, "-m", "pip", "--disable-pip-version-check", "list", "--format", "json")
+    )
     names = {package["name"].lower() for package in listing}
     assert {"fedlean", "numpy", "safetensors", "cyclopts", "rich"} <= names
     assert not {"torch", "flwr", "scikit-learn", "matplotlib", "pillow", "nanobind"} & names

@@ -89,7 +89,8 @@ def rounds_done(out: Path) -> int:
 
 def in_the_middle_of_a_round(out: Path) -> int:
     """Waits until two more rounds are done and the next one is under way; how many are done."""
-    seen, end = rounds_done(out), time.monotonic() + 90
+    # a node that was getting a task while its sender died waits until that run is declared over
+    seen, end = rounds_done(out), time.monotonic() + 180
     while rounds_done(out) < seen + 2:
         assert time.monotonic() < end, "no progress"
         time.sleep(0.05)
