@@ -37,8 +37,9 @@ def prune_step(
     if not any(size.any() for size in sizes.values()):
         raise ValueError(
             f"all NTK scores of the {num_kept(masks)} weights left are 0: no path from input to "
-            "output is left (choose a higher density or more steps), the signal vanishes in a model "
-            "this deep (choose init 'he'), or epsilon is lost beside the weights (0.01 is usual)"
+            "output is left (choose a higher density or more steps), the signal vanishes in a "
+            "model this deep (choose init 'he'), or epsilon is lost beside the weights (0.01 is "
+            "usual)"
         )
     if keep_units:
         return keep_largest_alive(spec, sizes, count, masks)

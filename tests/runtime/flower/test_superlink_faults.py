@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedlean.runtime.flower import calls, channel, heartbeat, replying
+from fedlean.runtime.flower import calls, channel, heartbeat, receiving, replying
 from fedlean.runtime.flower import superlink as module
 from fedlean.runtime.flower.channel import delays, plain
 from fedlean.runtime.flower.objects import CHUNK_BYTES, pack, pack_content
@@ -320,6 +320,55 @@ def test_garbage_is_no_answer(fake, endpoint):
 
 def refusing(status: int, code: int) -> Callable[[bytes], Any]:
     return lambda _: (status, json.dumps({"code": code, "detail": "No."}).encode())
+
+
+def withheld(fake, names: set[str]):
+    """The objects are announced and not there, as while their sender is slow or dead."""
+    absent = fake.protos.message.PullObjectResponse(object_found=True).SerializeToString()
+
+    def answer(endpoint: str, body: bytes) -> bytes:
+        if endpoint == "pull-object":
+            name = fake.protos.message.PullObjectRequest.FromString(body).object_id
+            if name in names:
+                return absent
+        return FakeSuperLink.answer(fake, endpoint, body)
+
+    return answer
+
+
+def test_a_message_that_is_not_uploaded_lets_others_pass(fake, monkeypatch):
+    """Its sender died: the next message is taken, and the first one when it is whole after all."""
+    monkeypatch.setattr(receiving, "_PATIENCE_SECONDS", 0.0)
+    first, second = pack_content(b"first"), pack_content(b"second")
+    names: set[str] = {each.id for each in replying.objects.in_order(first)}
+    monkeypatch.setattr(fake, "answer", withheld(fake, names))
+    fake.send(first)
+    fake.send(second)
+    with linked(fake) as (link, said):
+        assert link.pull() is None
+        incoming = link.pull()
+        assert incoming is not None and incoming.content == b"second"
+        assert link.pull() is None, "still not there"
+        names.clear()
+        incoming = link.pull()
+        assert incoming is not None and incoming.content == b"first"
+        assert link.pull() is None
+        assert not any("refused" in line for line in said)
+
+
+def test_a_message_that_is_never_uploaded_is_refused_in_the_end(fake, monkeypatch):
+    monkeypatch.setattr(receiving, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "UPLOAD_SECONDS", 0.0)
+    content = pack_content(b"never")
+    names = {each.id for each in replying.objects.in_order(content)}
+    monkeypatch.setattr(fake, "answer", withheld(fake, names))
+    fake.send(content)
+    with linked(fake) as (link, said):
+        with pytest.raises(LinkError, match="was not uploaded within"):
+            link.pull()
+        assert "refused" in said[-1]
+        assert link.pull() is None
+    assert fake.replies[-1][0].error.reason.startswith("refused by the node")
 
 
 def test_a_run_that_is_over(fake):

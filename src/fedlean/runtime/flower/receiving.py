@@ -15,7 +15,8 @@ from fedlean.runtime.flower.objects import NotOurs, ObjectError
 RUN_OVER = 2007  # flwr's ApiErrorCode
 _STRUCTURE_BYTES = 1 << 20  # of an object that names others: the array and what holds it
 _OVERHEAD_BYTES = 1 << 10  # of the protobuf around an object
-_UPLOAD_SECONDS = 300.0  # that the server may take to upload an object that it has announced
+UPLOAD_SECONDS = 300.0  # that the server may take to upload a message that it has announced
+_PATIENCE_SECONDS = 10.0  # without the next object, after which other messages have their turn
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Incoming:
     src_task_id: int | None
     dst_task_id: int | None
     content: bytes
+
+
+class Late(Exception):
+    """An object has not been uploaded yet: its sender is slow, or died.  To be tried again."""
 
 
 class Gone(Exception):
@@ -59,7 +64,7 @@ def described(about: Any) -> Incoming:
 def receive(calls: Calls, incoming: Incoming, tree: Any, limit_bytes: int) -> bytes:
     """The message's content, of at most limit_bytes, which the SuperLink may then forget.
 
-    tree: the message's ObjectTree.  Raises NotOurs, ObjectError, LinkError or Gone.
+    tree: the message's ObjectTree.  Raises NotOurs, ObjectError, LinkError, Gone or Late.
     """
     try:
         content = _content(calls, incoming, tree, limit_bytes)
@@ -98,16 +103,17 @@ def _object(calls: Calls, incoming: Incoming, name: str, limit_bytes: int) -> me
         object_id=name,
     )
     limit_bytes += _OVERHEAD_BYTES
-    end, waits = time.monotonic() + _UPLOAD_SECONDS, delays(0.1, 3.0)
-    while time.monotonic() < end:
+    end, waits = time.monotonic() + _PATIENCE_SECONDS, delays(0.1, 3.0)
+    while True:
         raw = calls.raw("pull-object", request, limit_bytes=limit_bytes)
         found, available, content = objects.open_pulled(raw)
         if not found:
             raise Gone("the SuperLink does not hold it any more")
         if available:
             return content
+        if time.monotonic() >= end:
+            raise Late(f"object {name[:8]} was not uploaded within {UPLOAD_SECONDS:.0f} s")
         time.sleep(next(waits))
-    raise ObjectError(f"object {name[:8]} was not uploaded within {_UPLOAD_SECONDS:.0f} s")
 
 
 def _confirm(calls: Calls, incoming: Incoming) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +29,14 @@ from fedlean.runtime.flower.heartbeat import CALL_SECONDS, INTERVAL_SECONDS, Hea
 from fedlean.runtime.flower.identity import PrivateKey, new_key
 from fedlean.runtime.flower.objects import NotOurs, ObjectError, pack_content
 from fedlean.runtime.flower.protobufs import protobufs
-from fedlean.runtime.flower.receiving import Gone, Incoming, described, receive
+from fedlean.runtime.flower.receiving import (
+    UPLOAD_SECONDS,
+    Gone,
+    Incoming,
+    Late,
+    described,
+    receive,
+)
 from fedlean.runtime.flower.replying import reply
 
 __all__ = ["Incoming", "LinkError", "SuperLink"]
@@ -82,6 +90,9 @@ class SuperLink:
         self._side_calls = Calls(side, self._protos, None, 0)
         self._heartbeat: Heartbeat | None = None
         self._node = self._protos.node.Node()
+        # messages announced and not uploaded yet, with their trees and when they were announced:
+        # a sender that died must not keep the node from others
+        self._aside: deque[tuple[Incoming, Any, float]] = deque()
 
     def activate(self) -> int:
         """This node's id.  Raises LinkError where it is not let in.
@@ -141,15 +152,23 @@ class SuperLink:
             self.activate()  # after a restart without memory; raises where the key is refused
             answer = self._pull_messages()
         if not answer.messages_list:
-            return None
+            return self._received(*self._aside.popleft()) if self._aside else None
         if len(answer.messages_list) != 1 or len(answer.message_object_trees) != 1:
             raise LinkError("a pull was answered with more than one message", retry=True)
         incoming = described(answer.messages_list[0].metadata)
         if incoming.dst_node_id != self._node.node_id:
             raise LinkError(f"a message for node {incoming.dst_node_id} came here", retry=True)
+        return self._received(incoming, answer.message_object_trees[0], time.monotonic())
+
+    def _received(self, incoming: Incoming, tree: Any, announced: float) -> Incoming | None:
         try:
-            tree = answer.message_object_trees[0]
-            content = receive(self._calls, incoming, tree, self._limit_bytes)
+            try:
+                content = receive(self._calls, incoming, tree, self._limit_bytes)
+            except Late as late:
+                if time.monotonic() - announced > UPLOAD_SECONDS:
+                    raise ObjectError(str(late)) from None
+                self._aside.append((incoming, tree, announced))
+                return None
             return replace(incoming, content=content)
         except Gone as gone:
             self._say(f"message {plain(incoming.message_id, 8)} dropped: {gone}")
