@@ -26,6 +26,7 @@ from fedlean.layers import Flatten, Linear
 from fedlean.methods.fedavg import fedavg
 from fedlean.models.catalog import build
 from fedlean.models.initialise import init_params
+from fedlean.runtime.checks import refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.flower.post import GridPost
 from fedlean.runtime.remote.dispatch import Failed, RemoteDispatch, Terms
@@ -44,8 +45,10 @@ class Some:
     def nodes(self) -> Collection[int]:
         return self._nodes & frozenset(self._post.nodes())
 
-    def fetch(self, ids: Collection[str]) -> Iterable[tuple[str, bytes | Failed]]:
-        return self._post.fetch(ids)
+    def fetch(
+        self, ids: Collection[str], *, seconds: float
+    ) -> Iterable[tuple[str, bytes | Failed]]:
+        return self._post.fetch(ids, seconds=seconds)
 
     def send(self, letters: Sequence[tuple[int, bytes]], *, seconds: float) -> list[str]:
         return self._post.send(letters, seconds=seconds)
@@ -74,7 +77,7 @@ class Side:
         answered = []
 
         def answers():
-            for update in self._dispatch(tasks):
+            for update in self._dispatch(tasks, lambda update, task: refusal(update, task, {})):
                 self._store.acknowledge(asked[update.client], update)
                 answered.append(update.client)
                 yield update

@@ -135,7 +135,7 @@ class RemoteDispatch:
             asked = {task.client: task for task in tasks}
             replies = self._collect(asked, enough, Path(folder))
             self._check()
-            good = self._good(replies, asked, refuse, enough)
+            good, decoded = self._good(replies, asked, refuse, enough)
             if good < enough:
                 self._say(
                     f"round {tasks[0].round}: {good} of {len(tasks)} gave an answer that can be "
@@ -145,7 +145,8 @@ class RemoteDispatch:
                 return
             for task in tasks:
                 if task.client in replies:
-                    update = _decoded(replies.pop(task.client), task)
+                    path = replies.pop(task.client)
+                    update = decoded.pop(task.client, None) or _decoded(path, task)
                     if isinstance(update, ClientUpdate):
                         yield update
                     else:
@@ -157,25 +158,28 @@ class RemoteDispatch:
         asked: Mapping[int, ClientTask],
         refuse: Refuse,
         enough: int,
-    ) -> int:
+    ) -> tuple[int, dict[int, ClientUpdate]]:
         """How many replies can be used, counted up to `enough`; with fewer, why not the others.
 
-        They are decoded once more when they are used: all of them together may not fit into memory.
+        And the first of them, decoded.  The others are decoded once more when they are used: all of
+        them together may not fit into memory.
         """
-        good, objections = 0, dict[int, str]()
+        good, objections, first = 0, dict[int, str](), dict[int, ClientUpdate]()
         for client, path in replies.items():
             if good == enough:
-                return good
+                break
             update = _decoded(path, asked[client])
             why = update if isinstance(update, str) else refuse(update, asked[client])
-            if why is None:
-                good += 1
-            else:
+            if why is not None:
                 objections[client] = why
+                continue
+            good += 1
+            if not first and isinstance(update, ClientUpdate):
+                first[client] = update
         if good < enough:
             for client, why in objections.items():
                 self._trouble(client, why)
-        return good
+        return good, first
 
     def _collect(
         self, asked: Mapping[int, ClientTask], enough: int, folder: Path
