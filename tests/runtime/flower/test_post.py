@@ -12,6 +12,8 @@ pytest.importorskip("flwr")
 with warnings.catch_warnings():  # of what flwr imports
     warnings.simplefilter("ignore")
     from flwr.app import Error, Message, Metadata
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+    from flwr.superlink.grid import http_grid
 
     from fedlean.runtime.flower import post as post_module
     from fedlean.runtime.flower.content import to_record
@@ -95,3 +97,19 @@ def test_a_reply_that_flower_cannot_read_is_one_nodes_trouble():
 def test_what_ends_the_connection_ends_the_round():
     with pytest.raises(ConnectionError):
         fetch(GridPost(Grid(a=ConnectionError("gone"))), "a")
+
+
+def test_flowers_grid_asks_again_soon_for_what_is_being_uploaded(monkeypatch):
+    monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)  # put back afterwards
+    GridPost(http_grid.HttpGrid(token="none"))
+    asked = []
+
+    def pull(key):
+        asked.append(key)
+        if len(asked) < 4:
+            raise ObjectUnavailableError(key)
+        return b"here"
+
+    began = time.monotonic()
+    assert http_grid.pull_objects(object_ids=["a"], pull_object_fn=pull) == {"a": b"here"}
+    assert time.monotonic() - began < 4, "Flower itself waits 1 + 2 + 4 s"

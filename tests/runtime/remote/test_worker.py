@@ -12,7 +12,7 @@ from federation import ENGINE, SPEC, client_data, devices, params, server
 
 from fedlean import wire
 from fedlean.core import ClientTask, SubModel
-from fedlean.engine.memory import forward_memory
+from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.protocol import SGD
 from fedlean.methods.fedavg import fedavg
 from fedlean.models.conv2 import conv2
@@ -135,10 +135,8 @@ def test_what_is_not_held_is_said(tmp_path):
 # A limit on memory
 
 
-def opened(engine, spec, batch_size=20):
-    return engine.open(
-        spec, init_params(spec, 0), SubModel(), batch_size=batch_size, optimizer=SGD(0.1)
-    )
+def opened(engine, spec, values):
+    return engine.open(spec, values, SubModel(), batch_size=20, optimizer=SGD(0.1))
 
 
 def test_a_session_that_does_not_fit_is_refused_before_it_allocates():
@@ -172,14 +170,20 @@ def test_a_forward_pass_that_does_not_fit_is_refused_before_it_is_opened():
 
 
 def test_sums_of_squares_that_do_not_fit_are_refused():
-    """Σ g² of 859 parameters and the arena it needs; the plain step fits."""
+    """Of a model so small they fit; of Conv-2 only the plain step does."""
     plain = LimitedEngine(ENGINE, resident_bytes() + 10_000_000)
-    session = opened(plain, SPEC)
+    session = opened(plain, SPEC, params())
     x, y = next(client_data()[0].draw(steps=1, batch_size=20, seed=0))
     session.step(x, y, importance=True)
     spec = conv2((1, 28, 28), 10)
-    tight = LimitedEngine(ENGINE, resident_bytes() + 45_000_000)
-    session = opened(tight, spec)
+    values = init_params(spec, 0)
+    step, important = (
+        step_memory(spec, {}, batch_size=20, importance=each, sparse=ENGINE.arithmetic == "sparse")
+        for each in (False, True)
+    )
+    between = (step.peak_bytes + important.peak_bytes) // 2
+    tight = LimitedEngine(ENGINE, resident_bytes() + between)
+    session = opened(tight, spec, values)
     x = np.zeros((20, 1, 28, 28), np.float32)
     with pytest.raises(TooLarge, match="Σ g² of all coordinates"):
         session.step(x, np.zeros(20, np.int64), importance=True)

@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlean.runtime.flower.content import to_record
-from fedlean.runtime.flower.pull import Pull, Reply
+from fedlean.runtime.flower.pull import Pull, Reply, pull_eagerly
 from fedlean.runtime.remote.exchange import Failed
 
 SPARE_SECONDS = 60.0  # for which a late reply can still be told from a lost one
@@ -21,6 +21,7 @@ class GridPost:
     """Letters as messages of type "train", the one type that both kinds of node run."""
 
     def __init__(self, grid: Grid):
+        pull_eagerly(grid)
         self._grid = grid
         self._unsent = count()
         self._failed: dict[str, Failed] = {}

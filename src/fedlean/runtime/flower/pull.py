@@ -6,7 +6,10 @@ sent them: longer than a round's deadline, and all other replies would wait behi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from functools import partial
+from inspect import signature
 from threading import Thread
 
 from flwr.app import Message
@@ -16,6 +19,22 @@ from fedlean.runtime.flower.content import NotOurs, from_record
 from fedlean.runtime.remote.exchange import Failed
 
 Reply = tuple[str, bytes | Failed]
+
+# The first and the longest wait for an object of a reply that is still being uploaded.
+_EAGER = {"initial_backoff": 0.1, "backoff_cap": 0.5, "max_tries_per_object": None}
+
+
+def pull_eagerly(grid: Grid) -> None:
+    """Lets `grid` ask again soon for the objects of a reply that is still being uploaded.
+
+    Flower waits 1, 2, 4 .. 10 s, and a reply is announced before it is uploaded: most of an empty
+    round could be such a wait.  Its Grid has no setting for it, so the function that it calls gets
+    other defaults; where a Flower calls another one, rounds are only slower.
+    """
+    module = sys.modules[type(grid).__module__]
+    pull = getattr(module, "pull_objects", None)
+    if callable(pull) and signature(pull).parameters.keys() >= _EAGER.keys():
+        setattr(module, "pull_objects", partial(pull, **_EAGER))  # noqa: B010  not in its interface
 
 
 class Pull:

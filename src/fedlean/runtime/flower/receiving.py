@@ -103,7 +103,7 @@ def _object(calls: Calls, incoming: Incoming, name: str, limit_bytes: int) -> me
         object_id=name,
     )
     limit_bytes += _OVERHEAD_BYTES
-    end, waits = time.monotonic() + _PATIENCE_SECONDS, delays(0.1, 3.0)
+    end, waits = time.monotonic() + _PATIENCE_SECONDS, delays(0.1, 0.5)
     while True:
         raw = calls.raw("pull-object", request, limit_bytes=limit_bytes)
         found, available, content = objects.open_pulled(raw)
