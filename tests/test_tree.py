@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlean import tree
 from fedlean.core import ClientUpdate, Statistic, SubModel
-from fedlean.tree import Fold, apply_mask, fold, num_kept, pack, unpack
+from fedlean.tree import (
+    Fold,
+    apply_mask,
+    fold,
+    kept_count,
+    kept_values,
+    num_kept,
+    pack,
+    unpack,
+)
 
 
 def floats(*values):
@@ -133,6 +143,46 @@ def test_pack_and_unpack_by_hand():
     assert unpack(dense, mask) is dense
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \(2, 2\)"):
         fold({"w": dense}, [update(0, 1, {"w": floats(1, 2, 3)}, masks={"w": mask})])
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1 << 17])
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_kept_values_are_those_of_numpy_in_pieces_of_any_size(monkeypatch, piece, density):
+    monkeypatch.setattr(tree, "_PIECE", piece)
+    rng = np.random.default_rng(0)
+    mask, value = rng.random((5, 7)) < density, rng.random((5, 7), np.float32)
+    assert bits(kept_values(value, mask)) == bits(value[mask])
+    turned = kept_values(np.asfortranarray(value), np.asfortranarray(mask))
+    assert bits(turned) == bits(value[mask])
+    assert bits(unpack(value[mask], mask)) == bits(np.where(mask, value, np.float32(0)))
+    whole = update(0, 3, {"w": value}, masks={"w": mask})
+    packed = update(0, 3, {"w": value[mask]}, masks={"w": mask})
+    for one in (whole, packed):
+        merged = fold({"w": -value}, [one, one]).params()["w"]
+        assert bits(merged) == bits(np.where(mask, value, -value))
+
+
+def test_a_mask_is_counted_anew_while_it_can_change():
+    mask = np.array([True, False, False])
+    assert kept_count(mask) == 1
+    mask[1] = True
+    assert kept_count(mask) == 2
+    view = mask[:2]
+    view.flags.writeable = False  # what it looks at can still change
+    assert kept_count(view) == 2
+    mask[0] = False
+    assert kept_count(view) == 1
+
+
+def test_a_fixed_mask_is_counted_once_and_forgotten_with_it(monkeypatch):
+    before = len(tree._counted)
+    mask = np.array([True, False, True])
+    mask.flags.writeable = False
+    assert kept_count(mask) == 2 and len(tree._counted) == before + 1
+    monkeypatch.setattr(np, "count_nonzero", lambda mask: pytest.fail("counted again"))
+    assert kept_count(mask) == 2
+    del mask
+    assert len(tree._counted) == before
 
 
 @settings(deadline=None, max_examples=60)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 ROUNDS = 100
 PROGRAM = (
     "import sys, fedlean.runtime.run as run; from fedlean import cli; "
-    "run.CHECKPOINT_SECONDS = float(sys.argv[1]); cli.main(sys.argv[2:])"
+    "run.CHECKPOINT_SECONDS = (float(sys.argv[1]),) * 2; cli.main(sys.argv[2:])"
 )
 RNG = np.random.default_rng()
 

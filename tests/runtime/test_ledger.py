@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,18 @@ def test_the_slowest_client_decides_the_time_and_all_pay(turned):
     assert cost.compute_seconds == pytest.approx(0.480)
     assert cost.link_seconds == pytest.approx(down1 / 200 + up1 / 50)
     assert cost.simulated_seconds == pytest.approx(0.480 + down1 / 200 + up1 / 50)
+
+
+def test_equal_work_is_priced_once(monkeypatch):
+    priced = []
+    price = Ledger._priced
+    monkeypatch.setattr(
+        Ledger, "_priced", lambda self, *args: priced.append(args) or price(self, *args)
+    )
+    cost = charge(update(0, SLOW), update(1, replace(SLOW, kept={})))
+    assert cost.flops == 2 * 480 and len(priced) == 1
+    cost = charge(update(0, SLOW), update(1, replace(SLOW, batch_size=1)))
+    assert cost.flops == 480 + 96 and len(priced) == 3
 
 
 def test_stretches_of_work_add_up():

@@ -7,11 +7,12 @@ included.  Left out: choosing a new mask (Algorithm 2), which the initial client
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate
+from fedlean.core import ClientTask, ClientUpdate, Work
 from fedlean.cost.flops import work_flops
 from fedlean.cost.price import work_memory_bytes
 from fedlean.cost.profile import Profile
@@ -46,6 +47,13 @@ class StepCost:
         )
 
 
+def _key(work: Work) -> tuple[Any, ...]:
+    return tuple(
+        tuple(sorted(each.items())) if isinstance(each, Mapping) else each
+        for each in vars(work).values()
+    )
+
+
 class Ledger:
     """Charges one attempt at a step: `ask` for the tasks sent, `answer` for each update."""
 
@@ -54,6 +62,7 @@ class Ledger:
         self._sent = {
             task.client: wire.task_bytes(task, store.known(task.client)) for task in tasks
         }
+        self._prices: dict[tuple[Any, ...], StepCost] = {}
         down = max(self._sent.values(), default=0)
         self.cost = StepCost(downlink_bytes=sum(self._sent.values()))
         # a round of which nobody answers lasts as long as sending it
@@ -61,22 +70,34 @@ class Ledger:
 
     def answer(self, task: ClientTask, update: ClientUpdate) -> None:
         up = wire.update_bytes(update, task)
-        done = [as_done(task.spec, work, self._profile) for work in update.work]
-        compute = sum(work_seconds(task.spec, work, self._profile) for work in done)
-        flops = sum(work_flops(task.spec, work) for work in done)
-        dense = sum(work_flops(task.spec, work, dense_gradient=True) for work in done)
-        memory = max(
-            (work_memory_bytes(task.spec, work, frozen=task.sub_model.frozen) for work in done),
-            default=0,
-        )
+        price = self._price(task, update)
         self.cost = replace(
             self.cost,
             uplink_bytes=self.cost.uplink_bytes + up,
-            flops=self.cost.flops + flops,
-            flops_dense_gradient=self.cost.flops_dense_gradient + dense,
-            peak_memory_bytes=max(self.cost.peak_memory_bytes, memory),
+            flops=self.cost.flops + price.flops,
+            flops_dense_gradient=self.cost.flops_dense_gradient + price.flops_dense_gradient,
+            peak_memory_bytes=max(self.cost.peak_memory_bytes, price.peak_memory_bytes),
         )
-        self._charge_time(compute, link_seconds(self._sent[task.client], up, self._profile))
+        link = link_seconds(self._sent[task.client], up, self._profile)
+        self._charge_time(price.compute_seconds, link)
+
+    def _price(self, task: ClientTask, update: ClientUpdate) -> StepCost:
+        """Of the work alone.  Clients that did the same work as another are not priced anew."""
+        key = (task.spec.hash, task.sub_model.frozen, *map(_key, update.work))
+        if key not in self._prices:
+            self._prices[key] = self._priced(task, update.work)
+        return self._prices[key]
+
+    def _priced(self, task: ClientTask, works: Sequence[Work]) -> StepCost:
+        spec, frozen = task.spec, task.sub_model.frozen
+        done = [as_done(spec, work, self._profile) for work in works]
+        memory = [work_memory_bytes(spec, work, frozen=frozen) for work in done]
+        return StepCost(
+            flops=sum(work_flops(spec, work) for work in done),
+            flops_dense_gradient=sum(work_flops(spec, work, dense_gradient=True) for work in done),
+            compute_seconds=sum(work_seconds(spec, work, self._profile) for work in done),
+            peak_memory_bytes=max(memory, default=0),
+        )
 
     def repeated(self, downlink_bytes: int) -> None:
         """What clients that had lost something were sent again; its time is not modelled."""

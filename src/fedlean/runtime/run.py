@@ -56,7 +56,8 @@ from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, held_masks, log_entry
 
 FORMAT = 1  # of the run folder
-CHECKPOINT_SECONDS = 5.0
+CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
+CHECKPOINT_SHARE = 0.01  # of a run's time
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Run:
     server: Server
     algorithm: FederatedAlgorithm
     dispatch: Dispatch
-    checkpoint_seconds: float
+    checkpoint_seconds: float | None
     evaluate: Evaluate
 
 
@@ -132,8 +133,8 @@ def start(
 ) -> dict[str, Any]:
     """Runs to the end; the summary.  `say` gets why the native engine does not serve.
 
-    `connect` makes the dispatch to the clients; `checkpoint_seconds` pass between checkpoints (5),
-    0: one after every step.
+    `connect` makes the dispatch to the clients; `checkpoint_seconds` pass between checkpoints (0:
+    one after every step); by default 5, or what keeps them to a hundredth of the time, up to 60.
     Raises ValueError before anything is written.
     """
     if folder.exists() and not folder.is_dir():
@@ -316,13 +317,14 @@ def _prepare(
         server,
         algorithm,
         connect(Parts(config, server, algorithm, dataset)),
-        CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds,
+        checkpoint_seconds,
         evaluator(spec, engine, dataset, subset),
     )
 
 
 def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch) -> dict[str, Any]:
-    config, book = run.config, _Book(totals, progress.state.params)
+    config = run.config
+    book = _Book(totals, progress.state.params, _pause_seconds(run, 0.0))
 
     def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
         state = progress.state
@@ -345,9 +347,11 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
         )
         log.append(entry)
         book.last_entry = entry
-        if last or time.monotonic() - book.saved_at >= run.checkpoint_seconds:
+        began = time.monotonic()
+        if last or began - book.saved_at >= book.pause_seconds:
             _checkpoint(run, progress, book.totals, log.sync())
             book.saved_at = time.monotonic()
+            book.pause_seconds = _pause_seconds(run, book.saved_at - began)
         watch(entry)
 
     try:
@@ -370,8 +374,16 @@ class _Book:
 
     totals: Totals
     params: Params  # of the step before
+    pause_seconds: float  # between the last checkpoint and the next
     last_entry: dict[str, Any] | None = None
     saved_at: float = field(default_factory=time.monotonic)
+
+
+def _pause_seconds(run: _Run, took_seconds: float) -> float:
+    if run.checkpoint_seconds is not None:
+        return run.checkpoint_seconds
+    least, most = CHECKPOINT_SECONDS
+    return min(max(least, took_seconds / CHECKPOINT_SHARE), most)
 
 
 def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -> None:

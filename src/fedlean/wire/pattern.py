@@ -140,7 +140,7 @@ def _bitmap_bytes(n: int) -> int:
 
 def _choose(mask: np.ndarray) -> tuple[int, np.ndarray | None]:
     """The code of the smallest form (ties: the earlier), and the gaps if it is DELTA."""
-    n, kept = mask.size, int(np.count_nonzero(mask))
+    n, kept = mask.size, tree.kept_count(mask)
     if kept == n:
         return ALL, None
     if kept == 0:

@@ -11,7 +11,7 @@ import numpy as np
 from fedlean.core import Masks, Params
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
-from fedlean.tree import is_packed, pack
+from fedlean.tree import is_packed, kept_count, pack
 from fedlean.wire.errors import WireError
 from fedlean.wire.reader import Reader
 
@@ -120,7 +120,7 @@ def raw_bytes(array: np.ndarray, form: str) -> memoryview:
 
 
 def _kept(mask: np.ndarray | None, shape: Shape) -> int:
-    return prod(shape) if mask is None else int(np.count_nonzero(mask))
+    return prod(shape) if mask is None else kept_count(mask)
 
 
 def _encode_values(values: np.ndarray, value_dtype: ValueDtype, name: str) -> bytes | memoryview:
