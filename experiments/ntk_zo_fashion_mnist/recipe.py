@@ -1,7 +1,7 @@
-"""Foresight pruning and training by forward passes on Fashion-MNIST: LeNet-5-like, with GroupNorm.
+"""Foresight pruning and training by forward passes on Fashion-MNIST, with controls.
 
-Ten clients, iid and Dirichlet(0.1); the runs of `ntk_zo_digits` that matter most.  README.md is the
-card.
+Ten clients, iid and Dirichlet(0.1), with an MLP and with a LeNet-5-like network with GroupNorm; the
+runs of `ntk_zo_digits` that matter most.  README.md is the card.
 """
 
 from functools import partial
@@ -12,17 +12,21 @@ from fedlean.runtime.run import RunConfig
 ROUNDS = 200
 TARGETS = (0.6, 0.7)
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.1"}
+SMALL = {"mlp": "mlp_27_14", "lenet5": "lenet5_small"}  # a fifth of the parameters
 BACKPROP = {"lr": 0.1, "local_steps": 1, "batch_size": 32}
 FORWARD = {"directions": 50, "batch_size": 32, "lr": 0.01, "lr_half_life_rounds": 100.0, "ema": 0.9}
+CRITERIA = ("ntk_shuffled", "random", "synflow", "magnitude")
 
 
-def config(partition: str, method: str, settings: dict, model: str = "lenet5") -> RunConfig:
+def config(
+    partition: str, model: str, method: str, settings: dict, rounds: int = ROUNDS
+) -> RunConfig:
     return RunConfig(
         method=method,
         model=model,
         partition=partition,
         clients=10,
-        rounds=ROUNDS,
+        rounds=rounds,
         eval_every=10,
         eval_examples=2000,
         target_accuracy=TARGETS,
@@ -30,23 +34,31 @@ def config(partition: str, method: str, settings: dict, model: str = "lenet5") -
     )
 
 
-def runs(partition: str) -> dict[str, RunConfig]:
-    run = partial(config, partition)
+def runs(partition: str, model: str) -> dict[str, RunConfig]:
+    run = partial(config, partition, model)
     zeroth = partial(run, "ntk_zo")
     sparse = {**FORWARD, "density": 0.2}
+    snip = {"lr": 0.1, "local_steps": 1, "batch_size": 32, "density": 0.2}
     return {
         "backprop": run("fedavg", BACKPROP),
         "dense": zeroth({**FORWARD, "density": 1.0}),
+        "ntk_50": zeroth({**FORWARD, "density": 0.5}),
         "ntk_20": zeroth(sparse),
-        "ntk_shuffled_20": zeroth({**sparse, "criterion": "ntk_shuffled"}),
-        "random_20": zeroth({**sparse, "criterion": "random"}),
-        "small_dense_20": zeroth({**FORWARD, "density": 1.0}, model="lenet5_small"),
+        **{f"{name}_20": zeroth({**sparse, "criterion": name}) for name in CRITERIA},
+        # one round of SNIP makes its mask, which the next run takes
+        "snip_mask_20": run("snip", snip, rounds=2),
+        "snip_20": zeroth({**FORWARD, "masks_from": "snip_mask_20"}),
+        "small_dense_20": config(partition, SMALL[model], "ntk_zo", {**FORWARD, "density": 1.0}),
         "ntk_5": zeroth({**FORWARD, "density": 0.05}),
         "hybrid": zeroth({**FORWARD, "density": 1.0, "last_block": "backprop"}),
     }
 
 
-GROUPS = {group: runs(partition) for group, partition in PARTITIONS.items()}
+GROUPS = {
+    f"{model}-{group}": runs(partition, model)
+    for model in SMALL
+    for group, partition in PARTITIONS.items()
+}
 
 if __name__ == "__main__":
     main(GROUPS, default_out="runs/ntk_zo_fashion_mnist")

@@ -25,6 +25,15 @@ def mlp_40_20(input_shape: Shape, classes: int) -> ModelSpec:
     return _mlp(input_shape, classes, 40, 20)
 
 
+def mlp_27_14(input_shape: Shape, classes: int) -> ModelSpec:
+    """MLP with hidden layers of 27 and 14 units: on 28x28 images a fifth of mlp's parameters.
+
+    >>> mlp((1, 28, 28), 10).num_params, mlp_27_14((1, 28, 28), 10).num_params
+    (109386, 21737)
+    """
+    return _mlp(input_shape, classes, 27, 14)
+
+
 def mlp_13_7(input_shape: Shape, classes: int) -> ModelSpec:
     """MLP with hidden layers of 13 and 7 units: on 8x8 digits a twentieth of mlp's parameters.
 
