@@ -6,27 +6,24 @@ runs of `ntk_zo_digits` that matter most.  README.md is the card.
 
 from functools import partial
 
-from fedlean.recipe import main
+from fedlean.recipe import foresight, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 200
 TARGETS = (0.6, 0.7)
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.1"}
-SMALL = {"mlp": "mlp_27_14", "lenet5": "lenet5_small"}  # a fifth of the parameters
+SMALL = {"mlp": "mlp_27_14", "lenet5": "lenet5_small"}
 BACKPROP = {"lr": 0.1, "local_steps": 1, "batch_size": 32}
 FORWARD = {"directions": 50, "batch_size": 32, "lr": 0.01, "lr_half_life_rounds": 100.0, "ema": 0.9}
-CRITERIA = ("ntk_shuffled", "random", "synflow", "magnitude")
 
 
-def config(
-    partition: str, model: str, method: str, settings: dict, rounds: int = ROUNDS
-) -> RunConfig:
+def config(partition: str, model: str, method: str, settings: dict) -> RunConfig:
     return RunConfig(
         method=method,
         model=model,
         partition=partition,
         clients=10,
-        rounds=rounds,
+        rounds=ROUNDS,
         eval_every=10,
         eval_examples=2000,
         target_accuracy=TARGETS,
@@ -34,29 +31,11 @@ def config(
     )
 
 
-def runs(partition: str, model: str) -> dict[str, RunConfig]:
-    run = partial(config, partition, model)
-    zeroth = partial(run, "ntk_zo")
-    sparse = {**FORWARD, "density": 0.2}
-    snip = {"lr": 0.1, "local_steps": 1, "batch_size": 32, "density": 0.2}
-    return {
-        "backprop": run("fedavg", BACKPROP),
-        "dense": zeroth({**FORWARD, "density": 1.0}),
-        "ntk_50": zeroth({**FORWARD, "density": 0.5}),
-        "ntk_20": zeroth(sparse),
-        **{f"{name}_20": zeroth({**sparse, "criterion": name}) for name in CRITERIA},
-        # one round of SNIP makes its mask, which the next run takes
-        "snip_mask_20": run("snip", snip, rounds=2),
-        "snip_20": zeroth({**FORWARD, "masks_from": "snip_mask_20"}),
-        "small_dense_20": config(partition, SMALL[model], "ntk_zo", {**FORWARD, "density": 1.0}),
-        "ntk_5": zeroth({**FORWARD, "density": 0.05}),
-        "hybrid": zeroth({**FORWARD, "density": 1.0, "last_block": "backprop"}),
-    }
-
-
 GROUPS = {
-    f"{model}-{group}": runs(partition, model)
-    for model in SMALL
+    f"{model}-{group}": foresight(
+        partial(config, partition, model), backprop=BACKPROP, forward=FORWARD, small=small
+    )
+    for model, small in SMALL.items()
     for group, partition in PARTITIONS.items()
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedlean.core import Scalar
 from fedlean.cost.profile import load_profile, to_document
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
@@ -117,6 +118,38 @@ def approaches(
         "synflow": config("synflow", sized),
         "online": config("online", common),
         "iterative": config("iterative", {**sized, "spacing": "geometric"}),
+    }
+
+
+def foresight(
+    config: Callable[[str, Settings], RunConfig],
+    *,
+    backprop: Settings,
+    forward: Settings,
+    small: str,
+) -> dict[str, RunConfig]:
+    """Training by forward passes at four densities, with its controls at density 0.2.
+
+    `config(method, settings)` makes a run; `backprop` are FedAvg's settings, `forward` those of
+    `ntk_zo`; the model `small` has a fifth of the parameters.
+    """
+
+    def zeroth(**settings: Scalar) -> RunConfig:
+        return config("ntk_zo", {**forward, **settings})
+
+    criteria = ("ntk_shuffled", "random", "synflow", "magnitude")
+    return {
+        "backprop": config("fedavg", backprop),
+        "dense": zeroth(density=1.0),
+        "ntk_50": zeroth(density=0.5),
+        "ntk_20": zeroth(density=0.2),
+        **{f"{name}_20": zeroth(density=0.2, criterion=name) for name in criteria},
+        # one round of SNIP makes its mask, which the next run takes
+        "snip_mask_20": replace(config("snip", {**backprop, "density": 0.2}), rounds=2),
+        "snip_20": zeroth(masks_from="snip_mask_20"),
+        "small_dense_20": replace(zeroth(density=1.0), model=small),
+        "ntk_5": zeroth(density=0.05),
+        "hybrid": zeroth(density=1.0, last_block="backprop"),
     }
 
 
