@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from fedlean import cli
 from fedlean.runtime.evaluate import Score
 from fedlean.runtime.rounds import StepRecord
-from fedlean.runtime.run import RunConfig, resume, start
+from fedlean.runtime.run import RunConfig, _pause_seconds, resume, start
 from fedlean.runtime.runlog import RunLog, Totals, log_entry
 from fedlean.spec import ModelSpec
 
@@ -262,3 +263,12 @@ def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         resume(tmp_path, lambda entry: None, lambda line: None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("asked", "took", "pause"),
+    [(None, 0.0, 5.0), (None, 0.2, 20.0), (None, 3.0, 60.0), (0.0, 3.0, 0.0), (1.5, 3.0, 1.5)],
+)
+def test_checkpoints_take_a_hundredth_of_the_time_unless_told_when(asked, took, pause):
+    run = SimpleNamespace(checkpoint_seconds=asked)
+    assert _pause_seconds(run, took) == pytest.approx(pause)  # type: ignore[arg-type]
