@@ -145,7 +145,7 @@ def test_pack_and_unpack_by_hand():
         fold({"w": dense}, [update(0, 1, {"w": floats(1, 2, 3)}, masks={"w": mask})])
 
 
-@pytest.mark.parametrize("piece", [1, 3, 1 << 17])
+@pytest.mark.parametrize("piece", [1, 3, 1 << 15])
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
 def test_kept_values_are_those_of_numpy_in_pieces_of_any_size(monkeypatch, piece, density):
     monkeypatch.setattr(tree, "_PIECE", piece)

@@ -20,7 +20,7 @@ NO_PATTERN = "0" * 32  # the hash of no masks
 # The last read-only masks hashed, and their hash: every message of a round is about the same ones.
 # Whoever makes an array read-only has given up writing through views taken before.
 _hashed: tuple[dict[str, np.ndarray], str] = ({}, NO_PATTERN)
-_PIECE = 1 << 17  # coordinates that are looked through at once
+_PIECE = 1 << 15  # coordinates that are gone through at once: what they take stays in the cache
 # Kept coordinates of read-only masks while they live, by id: a round counts the same ones thousands
 # of times.
 _counted: dict[int, tuple[weakref.ref[np.ndarray], int]] = {}

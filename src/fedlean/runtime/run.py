@@ -57,7 +57,7 @@ from fedlean.runtime.runlog import RunLog, Totals, held_masks, log_entry
 
 FORMAT = 1  # of the run folder
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
-CHECKPOINT_SHARE = 0.01  # of a run's time
+CHECKPOINT_SHARE = 0.005  # of a run's time
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def start(
     """Runs to the end; the summary.  `say` gets why the native engine does not serve.
 
     `connect` makes the dispatch to the clients; `checkpoint_seconds` pass between checkpoints (0:
-    one after every step); by default 5, or what keeps them to a hundredth of the time, up to 60.
+    one after every step); by default 5, or what keeps them to half a percent of the time, up to 60.
     Raises ValueError before anything is written.
     """
     if folder.exists() and not folder.is_dir():

@@ -21,7 +21,7 @@ from fedlean.runtime.remote.exchange import Failed
 Reply = tuple[str, bytes | Failed]
 
 # The first and the longest wait for an object of a reply that is still being uploaded.
-_EAGER = {"initial_backoff": 0.1, "backoff_cap": 0.5, "max_tries_per_object": None}
+_EAGER = {"initial_backoff": 0.25, "backoff_cap": 1.0, "max_tries_per_object": None}
 
 
 def pull_eagerly(grid: Grid) -> None:
