@@ -74,6 +74,13 @@ def main(
     )
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_ROUNDS} rounds, to try it")
     arguments = parser.parse_args()
+    try:
+        _run(groups, arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _run(groups: Mapping[str, Mapping[str, RunConfig]], arguments: argparse.Namespace) -> None:
     here = unlinked(arguments.here, arguments.out) if arguments.here else None
     for group in arguments.groups:
         runs = {name: run for name, run in groups[group].items() if name in arguments.only}

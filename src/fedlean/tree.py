@@ -49,7 +49,7 @@ def pack(params: Params, masks: Masks) -> dict[str, np.ndarray]:
 
 
 def kept_values(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """value[mask], in a third of the time: (K,), in row-major order."""
+    """value[mask]: (K,), in row-major order.  Faster than NumPy where masks are irregular."""
     flat, out, done = value.reshape(-1), np.empty(kept_count(mask), value.dtype), 0
     for at in _kept_at(mask):
         out[done : done + at.size] = flat[at]
