@@ -182,6 +182,27 @@ def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     assert profile.dense_flops_per_s == load_profile("generic").dense_flops_per_s
 
 
+def test_in_turns_the_same_results_a_step_of_each_at_a_time(tmp_path):
+    common = {"lr": 0.1, "cohort": 2}
+    pruned = {**common, "reconfigure_every": 1, "initial_max_passes": 2}
+    configs = {
+        "fedavg": RunConfig("fedavg", rounds=3, settings=common),
+        "prunefl": RunConfig("prunefl", rounds=3, settings=pruned),
+    }
+    recipe.run_all(configs, tmp_path / "one", in_turns=False)
+    recipe.run_all(configs, tmp_path / "turns", in_turns=True)
+    recipe.run_all(configs, tmp_path / "turns", in_turns=True)  # done: nothing happens
+    for name in configs:
+        one, turns = (tmp_path / how / name / "model.safetensors" for how in ("one", "turns"))
+        assert one.read_bytes() == turns.read_bytes()
+
+
+def test_in_turns_refuses_a_run_that_needs_another(tmp_path):
+    configs = {"ticket": RunConfig("fixed_mask", settings={"masks_from": "prunefl"})}
+    with pytest.raises(ValueError, match="ticket takes its mask"):
+        recipe.run_all(configs, tmp_path, in_turns=True)
+
+
 def test_only_skips_groups_without_such_a_run(monkeypatch):
     ran, compared, tables = [], [], []
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.append(str(folder)))

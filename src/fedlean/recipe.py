@@ -22,6 +22,7 @@ from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
 from fedlean.report.units import human
+from fedlean.runtime import turns
 from fedlean.runtime.method import Settings
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import RunConfig, read_config, resume, start
@@ -72,6 +73,11 @@ def main(
         type=Path,
         help="profile of this machine (`fedlean profile`): PruneFL runs once more, for its time",
     )
+    parser.add_argument(
+        "--in-turns",
+        action="store_true",
+        help="a step of each run in turn, so that their measured seconds can be compared",
+    )
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_ROUNDS} rounds, to try it")
     arguments = parser.parse_args()
     try:
@@ -90,12 +96,13 @@ def _run(groups: Mapping[str, Mapping[str, RunConfig]], arguments: argparse.Name
             runs["prunefl_here"] = replace(runs["prunefl"], device=here)
         folders = [arguments.out / group / f"seed{seed}" for seed in arguments.seeds]
         for seed, folder in zip(arguments.seeds, folders, strict=True):
+            configs = {}
             for name, run in runs.items():
-                config = beside(folder, run)
-                config = replace(config, seed=seed, dataset=arguments.data)
+                config = replace(beside(folder, run), seed=seed, dataset=arguments.data)
                 if arguments.smoke:
                     config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
-                run_once(config, folder / name)
+                configs[name] = config
+            run_all(configs, folder, in_turns=arguments.in_turns)
             compare([folder / name for name in runs], folder)
         compare_seeds(folders, list(runs), arguments.out / group)
 
@@ -177,9 +184,29 @@ def beside(folder: Path, config: RunConfig) -> RunConfig:
     return replace(config, settings={**config.settings, "masks_from": masks_from})
 
 
-def run_once(config: RunConfig, folder: Path) -> None:
+def run_all(configs: Mapping[str, RunConfig], folder: Path, *, in_turns: bool = False) -> None:
+    """Each run in its folder of `folder`, one after the other or a step of each in turn.
+
+    Raises ValueError when runs in turns would need each other's results.
+    """
+    if not in_turns:
+        for name, config in configs.items():
+            run_once(config, folder / name)
+        return
+    for name, config in configs.items():
+        if "masks_from" in config.settings:
+            raise ValueError(f"{name} takes its mask from another run: not --in-turns")
+
+    def run(name: str) -> Callable[[turns.Pass], None]:
+        return lambda hand_on: run_once(configs[name], folder / name, hand_on)
+
+    turns.in_turns([run(name) for name in configs])
+
+
+def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None) -> None:
     """Starts the run, resumes it where it was cut, or leaves it when it is done.
 
+    `hand_on` is called after every step.
     Raises ValueError when the folder holds a run of another configuration.
     """
     if (folder / "config.json").is_file() and not repeats(config, read_config(folder)):
@@ -190,7 +217,13 @@ def run_once(config: RunConfig, folder: Path) -> None:
     if (folder / "summary.json").is_file():
         return
     say = Console(stderr=True).print
-    with watch_run(config, folder) as watch:
+    with watch_run(config, folder, bar=hand_on is None) as show:
+
+        def watch(entry: dict[str, Any]) -> None:
+            show(entry)
+            if hand_on is not None:
+                hand_on()
+
         if (folder / "config.json").is_file():
             resume(folder, watch, say)
         else:

@@ -16,11 +16,16 @@ PLAIN_LINES = 10  # a run whose output is not a terminal prints about so many li
 
 
 @contextmanager
-def watch_run(config: RunConfig, folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A callable that takes every log entry and shows it on standard error."""
+def watch_run(
+    config: RunConfig, folder: Path, *, bar: bool = True
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A callable that takes every log entry and shows it on standard error.
+
+    Without `bar` by lines even on a terminal, where several runs share it.
+    """
     console = Console(stderr=True)
     try:
-        if console.is_terminal:
+        if bar and console.is_terminal:
             with _bar(config, console) as show:
                 yield show
         else:
