@@ -15,6 +15,7 @@ PAPER = {  # initial pruning as the authors' code has it, importance in every ro
     "initial_examples": 200,
     "initial_batches": 10,
     "initial_passes": 50,
+    "initial_importance_passes": 0,
     "importance_rounds": 0,
     "reconfigure_every": 50,
 }

@@ -10,7 +10,11 @@ ROUNDS = 20_000
 TARGETS = (0.6, 0.7)
 DENSITY = 0.677  # the paper's at convergence
 COMMON = {"lr": 0.05, "local_steps": 5, "batch_size": 20, "cohort": 10}
-INITIAL = {"initial_examples": 500, "initial_passes": 25}  # as the authors' code
+INITIAL = {  # as the authors' code
+    "initial_examples": 500,
+    "initial_passes": 25,
+    "initial_importance_passes": 0,
+}
 
 
 def config(method: str, settings: dict) -> RunConfig:

@@ -29,6 +29,7 @@ from fedlean.engine.protocol import SGD
 from fedlean.methods.prunefl import client_update, prunefl
 from fedlean.pruning.density import density, full_masks
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.train.sgd import local_sgd
 from fedlean.tree import pack
 
 SMALL = {
@@ -251,6 +252,28 @@ def test_initial_pruning_shrinks_and_the_model_stays_at_its_client():
     assert density(final.masks) < 1
 
 
+@pytest.mark.parametrize(("last", "expected"), [(1, "001"), (2, "011"), (5, "111"), (0, "111")])
+def test_initial_importance_passes_count_back_from_a_reconfiguration(monkeypatch, last, expected):
+    """By the flag of each pass between two of them, and by what is charged for it."""
+    taken = []
+
+    def spy(*args, importance, **kwargs):
+        taken.append(str(int(importance)))
+        return local_sgd(*args, importance=importance, **kwargs)
+
+    monkeypatch.setattr("fedlean.methods.prunefl.local_sgd", spy)
+    settings = {**SMALL, "initial_passes": 3, "initial_importance_passes": last}
+    algorithm = prunefl(server(), **settings)
+    (first,) = algorithm.configure(algorithm.init(params()), devices())
+    update, _ = client_update(first, client_data()[0], ENGINE, {})
+    before, between = "".join(taken[:-3]), "".join(taken[-3:])
+    assert "1" not in before and between == expected
+    assert update.metrics["reconfigurations"] == 1
+    steps = update.work[0]
+    assert steps.importance_steps == expected.count("1") * SMALL["initial_batches"]
+    assert steps.steps == len(taken) * SMALL["initial_batches"]
+
+
 def test_initial_pruning_can_grow_back():
     """A weight pruned at one reconfiguration and important at the next comes back, perturbed."""
     masks = full_masks(SPEC)
@@ -378,6 +401,7 @@ def test_values_only_rounds_are_as_small_as_their_density():
         {"reconfigure_every": -1},
         {"importance_rounds": -2},
         {"initial_passes": 0},
+        {"initial_importance_passes": -1},
         {"initial_examples": -1},
         {"initial_batches": 0},
         {"readd_scale": -0.1},

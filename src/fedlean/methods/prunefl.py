@@ -10,7 +10,8 @@ coordinates, from which the server decides what to drop and what to grow back (p
 
 **Deviations**, each by a parameter where the paper's way is available:
 - `importance_rounds=1`: g² is accumulated in the last round before a reconfiguration only, since
-  the dense weight gradient costs more than the sparse step; 0 is the paper (all rounds).
+  the dense weight gradient costs more than the sparse step; 0 is the paper (all rounds).  So with
+  initial pruning and its passes (`initial_importance_passes`).
 - Of Σ g² each client sends the largest of a layer, 1.5 times as many as the layer keeps weights, as
   bfloat16; the server counts the others as 0 (`importance_multiple`, `importance_dtype`).
 - Initial pruning draws 5 batches a pass from all data of its client, and reconfigures after every
@@ -102,6 +103,7 @@ def prunefl(
     initial_batches: int = 5,
     initial_examples: int = 0,
     initial_passes: int = 1,
+    initial_importance_passes: int = 1,
     initial_max_passes: int = 1000,
     initial_stable: int = 5,
     reconfigure_every: int = 50,
@@ -124,6 +126,7 @@ def prunefl(
       initial_pruning: prune at `initial_client` first, in passes of `initial_batches` batches from
         `initial_examples` of its examples, 0: from all it has (paper: 10 batches of 200 examples).
       initial_passes: passes between two initial reconfigurations (paper's code: 50);
+        initial_importance_passes: passes before one in which g² accumulates; 0: all (paper);
         initial_stable: initial pruning ends after so many reconfigurations in a row that change
         the size by at most 10% (paper's code: 5); initial_max_passes: passes after which it ends
         whatever happens (1000).
@@ -160,6 +163,7 @@ def prunefl(
     at_least("initial_batches", initial_batches, 1)
     at_least("initial_examples", initial_examples, 0)
     at_least("initial_passes", initial_passes, 1)
+    at_least("initial_importance_passes", initial_importance_passes, 0)
     at_least("initial_max_passes", initial_max_passes, 1)
     at_least("initial_stable", initial_stable, 1)
     if initial_passes > initial_max_passes:
@@ -233,6 +237,7 @@ def prunefl(
             "initial_batches": initial_batches,
             "initial_examples": initial_examples,
             "initial_passes": initial_passes,
+            "initial_importance_passes": initial_importance_passes or initial_passes,
             "initial_max_passes": initial_max_passes,
             "initial_stable": initial_stable,
         }
@@ -513,6 +518,8 @@ def _passes(
     losses: list[float] = []
     importance_steps = forward_examples = 0
     for _ in range(CHUNK_PASSES):
+        ahead = int(h["initial_passes"]) - local.since  # passes until a reconfiguration
+        importance = local.started and ahead <= int(h["initial_importance_passes"])
         seed = derive_seed(task.seed, local.passes, task.client, "pass")
         losses.append(
             local_sgd(
@@ -521,13 +528,13 @@ def _passes(
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
-                importance=local.started,
+                importance=importance,
                 examples=examples,
             )
         )
         local = replace(local, passes=local.passes + 1)
+        importance_steps += steps if importance else 0
         if local.started:
-            importance_steps += steps
             local = replace(local, since=local.since + 1)
         else:
             accuracy = _accuracy(session, batches, batch_size, steps, seed, examples)
