@@ -39,10 +39,15 @@ def runs(rounds: int, every: int, init: str, common: dict) -> dict[str, RunConfi
         )
 
     prunefl = {"reconfigure_every": every}
-    found = approaches(config, common=common, prunefl=prunefl, density=DENSITY, warmup_steps=100)
     # which waits longer before it prunes, nearer to the authors' 50 passes and 50 rounds
-    patient = {"reconfigure_every": max(every, 50), "initial_passes": 10}
-    return {**found, "prunefl_patient": config("prunefl", {**common, **patient})}
+    patient = {**common, "reconfigure_every": max(every, 50), "initial_passes": 10}
+    return {
+        # as many steps of warm-up as the initial pruning of `prunefl_patient` takes
+        **approaches(config, common=common, prunefl=prunefl, density=DENSITY, warmup_steps=400),
+        "prunefl_patient": config("prunefl", patient),
+        # importance from every pass of initial pruning, as the paper
+        "prunefl_all_passes": config("prunefl", {**patient, "initial_importance_passes": 0}),
+    }
 
 
 GROUPS = {
