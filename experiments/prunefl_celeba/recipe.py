@@ -10,6 +10,16 @@ ROUNDS = 1000
 TARGETS = (0.85, 0.9)
 DENSITY = 0.5  # ours: the paper gives no density for this task
 COMMON = {"lr": 0.001, "local_steps": 5, "batch_size": 20, "cohort": 10}
+PRUNEFL = {  # as the authors' code
+    "initial_examples": 500,
+    "initial_batches": 10,
+    "initial_passes": 50,
+    "initial_importance_passes": 0,
+    "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
+    "reconfigure_every": 50,
+}
 
 
 def config(method: str, settings: dict) -> RunConfig:
@@ -30,9 +40,9 @@ def config(method: str, settings: dict) -> RunConfig:
 RUNS = approaches(
     config,
     common=COMMON,
-    prunefl={"initial_examples": 500},
+    prunefl=PRUNEFL,
     density=DENSITY,
-    warmup_steps=100,
+    warmup_steps=5000,  # ten reconfigurations of initial pruning
 )
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@
 paper's length, cohort, loss and learning rate.  README.md is the card.
 """
 
-from fedlean.recipe import approaches, main
+from functools import partial
+
+from fedlean.recipe import approaches, main, with_settings
 from fedlean.runtime.run import RunConfig
 
 TARGETS = (0.5, 0.6)
-DENSITY = 0.168  # the paper's at convergence, with client selection
+PAPER_DENSITY = 0.168  # at convergence, with client selection
+DENSITY = 0.4  # about what `prunefl_patient` chooses; what cannot choose a size gets this one
 PAPER = {
     "lr": 0.1,
     "lr_half_life_rounds": 10_000.0,
@@ -17,42 +20,61 @@ PAPER = {
     "batch_size": 20,
     "cohort": 10,
 }
+PAPER_PRUNEFL = {  # initial pruning as the authors' code has it, importance in every round
+    "initial_examples": 200,
+    "initial_batches": 10,
+    "initial_passes": 50,
+    "initial_importance_passes": 0,
+    "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
+}
 # From PyTorch's first weights the loss stays at ln 10 for hundreds of rounds (there are no norms),
 # and with He's the paper's learning rate diverges.
 SHORT = {"lr": 0.02, "local_steps": 5, "batch_size": 20, "cohort": 2}
+# waits longer before it prunes than the defaults, nearer to the authors' 50 passes and 50 rounds
+PATIENT = {"reconfigure_every": 50, "initial_passes": 10}
+WARMUP_STEPS = 400  # about as many as initial pruning of `prunefl_patient`
 
 
-def runs(rounds: int, every: int, init: str, common: dict) -> dict[str, RunConfig]:
-    def config(method: str, settings: dict) -> RunConfig:
-        return RunConfig(
-            method=method,
-            model="vgg11",
-            init=init,
-            partition="iid",
-            clients=100,
-            rounds=rounds,
-            device="raspberry_pi_4",
-            target_accuracy=TARGETS,
-            eval_every=10,
-            eval_examples=1000,
-            settings=settings,
-        )
-
-    prunefl = {"reconfigure_every": every}
-    # which waits longer before it prunes, nearer to the authors' 50 passes and 50 rounds
-    patient = {**common, "reconfigure_every": max(every, 50), "initial_passes": 10}
-    return {
-        # as many steps of warm-up as the initial pruning of `prunefl_patient` takes
-        **approaches(config, common=common, prunefl=prunefl, density=DENSITY, warmup_steps=400),
-        "prunefl_patient": config("prunefl", patient),
-        # importance from every pass of initial pruning, as the paper
-        "prunefl_all_passes": config("prunefl", {**patient, "initial_importance_passes": 0}),
-    }
+def config(method: str, settings: dict, *, rounds: int = 600, init: str = "he") -> RunConfig:
+    return RunConfig(
+        method=method,
+        model="vgg11",
+        init=init,
+        partition="iid",
+        clients=100,
+        rounds=rounds,
+        device="raspberry_pi_4",
+        target_accuracy=TARGETS,
+        eval_every=10,
+        eval_examples=1000,
+        settings=settings,
+    )
 
 
+table = approaches(
+    config, common=SHORT, prunefl=PATIENT, density=DENSITY, warmup_steps=WARMUP_STEPS
+)
+at_once = config("prunefl", {**SHORT, "reconfigure_every": 15})
+all_passes = config("prunefl", {**SHORT, **PATIENT, "initial_importance_passes": 0})
 GROUPS = {
-    "short": runs(600, 15, "he", SHORT),
-    "paper": runs(10_000, 50, "pytorch", PAPER),
+    "short": {
+        **table,
+        "prunefl_at_once": at_once,
+        "prunefl_all_passes": all_passes,  # importance from every pass of initial pruning
+        # the others at the density that the paper's PruneFL came to
+        "snip_17": with_settings(table["snip"], density=PAPER_DENSITY),
+        "synflow_17": with_settings(table["synflow"], density=PAPER_DENSITY),
+        "iterative_17": with_settings(table["iterative"], density=PAPER_DENSITY),
+    },
+    "paper": approaches(
+        partial(config, rounds=10_000, init="pytorch"),
+        common=PAPER,
+        prunefl=PAPER_PRUNEFL,
+        density=PAPER_DENSITY,
+        warmup_steps=5000,  # ten reconfigurations of initial pruning
+    ),
 }
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ PAPER = {  # initial pruning as the authors' code has it, importance in every ro
     "initial_passes": 50,
     "initial_importance_passes": 0,
     "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
     "reconfigure_every": 50,
 }
 
@@ -38,7 +40,7 @@ def config(method: str, settings: dict) -> RunConfig:
 
 
 GROUPS = {
-    "paper": approaches(config, common=COMMON, prunefl=PAPER, density=DENSITY, warmup_steps=500),
+    "paper": approaches(config, common=COMMON, prunefl=PAPER, density=DENSITY, warmup_steps=5000),
     "fresh_examples": {  # initial pruning as by our defaults: fresh batches, after every pass
         "fedavg": config("fedavg", COMMON),
         "prunefl": config("prunefl", COMMON),

@@ -10,10 +10,15 @@ ROUNDS = 20_000
 TARGETS = (0.6, 0.7)
 DENSITY = 0.677  # the paper's at convergence
 COMMON = {"lr": 0.05, "local_steps": 5, "batch_size": 20, "cohort": 10}
-INITIAL = {  # as the authors' code
+PRUNEFL = {  # as the authors' code
     "initial_examples": 500,
+    "initial_batches": 10,
     "initial_passes": 25,
     "initial_importance_passes": 0,
+    "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
+    "reconfigure_every": 50,
 }
 
 
@@ -32,7 +37,8 @@ def config(method: str, settings: dict) -> RunConfig:
     )
 
 
-RUNS = approaches(config, common=COMMON, prunefl=INITIAL, density=DENSITY, warmup_steps=250)
+# ten reconfigurations of initial pruning
+RUNS = approaches(config, common=COMMON, prunefl=PRUNEFL, density=DENSITY, warmup_steps=2500)
 
 if __name__ == "__main__":
     main({"iid": RUNS}, default_out="runs/prunefl_imagenet100")

@@ -118,15 +118,16 @@ def approaches(
     """The six approaches of PruneFL's Table III, and FedAvg with PruneFL's warm-up.
 
     `config(method, settings)` makes a run; `density` is for the approaches that cannot choose one;
-    `warmup_steps` are about as many as PruneFL's initial pruning takes.  SNIP scores and iterative
-    pruning goes down as in the authors' code.
+    `warmup_steps` are about as many as PruneFL's initial pruning takes, on the same examples.  SNIP
+    scores and iterative pruning goes down as in the authors' code.
     """
     sized = {**common, "density": density}
+    examples = prunefl.get("initial_examples", 0)
     return {
         "fedavg": config("fedavg", common),
         "prunefl": config("prunefl", {**common, **prunefl}),
         "fedavg_warmup": config(
-            "fedavg", {**common, "warmup_steps": warmup_steps, "warmup_examples": 0}
+            "fedavg", {**common, "warmup_steps": warmup_steps, "warmup_examples": examples}
         ),
         "snip": config("snip", {**sized, "score": "update"}),
         "synflow": config("synflow", sized),
@@ -167,6 +168,11 @@ def foresight(
     }
 
 
+def with_settings(config: RunConfig, **settings: Scalar) -> RunConfig:
+    """`config` with some of its method's settings replaced or added."""
+    return replace(config, settings={**config.settings, **settings})
+
+
 def unlinked(profile: Path, out: Path) -> str:
     """A copy of `profile` whose link takes no time, as on the wall clock of a simulation."""
     fast = replace(load_profile(str(profile)), uplink_bytes_per_s=1e15, downlink_bytes_per_s=1e15)
@@ -181,7 +187,7 @@ def beside(folder: Path, config: RunConfig) -> RunConfig:
     if "masks_from" not in config.settings:
         return config
     masks_from = str((folder / str(config.settings["masks_from"])).resolve())
-    return replace(config, settings={**config.settings, "masks_from": masks_from})
+    return with_settings(config, masks_from=masks_from)
 
 
 def run_all(configs: Mapping[str, RunConfig], folder: Path, *, in_turns: bool = False) -> None:
