@@ -26,7 +26,7 @@ from federation import (
 from fedlean import wire
 from fedlean.core import ClientUpdate, Statistic, SubModel
 from fedlean.engine.protocol import SGD
-from fedlean.methods.prunefl import client_update, prunefl
+from fedlean.methods.prunefl import _Local, client_update, prunefl
 from fedlean.pruning.density import density, full_masks
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.train.sgd import local_sgd
@@ -274,7 +274,7 @@ def test_initial_importance_passes_count_back_from_a_reconfiguration(monkeypatch
     assert steps.steps == len(taken) * SMALL["initial_batches"]
 
 
-def test_initial_pruning_can_grow_back():
+def test_further_pruning_can_grow_back():
     """A weight pruned at one reconfiguration and important at the next comes back, perturbed."""
     masks = full_masks(SPEC)
     masks["fc1.weight"][3, 5] = False
@@ -291,16 +291,50 @@ def test_initial_pruning_can_grow_back():
     assert after.params["fc1.weight"][3, 5] != params()["fc1.weight"][3, 5], "no stale value"
 
 
-def test_initial_pruning_starts_at_accuracy_only():
-    """lr too small to learn: no reconfiguration, and it stops at the last pass, dense."""
+def test_initial_pruning_can_grow_back():
+    """A unit of fc1 that has lost all its inputs: some of them come back, perturbed."""
+    algorithm = prunefl(server(), **{**SMALL, "prunable_fraction": 0.0})
+    (task,) = algorithm.configure(algorithm.init(params()), devices())
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][3] = False
+    held = _Local(train_state(algorithm, masks).params, masks, {}, started=True)
+    update, after = client_update(
+        replace(task, params={}), client_data()[0], ENGINE, held.to_state()
+    )
+    assert update.metrics["reconfigurations"] == 1
+    back = after["masks/fc1.weight"][3]
+    assert back.any(), "P holds every pruned weight"
+    assert np.all(after["params/fc1.weight"][3][back] != 0)
+    kept = np.delete(after["masks/fc1.weight"], 3, axis=0)
+    assert kept.all(), "with φ = 0 nothing goes"
+
+
+class Labelled:
+    """Batches whose labels are what the first model answers, or `shift` classes beside it."""
+
+    num_examples = 24
+
+    def __init__(self, shift: int):
+        rng = np.random.default_rng(0)
+        self.x = rng.standard_normal((8, 1, 8, 8)).astype(np.float32)
+        session = ENGINE.open(SPEC, params(), SubModel(), batch_size=8, optimizer=SGD(0.0))
+        (logits,) = session.forward(self.x).values()
+        self.y = (logits.argmax(1) + shift) % 3
+
+    def draw(self, *, steps: int, batch_size: int, seed: int, examples: int | None = None):
+        assert batch_size == 8
+        return ((self.x, self.y) for _ in range(steps))
+
+
+@pytest.mark.parametrize(("shift", "reconfigurations"), [(1, 0), (0, 1)])
+def test_initial_pruning_starts_at_accuracy_only(shift, reconfigurations):
+    """lr too small to learn: always wrong, it stops at the last pass, dense; else it prunes."""
     algorithm = prunefl(server(), **{**SMALL, "lr": 1e-9, "initial_max_passes": 3})
-    records = []
-    state = run(algorithm, watch=lambda progress, record: records.append(record))
-    first = records[0].metrics
-    if first["reconfigurations"] == 0:
-        assert first["passes"] == 3
-        assert density(records[1].tasks[0].sub_model.masks) == 1.0
-    assert state.round == ROUNDS
+    (task,) = algorithm.configure(algorithm.init(params()), devices())
+    update, _ = client_update(task, Labelled(shift), ENGINE, {})
+    assert update.metrics["reconfigurations"] == reconfigurations
+    assert update.metrics["passes"] == (3 if shift else 2)  # none is pruned before its start
+    assert (update.metrics["density"] == 1.0) == bool(shift)
 
 
 def test_a_client_that_lost_its_model_gets_it_again():
@@ -336,11 +370,18 @@ def test_importance_that_was_not_asked_for_changes_nothing():
     assert same(algorithm.server_update(state, [update]).masks, state.masks)
 
 
-def test_size_limit_binds_initial_pruning_and_every_round():
+@pytest.mark.parametrize(
+    "initial",
+    [
+        {"initial_max_passes": 60},
+        {"initial_max_passes": 2},  # too few passes to come down by 30% at a time
+        {"initial_max_passes": 3, "lr": 1e-9},  # the start accuracy is never reached
+        {"initial_max_passes": 2, "reconfigure_every": 0},
+    ],
+)
+def test_size_limit_binds_initial_pruning_and_every_round(initial):
     """D(r) = 0.3 + (0.27 - 0.3)·r/6, held until the next reconfiguration; never exceeded."""
-    algorithm = prunefl(
-        server(), **{**SMALL, "initial_max_passes": 60}, size_limit=0.3, size_target=0.27
-    )
+    algorithm = prunefl(server(), **{**SMALL, **initial}, size_limit=0.3, size_target=0.27)
     densities = {}
 
     def watch(progress, record):
@@ -348,6 +389,7 @@ def test_size_limit_binds_initial_pruning_and_every_round():
             densities[record.tasks[0].round] = density(record.tasks[0].sub_model.masks)
 
     run(algorithm, watch=watch)
+    assert len(densities) == ROUNDS
     for round, kept in densities.items():
         assert kept <= 0.3 - 0.03 * round / 6 + 1e-9, (round, kept)
 

@@ -140,8 +140,8 @@ def prunefl(
       size_limit, size_target: D_lim and D_tgt of Sec. VI-E, densities in (0, 1]; None: no limit;
         the target defaults to the limit.  The limit acts at reconfigurations, which never drop a
         unit's last weight: far below what the units need it is not reached.  Initial pruning
-        approaches it by φ of each layer at a time; without initial pruning it is exceeded until
-        the first reconfiguration.
+        approaches it by φ of each layer at a time and, where its passes are over, at once; without
+        initial pruning it is exceeded until the first reconfiguration.
       readd_scale: standard deviation of re-added weights over the RMS of the layer's kept ones.
       time_model: "linear", T(M) = c + Σ t_j with Algorithm 2; "device", the device's whole round
         time with its dense fall-back (monotone, not linear) with Algorithm 3.
@@ -491,6 +491,10 @@ def _initial(
     stopped = local.stable >= int(h["initial_stable"]) or local.passes >= int(
         h["initial_max_passes"]
     )
+    works = [work]
+    if stopped and 0 <= int(h["limit"]) < num_kept(local.masks):
+        local, work = _down_to_limit(task, batches, engine, local)
+        works.append(work)
     update = ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
@@ -502,9 +506,19 @@ def _initial(
             "passes": float(local.passes),
             "reconfigurations": float(local.reconfigurations),
         },
-        work=(work,),
+        work=tuple(works),
     )
     return update, {} if stopped else local.to_state()
+
+
+def _down_to_limit(
+    task: ClientTask, batches: Batches, engine: Engine, local: _Local
+) -> tuple[_Local, Work]:
+    """Where the passes were too few for the size limit: one more, and a reconfiguration to it."""
+    last = int(task.hparams["initial_passes"]) - 1
+    local, work, _ = _passes(task, batches, engine, replace(local, started=True, since=last))
+    least = fraction_to(int(task.hparams["limit"]), local.masks)
+    return _reconfigure_initial(task, local, least_fraction=least), work
 
 
 def _passes(
@@ -572,11 +586,11 @@ def _accuracy(
     return hits / total
 
 
-def _reconfigure_initial(task: ClientTask, local: _Local) -> _Local:
+def _reconfigure_initial(task: ClientTask, local: _Local, *, least_fraction: float = 0.0) -> _Local:
     seed = derive_seed(task.seed, local.passes, task.client, "prune")
-    params, masks = Pruner.from_hparams(task.hparams).reconfigure(
-        task.spec, local.params, local.masks, local.importance, seed
-    )
+    pruner = Pruner.from_hparams(task.hparams)
+    pruner = replace(pruner, fraction=max(pruner.fraction, least_fraction))
+    params, masks = pruner.reconfigure(task.spec, local.params, local.masks, local.importance, seed)
     before, after = density(local.masks), density(masks)
     change = abs(after - before) / before if before else 0.0
     limit = int(task.hparams["limit"])
