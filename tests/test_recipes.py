@@ -13,7 +13,7 @@ import pytest
 from fedlean import recipe
 from fedlean.cost.profile import load_profile, to_document
 from fedlean.runtime.method import find_method, hyperparameters
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.run import RunConfig, differences
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("*/recipe.py"))
@@ -219,6 +219,14 @@ def test_only_skips_groups_without_such_a_run(monkeypatch):
 
 def test_a_recipe_that_names_no_engine_takes_the_run_of_any():
     config = RunConfig("fedavg")
-    assert recipe.repeats(config, replace(config, engine="native"))
-    assert not recipe.repeats(replace(config, engine="torch"), replace(config, engine="native"))
-    assert not recipe.repeats(config, replace(config, engine="native", seed=1))
+    native = replace(config, engine="native")
+    assert differences(config, native) == []
+    assert differences(replace(config, engine="torch"), native) == ["engine"]
+    assert differences(config, replace(native, seed=1)) == ["seed"]
+
+
+def test_a_setting_that_is_left_out_is_the_default():
+    lr = hyperparameters(find_method("fedavg"))["lr"].default
+    assert differences(RunConfig("fedavg"), RunConfig("fedavg", settings={"lr": lr})) == []
+    other = RunConfig("fedavg", settings={"lr": 2 * lr})
+    assert differences(RunConfig("fedavg"), other) == ["settings"]

@@ -25,7 +25,7 @@ from fedlean.report.units import human
 from fedlean.runtime import turns
 from fedlean.runtime.method import Settings
 from fedlean.runtime.progress import watch_run
-from fedlean.runtime.run import RunConfig, read_config, resume, start
+from fedlean.runtime.run import RunConfig, differences, read_config, resume, start
 
 SMOKE_ROUNDS = 3
 _TARGETS = "time_to_accuracy"
@@ -215,10 +215,11 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
     `hand_on` is called after every step.
     Raises ValueError when the folder holds a run of another configuration.
     """
-    if (folder / "config.json").is_file() and not repeats(config, read_config(folder)):
+    begun = (folder / "config.json").is_file()
+    if begun and (changed := differences(config, read_config(folder))):
         raise ValueError(
-            f"{folder} holds a run of another configuration than the recipe's: remove it or "
-            "choose another --out"
+            f"{folder} holds a run of another configuration than the recipe's "
+            f"({', '.join(changed)}): remove it or choose another --out"
         )
     if (folder / "summary.json").is_file():
         return
@@ -230,16 +231,11 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
             if hand_on is not None:
                 hand_on()
 
-        if (folder / "config.json").is_file():
+        if begun:
             resume(folder, watch, say)
         else:
             start(config, folder, watch, say)
     write_page(folder / "report.html", run_page(read_run(folder)))
-
-
-def repeats(config: RunConfig, written: RunConfig) -> bool:
-    """A recipe that names no engine takes the run of any."""
-    return replace(config, engine=config.engine or written.engine) == written
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:

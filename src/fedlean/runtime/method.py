@@ -70,6 +70,19 @@ def hyperparameters(method: Method) -> Mapping[str, inspect.Parameter]:
     }
 
 
+def complete(method_name: str, settings: Settings) -> dict[str, Scalar | None]:
+    """`settings` with the method's defaults for what they leave out, in its order.
+
+    What the method does not know comes last, for `build` to refuse.
+    """
+    known = hyperparameters(find_method(method_name))
+    defaults = {name: parameter.default for name, parameter in known.items()}
+    given = {
+        name: value for name, value in defaults.items() if value is not inspect.Parameter.empty
+    }
+    return {**given, **settings}
+
+
 def parse_settings(
     method_name: str, method: Method, settings: list[str]
 ) -> dict[str, Scalar | None]:

@@ -50,7 +50,7 @@ from fedlean.runtime.checkpoint import (
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.evaluate import Evaluate, evaluator
 from fedlean.runtime.local import Dispatch, LocalDispatch
-from fedlean.runtime.method import Settings
+from fedlean.runtime.method import Settings, complete
 from fedlean.runtime.method import build as build_method
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, held_masks, log_entry
@@ -222,6 +222,20 @@ def read_config(folder: Path) -> RunConfig:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
+def differences(config: RunConfig, written: RunConfig) -> list[str]:
+    """Fields in which the run of a folder is another one than `config`; [] for the same.
+
+    A configuration that names no engine takes the run of any; of a setting that is left out, the
+    method's default counts.
+    """
+    config = replace(config, engine=config.engine or written.engine)
+    one, other = (
+        {**vars(each), "settings": complete(each.method, each.settings)}
+        for each in (config, written)
+    )
+    return [name for name in one if one[name] != other[name]]
+
+
 def _recorded_profile(folder: Path, document: dict[str, Any]) -> Profile:
     """The device profile that the run began with; of an early run, the one of that name."""
     if "profile" not in document:
@@ -308,7 +322,8 @@ def _prepare(
         say(line)
     server = Server(spec, engine, config.seed, config.rounds, profile, config.init)
     algorithm = build_method(config.method, server, config.settings)
-    config = replace(config, engine=engine.name)
+    # defaults may change, and with them what the same settings mean: the folder names all
+    config = replace(config, engine=engine.name, settings=complete(config.method, config.settings))
     subset = test_subset(dataset, config.eval_examples) if config.eval_examples else None
     return _Run(
         config,

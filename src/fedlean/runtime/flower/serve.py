@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from fedlean.runtime.local import Dispatch
 from fedlean.runtime.remote.dispatch import RemoteDispatch
 from fedlean.runtime.remote.exchange import Post
 from fedlean.runtime.rounds import RunFailed
-from fedlean.runtime.run import Connect, Parts, read_config, resume, start
+from fedlean.runtime.run import Connect, Parts, differences, read_config, resume, start
 
 log = logging.getLogger("flwr")  # the one whose lines `flwr run --stream` shows
 
@@ -35,9 +34,7 @@ def serve(post: Post, settings: ServerSettings) -> dict[str, Any]:
         connect = over(post, settings, _owned(out))
         return start(config, out, _watch, log.info, connect=connect, checkpoint_seconds=0.0)
     held = read_config(out)
-    config = replace(config, engine=config.engine or held.engine)  # a folder names what ran
-    if held != config:
-        changed = [name for name in vars(config) if vars(config)[name] != vars(held)[name]]
+    if changed := differences(config, held):
         raise ValueError(
             f"{out} holds a run of another configuration ({', '.join(changed)}): choose another "
             "'out', or give it the settings it began with"
