@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from fedlean import recipe
+from fedlean.core import Server
 from fedlean.cost.profile import load_profile, to_document
+from fedlean.engine.open import engine_for
+from fedlean.models.catalog import build as build_model
+from fedlean.report.card import reported
+from fedlean.runtime.method import build as build_method
 from fedlean.runtime.method import find_method, hyperparameters
 from fedlean.runtime.run import RunConfig, differences
 
@@ -52,11 +57,47 @@ def test_there_are_recipes_and_each_has_a_card():
     assert all((path.parent / "README.md").stat().st_size > 300 for path in RECIPES)
 
 
+SHAPES = {"conv2": (1, 28, 28), "lenet300": (1, 28, 28), "lenet5": (1, 28, 28)}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
-def test_settings_exist(path):
+def test_every_run_of_every_group_is_valid(path):
+    """Each method takes its settings; `masks_from` is a run before it in its group."""
     for runs in groups_of(path).values():
-        for config in runs.values():
-            assert set(config.settings) <= set(hyperparameters(find_method(config.method)))
+        names = list(runs)
+        for name, config in runs.items():
+            settings = dict(config.settings)
+            if "masks_from" in settings:
+                assert settings["masks_from"] in names[: names.index(name)]
+                continue  # its method reads that run
+            shape = SHAPES.get(config.model, (3, 32, 32))
+            if config.model.startswith("mlp"):
+                shape = (1, 28, 28)
+            spec = build_model(config.model, shape, 10)
+            engine, _ = engine_for(spec, config.engine, 1)
+            profile = load_profile(config.device)
+            server = Server(spec, engine, 0, config.rounds, profile, config.init)
+            build_method(config.method, server, settings)
+
+
+def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
+    ran = {}
+    monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))
+    monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
+    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out: None)
+    runs = {
+        "prunefl": RunConfig("prunefl", settings={"initial_passes": 50, "lr": 0.25}),
+        "synflow": RunConfig("synflow"),
+        "fedavg": RunConfig("fedavg"),
+    }
+    monkeypatch.setattr("sys.argv", ["recipe", "--data", "set", "--out", str(tmp_path), "--smoke"])
+    recipe.main({"iid": runs}, default_out="out")
+    short = {folder.name: config for folder, config in ran.items()}
+    assert {folder.parent for folder in ran} == {tmp_path / "smoke" / "iid" / "seed0"}
+    assert short["prunefl"].settings == {"initial_passes": 1, "initial_max_passes": 2, "lr": 0.25}
+    assert short["synflow"].settings == {"synflow_steps": 5}
+    assert short["fedavg"].settings == {}  # without a warm-up, none is put in
+    assert all(config.rounds == recipe.SMOKE_ROUNDS for config in ran.values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
@@ -86,7 +127,7 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
     recipe.compare_seeds([tmp_path] * 2, [first, second], tmp_path)
     assert (tmp_path / "compare.html").stat().st_size > 10_000
     assert f"| {second} |" in (tmp_path / "seeds.md").read_text()
-    assert set(recipe.reported(folders[1])) > {"median_round_seconds", "density"}
+    assert set(reported(folders[1])) > {"median_round_seconds", "density"}
 
 
 def test_masks_from_names_a_run_beside():
@@ -95,70 +136,6 @@ def test_masks_from_names_a_run_beside():
     absolute = str(Path("out/iid/seed3/prunefl").resolve())
     assert there.settings == {"masks_from": absolute, "lr": 0.1}
     assert recipe.beside(Path("out"), RunConfig("fedavg")) == RunConfig("fedavg")
-
-
-def test_card_table_by_hand():
-    """Twice as soon on one clock, half as soon on the other; 0.9 was never reached."""
-
-    def run(simulated: float, measured: float, device: str = "pi") -> dict:
-        first = {"round": 3, "simulated_seconds": simulated, "measured_seconds": measured}
-        return {
-            "time_to_accuracy": {"0.8": first, "0.9": None},
-            "seconds_before_round_1": 5.0,
-            "median_round_seconds": 2.0,
-            "median_round_measured_seconds": 0.0125,
-            "device": device,
-            "density": 0.25,
-            "final_accuracy": 0.875,
-            "downlink_bytes": int(simulated * 1e8),
-            "uplink_bytes": 0,
-            "flops_per_client": 2e12,
-            "flops_dense_gradient_per_client": 4e12,
-            "median_round_memory_bytes": 2e6,
-            "peak_memory_bytes": 3e6,
-        }
-
-    results = {"a": run(100, 1), "b": run(50, 2), "c": run(1, 0.5, "here")}
-    heads, _, base, other, here = recipe.card_table(results).splitlines()
-    assert base == (
-        "| a | 100 s (round 3) | 1.0 s | not reached | – | 5 s | 2.0 s | 12 ms | 25.0% | 87.50% "
-        "| 10.0 GB (1.00) | 2.00 T (1.00) | 4.00 T (1.00) | 2 / 3 MB |"
-    )
-    assert other.startswith("| b | 50 s (round 3), **2.00×** | 2.0 s, **0.50×** | not reached | – ")
-    assert here.startswith("| c | (round 3) | 0.5 s, **2.00×** | not reached | – | – | – | 12 ms ")
-    assert heads.count("|") == base.count("|") == other.count("|") == here.count("|")
-
-
-def test_seeds_table_by_hand():
-    def run(end: float, round: int | None) -> dict:
-        return {
-            "density": 0.2,
-            "time_to_accuracy": {"0.9": {"round": round} if round else None},
-            "final_accuracy": end,
-            "uplink_bytes": 12_300,
-            "downlink_bytes": 4_560_000,
-            "flops_per_client": 7.89e9,
-            "median_round_memory_bytes": 1e6,
-        }
-
-    _, _, line = recipe.seeds_table([{"a": run(0.95, 7)}, {"a": run(0.85, None)}]).splitlines()
-    assert line == (
-        "| a | 20.0% | 7 / – | 95.0 / 85.0% | 90.0% | 12.3 kB | 4.56 MB | 7.89 GFLOP | 1.00 MB |"
-    )
-
-
-def test_layer_table_by_hand(tmp_path):
-    densities = [{"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.25}, {"a": 0.5, "b": 0.25}]
-    rows = [
-        {"round": round, "layer_density": each, "density": each["b"]}
-        for round, each in enumerate(densities)
-    ]
-    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert recipe.layer_table(tmp_path).splitlines()[1:] == [
-        "| --- | --- | --- | --- |",
-        "| after round 0 | 100.0% | 100.0% | 100.0% |",
-        "| after round 1 | 50.0% | 25.0% | 25.0% |",
-    ]
 
 
 def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):

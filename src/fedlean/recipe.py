@@ -11,38 +11,30 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
 
 from fedlean.core import Scalar
 from fedlean.cost.profile import load_profile, to_document
+from fedlean.report.card import card_table, layer_table, reported, seeds_table, targets_table
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
-from fedlean.report.units import human
 from fedlean.runtime import turns
-from fedlean.runtime.method import Settings
+from fedlean.runtime.method import Settings, complete
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import RunConfig, differences, read_config, resume, start
 
 SMOKE_ROUNDS = 3
-_TARGETS = "time_to_accuracy"
 SMOKE_EXAMPLES = 500
-REPORTED = (
-    "final_accuracy",
-    "best_accuracy",
-    "density",
-    "downlink_bytes",
-    "uplink_bytes",
-    "flops_per_client",
-    "flops_dense_gradient_per_client",
-    "simulated_seconds",
-    "measured_seconds",
-    "peak_memory_bytes",
-    "time_to_accuracy",
-)
+SMOKE_AT_MOST = {  # of what methods do before their first round
+    "initial_passes": 1,
+    "initial_max_passes": 2,
+    "warmup_steps": 5,
+    "synflow_steps": 5,
+    "prune_steps": 2,
+}
 
 
 def main(
@@ -53,8 +45,8 @@ def main(
 ) -> None:
     """Command line of a recipe: each group of runs is compared, its first run the baseline.
 
-    Results go to OUT/<group>/seed<S>/<run>; what is there already is not run again.  Without
-    --data, `default_data` is read.
+    Results go to OUT/<group>/seed<S>/<run>, with --smoke to OUT/smoke/...; what is there already is
+    not run again.  Without --data, `default_data` is read.
     """
     names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
     parser = argparse.ArgumentParser(description=f"Runs {', '.join(names)} and compares them.")
@@ -78,7 +70,11 @@ def main(
         action="store_true",
         help="a step of each run in turn, so that their measured seconds can be compared",
     )
-    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_ROUNDS} rounds, to try it")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help=f"{SMOKE_ROUNDS} rounds and little before them, to OUT/smoke: to see that it works",
+    )
     arguments = parser.parse_args()
     try:
         _run(groups, arguments)
@@ -94,17 +90,31 @@ def _run(groups: Mapping[str, Mapping[str, RunConfig]], arguments: argparse.Name
             continue
         if here and "prunefl" in runs:
             runs["prunefl_here"] = replace(runs["prunefl"], device=here)
-        folders = [arguments.out / group / f"seed{seed}" for seed in arguments.seeds]
+        out = arguments.out / "smoke" if arguments.smoke else arguments.out
+        folders = [out / group / f"seed{seed}" for seed in arguments.seeds]
         for seed, folder in zip(arguments.seeds, folders, strict=True):
             configs = {}
             for name, run in runs.items():
                 config = replace(beside(folder, run), seed=seed, dataset=arguments.data)
-                if arguments.smoke:
-                    config = replace(config, rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES)
-                configs[name] = config
+                configs[name] = short(config) if arguments.smoke else config
             run_all(configs, folder, in_turns=arguments.in_turns)
             compare([folder / name for name in runs], folder)
-        compare_seeds(folders, list(runs), arguments.out / group)
+        compare_seeds(folders, list(runs), out / group)
+
+
+def short(config: RunConfig) -> RunConfig:
+    """A version of the run that takes seconds, to see that all of it works."""
+    settings = complete(config.method, config.settings)
+    capped = {
+        name: most for name, most in SMOKE_AT_MOST.items() if _above(settings.get(name), most)
+    }
+    return replace(
+        with_settings(config, **capped), rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES
+    )
+
+
+def _above(value: Scalar | None, most: int) -> bool:
+    return isinstance(value, int) and value > most
 
 
 def approaches(
@@ -245,6 +255,7 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     results = {folder.name: reported(folder) for folder in folders}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(card_table(results))
+    (out / "targets.md").write_text(targets_table(results))
     (out / "layers.md").write_text("\n".join(map(layer_table, folders)))
     Console().print(cost_table(loaded))
 
@@ -253,120 +264,3 @@ def compare_seeds(folders: Sequence[Path], names: Sequence[str], out: Path) -> N
     """`seeds.md` in `out`: the runs `names`, which are in the folder of each seed."""
     seeds = [{name: reported(folder / name) for name in names} for folder in folders]
     (out / "seeds.md").write_text(seeds_table(seeds))
-
-
-def reported(folder: Path) -> dict[str, Any]:
-    """A run's figures, for `expected.json`; the measured seconds alone depend on the machine."""
-    summary = json.loads((folder / "summary.json").read_text())
-    lines = (folder / "rounds.jsonl").read_text().splitlines()
-    rounds = [json.loads(line) for line in lines]
-    training = [row for row in rounds if row["round"] > 0]
-    if any(key not in summary for key in REPORTED):
-        raise ValueError(f"{folder} was made by an earlier version: remove it and run it again")
-    return {
-        **{key: summary[key] for key in REPORTED},
-        "device": Path(read_config(folder).device).name,  # a profile of one's own by its file
-        "seconds_before_round_1": sum(
-            row["simulated_seconds"] for row in rounds if row["round"] == 0
-        ),
-        "median_round_seconds": median(row["simulated_seconds"] for row in training),
-        "median_round_measured_seconds": median(row["measured_seconds"] for row in training),
-        "median_round_memory_bytes": median(row["peak_memory_bytes"] for row in training),
-    }
-
-
-def layer_table(folder: Path) -> str:
-    """Markdown: how much each layer keeps, a row per round in which that changed."""
-    lines = (folder / "rounds.jsonl").read_text().splitlines()
-    rounds = [json.loads(line) for line in lines]
-    layers = list(rounds[0]["layer_density"])
-    table = [[folder.name, *layers, "all"], ["---"] * (len(layers) + 2)]
-    last = None
-    for row in rounds:
-        if row["layer_density"] != last:
-            last = row["layer_density"]
-            shares = [*last.values(), row["density"]]
-            table.append([f"after round {row['round']}", *(f"{share:.1%}" for share in shares)])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
-def card_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a row per run, ratios to the first."""
-    baseline = next(iter(results.values()))
-    targets = list(baseline["time_to_accuracy"])
-    heads = ["run"]
-    for target in targets:
-        heads += [f"{float(target):.0%}", "measured here"]
-    heads += ["before round 1", "median round", "measured here", "density", "at the end", "bytes"]
-    heads += ["FLOPs per client", "with dense gradients", "memory, median round / peak"]
-    lines = [heads, ["---"] * len(heads)]
-    for name, run in results.items():
-        line = [name]
-        for target in targets:
-            line += _reached(run, baseline, target)
-        lines.append(line + _totals(run, baseline))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def seeds_table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    """Markdown: a row per run, its figures with each of the seeds, and the mean at the end."""
-    targets = [f"{float(target):.0%}" for target in next(iter(seeds[0].values()))[_TARGETS]]
-    heads = ["run", "density", *(f"rounds to {target}" for target in targets)]
-    heads += ["at the end", "mean", "bytes up, first seed", "down", "FLOPs per client", "memory"]
-    lines = [heads, ["---"] * len(heads)]
-    for name, first in seeds[0].items():
-        runs = [run[name] for run in seeds]
-        line = [name, f"{first['density']:.1%}"]
-        for target in first[_TARGETS]:
-            reached = [run[_TARGETS].get(target) for run in runs]
-            line.append(" / ".join(str(one["round"]) if one else "–" for one in reached))
-        ends = [run["final_accuracy"] for run in runs]
-        line.append(" / ".join(f"{100 * end:.1f}" for end in ends) + "%")
-        line.append(f"{sum(ends) / len(ends):.1%}")
-        line += [human(first["uplink_bytes"], "bytes"), human(first["downlink_bytes"], "bytes")]
-        line.append(human(first["flops_per_client"], "flops"))
-        line.append(human(first["median_round_memory_bytes"], "bytes"))
-        lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _reached(run: Mapping[str, Any], baseline: Mapping[str, Any], target: str) -> list[str]:
-    """On the emulated clock, and on this machine's."""
-    first, of = (one["time_to_accuracy"].get(target) for one in (run, baseline))
-    if first is None:
-        return ["not reached", "–"]
-    cells = {
-        "simulated_seconds": f"{first['simulated_seconds']:.0f} s (round {first['round']})",
-        "measured_seconds": f"{first['measured_seconds']:.1f} s",
-    }
-    if run is not baseline and of is not None:
-        cells = {
-            clock: f"{cell}, **{of[clock] / first[clock]:.2f}×**" for clock, cell in cells.items()
-        }
-    if not _same_clock(run, baseline):
-        cells["simulated_seconds"] = f"(round {first['round']})"
-    return list(cells.values())
-
-
-def _same_clock(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Seconds of two emulated devices are not to be compared."""
-    return run["device"] == baseline["device"]
-
-
-def _totals(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    sent, of = (one["downlink_bytes"] + one["uplink_bytes"] for one in (run, baseline))
-    flops, dense = (
-        f"{run[key] / 1e12:.2f} T ({run[key] / baseline[key]:.2f})"
-        for key in ("flops_per_client", "flops_dense_gradient_per_client")
-    )
-    emulated = [f"{run['seconds_before_round_1']:.0f} s", f"{run['median_round_seconds']:.1f} s"]
-    return [
-        *(emulated if _same_clock(run, baseline) else ["–", "–"]),
-        f"{1e3 * run['median_round_measured_seconds']:.0f} ms",
-        f"{run['density']:.1%}",
-        f"{run['final_accuracy']:.2%}",
-        f"{sent / 1e9:.1f} GB ({sent / of:.2f})",
-        flops,
-        dense,
-        f"{run['median_round_memory_bytes'] / 1e6:.0f} / {run['peak_memory_bytes'] / 1e6:.0f} MB",
-    ]
