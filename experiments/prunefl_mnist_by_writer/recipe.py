@@ -55,7 +55,11 @@ STUDIES = {
     "all_importance": config("prunefl", {**PRUNEFL, "importance_rounds": 0}),
     "paper_examples": config("prunefl", {**PRUNEFL, **PAPER_EXAMPLES}),
 }
-RUNS = {**TABLE, **STUDIES}
+COSTS = {  # which the paper compares in cost only
+    "prunetrain": config("prunetrain", {**COMMON, "penalty_ratio": 0.5}),
+    "dpf": config("dpf", {**COMMON, "density": DENSITY}),
+}
+RUNS = {**TABLE, **STUDIES, **COSTS}
 
 if __name__ == "__main__":
     main({"natural": RUNS}, default_out="runs/prunefl_mnist_by_writer")
