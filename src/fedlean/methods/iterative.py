@@ -9,6 +9,9 @@ it is FedAvg on the kept weights.
 - Steps are equal in density: each drops the same share of all weights.  The paper says "equal
   steps" and no more, this is our reading; its code drops the same share of the weights that are
   left (`spacing="geometric"`).
+- Its 20 steps are a whole number of rounds apart, so where half of the rounds is no multiple of 20
+  the last comes before half: of 100 rounds after the 40th.  Ours; the paper's 10,000 have no such
+  case.
 - The final `density` is a hyper-parameter; the paper's comparison takes PruneFL's.
 - A layer keeps round(density · size) weights, at least one; of equal magnitudes the first stay.
   Both ours.
@@ -73,7 +76,7 @@ def iterative(
     Args:
       lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
         `fedavg`.
-      density: kept share of every prunable layer from half of the rounds on, in (0, 1]; 1: FedAvg.
+      density: kept share of every prunable layer after the last step, in (0, 1]; 1: FedAvg.
       prune_every: rounds between steps; None: as many as give 20 steps (paper's code), or one
         where the first half has fewer rounds.
       spacing: "linear", every step drops the same share of all weights; "geometric", of those that
