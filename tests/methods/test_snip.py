@@ -118,8 +118,10 @@ def torch_scores(x, y):
     hidden = F.max_pool2d(F.relu(hidden), 2).flatten(1)
     hidden = F.relu(F.linear(hidden, w["fc1.weight"], w["fc1.bias"]))
     logits = F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
-    F.cross_entropy(logits, torch.tensor(y)).backward()
-    return {name: (w[name].grad * w[name]).abs().detach().numpy() for name in SPEC.prunable}
+    prunable = [w[name] for name in SPEC.prunable]
+    gradients = torch.autograd.grad(F.cross_entropy(logits, torch.tensor(y)), prunable)
+    products = [(g * p).abs().detach().numpy() for g, p in zip(gradients, prunable, strict=True)]
+    return dict(zip(SPEC.prunable, products, strict=True))
 
 
 def test_the_federated_score_is_that_of_the_pooled_data_by_torch():
