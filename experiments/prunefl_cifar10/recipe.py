@@ -61,6 +61,7 @@ all_passes = config("prunefl", {**SHORT, **PATIENT, "initial_importance_passes":
 GROUPS = {
     "short": {
         **table,
+        "fedavg_warmup_100": with_settings(table["fedavg_warmup"], warmup_steps=100),
         "prunefl_at_once": at_once,
         "prunefl_all_passes": all_passes,  # importance from every pass of initial pruning
         # the others at the density that the paper's PruneFL came to
