@@ -211,7 +211,10 @@ def run_all(configs: Mapping[str, RunConfig], folder: Path, *, in_turns: bool = 
         return
     for name, config in configs.items():
         if "masks_from" in config.settings:
-            raise ValueError(f"{name} takes its mask from another run: not --in-turns")
+            raise ValueError(
+                f"{name} takes its mask from another run, which cannot go beside it with "
+                "--in-turns: leave it out with --only"
+            )
 
     def run(name: str) -> Callable[[turns.Pass], None]:
         return lambda hand_on: run_once(configs[name], folder / name, hand_on)
