@@ -57,7 +57,11 @@ def test_there_are_recipes_and_each_has_a_card():
     assert all((path.parent / "README.md").stat().st_size > 300 for path in RECIPES)
 
 
-SHAPES = {"conv2": (1, 28, 28), "lenet300": (1, 28, 28), "lenet5": (1, 28, 28)}
+def server_of(config: RunConfig) -> Server:
+    grey = config.model.startswith("mlp") or config.model in GREY
+    spec = build_model(config.model, (1, 28, 28) if grey else (3, 32, 32), 10)
+    engine, _ = engine_for(spec, config.engine, 1)
+    return Server(spec, engine, 0, config.rounds, load_profile(config.device), config.init)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
@@ -70,14 +74,16 @@ def test_every_run_of_every_group_is_valid(path):
             if "masks_from" in settings:
                 assert settings["masks_from"] in names[: names.index(name)]
                 continue  # its method reads that run
-            shape = SHAPES.get(config.model, (3, 32, 32))
-            if config.model.startswith("mlp"):
-                shape = (1, 28, 28)
-            spec = build_model(config.model, shape, 10)
-            engine, _ = engine_for(spec, config.engine, 1)
-            profile = load_profile(config.device)
-            server = Server(spec, engine, 0, config.rounds, profile, config.init)
-            build_method(config.method, server, settings)
+            build_method(config.method, server_of(config), settings)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_every_smoke_run_is_valid(path):
+    """What a method refuses in so few rounds would end the whole smoke run."""
+    for runs in groups_of(path).values():
+        for config in map(recipe.short, runs.values()):
+            if "masks_from" not in config.settings:
+                build_method(config.method, server_of(config), config.settings)
 
 
 def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
@@ -94,9 +100,10 @@ def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
     recipe.main({"iid": runs}, default_out="out")
     short = {folder.name: config for folder, config in ran.items()}
     assert {folder.parent for folder in ran} == {tmp_path / "smoke" / "iid" / "seed0"}
-    assert short["prunefl"].settings == {"initial_passes": 1, "initial_max_passes": 2, "lr": 0.25}
-    assert short["synflow"].settings == {"synflow_steps": 5}
-    assert short["fedavg"].settings == {}  # without a warm-up, none is put in
+    pruned = {"initial_passes": 1, "initial_max_passes": 2, "reconfigure_every": 2, "lr": 0.25}
+    assert short["prunefl"].settings == {**pruned, "cohort": 2}
+    assert short["synflow"].settings == {"synflow_steps": 5, "cohort": 2}
+    assert short["fedavg"].settings == {"cohort": 2}  # without a warm-up, none is put in
     assert all(config.rounds == recipe.SMOKE_ROUNDS for config in ran.values())
 
 

@@ -28,7 +28,10 @@ from fedlean.runtime.run import RunConfig, differences, read_config, resume, sta
 
 SMOKE_ROUNDS = 3
 SMOKE_EXAMPLES = 500
-SMOKE_AT_MOST = {  # of what methods do before their first round
+SMOKE_AT_MOST = {
+    "cohort": 2,
+    "reconfigure_every": 2,
+    # before the first round
     "initial_passes": 1,
     "initial_max_passes": 2,
     "warmup_steps": 5,
@@ -105,6 +108,8 @@ def _run(groups: Mapping[str, Mapping[str, RunConfig]], arguments: argparse.Name
 def short(config: RunConfig) -> RunConfig:
     """A version of the run that takes seconds, to see that all of it works."""
     settings = complete(config.method, config.settings)
+    if "cohort" in settings:
+        settings["cohort"] = settings["cohort"] or config.clients
     capped = {
         name: most for name, most in SMOKE_AT_MOST.items() if _above(settings.get(name), most)
     }
