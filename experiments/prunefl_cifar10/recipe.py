@@ -11,7 +11,7 @@ from fedlean.runtime.run import RunConfig
 
 TARGETS = (0.5, 0.6)
 PAPER_DENSITY = 0.168  # at convergence, with client selection
-DENSITY = 0.4  # about what `prunefl_patient` chooses; what cannot choose a size gets this one
+DENSITY = 0.4  # about what `prunefl` chooses; what cannot choose a size gets this one
 PAPER = {
     "lr": 0.1,
     "lr_half_life_rounds": 10_000.0,
@@ -34,7 +34,7 @@ PAPER_PRUNEFL = {  # initial pruning as the authors' code has it, importance in 
 SHORT = {"lr": 0.02, "local_steps": 5, "batch_size": 20, "cohort": 2}
 # waits longer before it prunes than the defaults, nearer to the authors' 50 passes and 50 rounds
 PATIENT = {"reconfigure_every": 50, "initial_passes": 10}
-WARMUP_STEPS = 400  # about as many as initial pruning of `prunefl_patient`
+WARMUP_STEPS = 400  # about as many as initial pruning of `prunefl`
 
 
 def config(method: str, settings: dict, *, rounds: int = 600, init: str = "he") -> RunConfig:
