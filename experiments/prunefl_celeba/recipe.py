@@ -3,23 +3,14 @@
 934 clients, 10 of them a round.  NOT RUN by us: README.md says what is missing.
 """
 
-from fedlean.recipe import approaches, main
+from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 1000
 TARGETS = (0.85, 0.9)
 DENSITY = 0.5  # ours: the paper gives no density for this task
 COMMON = {"lr": 0.001, "local_steps": 5, "batch_size": 20, "cohort": 10}
-PRUNEFL = {  # as the authors' code
-    "initial_examples": 500,
-    "initial_batches": 10,
-    "initial_passes": 50,
-    "initial_importance_passes": 0,
-    "importance_rounds": 0,
-    "importance_multiple": 0.0,
-    "importance_dtype": "fp32",
-    "reconfigure_every": 50,
-}
+PRUNEFL = {**AUTHORS_PRUNEFL, "initial_examples": 500}
 
 
 def config(method: str, settings: dict) -> RunConfig:

@@ -6,7 +6,7 @@ paper's length, cohort, loss and learning rate.  README.md is the card.
 
 from functools import partial
 
-from fedlean.recipe import approaches, main, with_settings
+from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main, with_settings
 from fedlean.runtime.run import RunConfig
 
 TARGETS = (0.5, 0.6)
@@ -19,15 +19,6 @@ PAPER = {
     "local_steps": 5,
     "batch_size": 20,
     "cohort": 10,
-}
-PAPER_PRUNEFL = {  # initial pruning as the authors' code has it, importance in every round
-    "initial_examples": 200,
-    "initial_batches": 10,
-    "initial_passes": 50,
-    "initial_importance_passes": 0,
-    "importance_rounds": 0,
-    "importance_multiple": 0.0,
-    "importance_dtype": "fp32",
 }
 # From PyTorch's first weights the loss stays at ln 10 for hundreds of rounds (there are no norms),
 # and with He's the paper's learning rate diverges.
@@ -72,7 +63,7 @@ GROUPS = {
     "paper": approaches(
         partial(config, rounds=10_000, init="pytorch"),
         common=PAPER,
-        prunefl=PAPER_PRUNEFL,
+        prunefl={**AUTHORS_PRUNEFL, "initial_examples": 200},
         density=PAPER_DENSITY,
         warmup_steps=5000,  # ten reconfigurations of initial pruning
     ),

@@ -4,23 +4,14 @@
 the paper's.  NOT RUN by us: README.md says what is missing.
 """
 
-from fedlean.recipe import approaches, main
+from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 10_000
 TARGETS = (0.7, 0.8)  # the paper's
 DENSITY = 0.134  # the paper's at convergence
 COMMON = {"lr": 0.25, "loss": "bce", "local_steps": 5, "batch_size": 20}
-PAPER = {  # initial pruning as the authors' code has it, importance in every round
-    "initial_examples": 200,
-    "initial_batches": 10,
-    "initial_passes": 50,
-    "initial_importance_passes": 0,
-    "importance_rounds": 0,
-    "importance_multiple": 0.0,
-    "importance_dtype": "fp32",
-    "reconfigure_every": 50,
-}
+PAPER = {**AUTHORS_PRUNEFL, "initial_examples": 200}
 
 
 def config(method: str, settings: dict) -> RunConfig:

@@ -3,23 +3,14 @@
 100 clients, 10 of them a round.  NOT RUN by us: README.md says what is missing.
 """
 
-from fedlean.recipe import approaches, main
+from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 20_000
 TARGETS = (0.6, 0.7)
 DENSITY = 0.677  # the paper's at convergence
 COMMON = {"lr": 0.05, "local_steps": 5, "batch_size": 20, "cohort": 10}
-PRUNEFL = {  # as the authors' code
-    "initial_examples": 500,
-    "initial_batches": 10,
-    "initial_passes": 25,
-    "initial_importance_passes": 0,
-    "importance_rounds": 0,
-    "importance_multiple": 0.0,
-    "importance_dtype": "fp32",
-    "reconfigure_every": 50,
-}
+PRUNEFL = {**AUTHORS_PRUNEFL, "initial_examples": 500, "initial_passes": 25}
 
 
 def config(method: str, settings: dict) -> RunConfig:

@@ -39,6 +39,16 @@ SMOKE_AT_MOST = {
     "prune_steps": 2,
 }
 
+AUTHORS_PRUNEFL: Settings = {  # PruneFL as its authors' code has it, but for `initial_examples`
+    "initial_batches": 10,
+    "initial_passes": 50,
+    "initial_importance_passes": 0,
+    "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
+    "reconfigure_every": 50,
+}
+
 
 def main(
     groups: Mapping[str, Mapping[str, RunConfig]],
