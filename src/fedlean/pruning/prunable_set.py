@@ -12,7 +12,7 @@ from math import floor
 import numpy as np
 
 from fedlean.core import Masks, Params
-from fedlean.patterns.largest import largest
+from fedlean.patterns.largest import smallest_magnitudes
 
 
 def removable(params: Params, masks: Masks, fraction: float, names: Iterable[str]) -> Masks:
@@ -41,13 +41,10 @@ def removable(params: Params, masks: Masks, fraction: float, names: Iterable[str
             raise ValueError(
                 f"mask of {name!r} must be bool {weights.shape}, got {mask.dtype} {mask.shape}"
             )
-        used = np.flatnonzero(mask)
-        negative_size = -np.abs(weights.ravel()[used])
-        if used.size and np.isnan(negative_size.min()):
+        if weights.size and np.isnan(weights.min()):
             raise ValueError(f"params[{name!r}] holds NaN: the training diverged")
-        may_go = ~mask
-        may_go.flat[used[largest(negative_size, floor(fraction * used.size))]] = True
-        result[name] = may_go
+        count = floor(fraction * np.count_nonzero(mask))
+        result[name] = smallest_magnitudes(weights, count, mask) | ~mask
     return result
 
 
