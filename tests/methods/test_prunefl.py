@@ -30,7 +30,7 @@ from fedlean.methods.prunefl import _Local, client_update, prunefl
 from fedlean.pruning.density import density, full_masks
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import pack
+from fedlean.tree import num_kept, pack
 
 SMALL = {
     "lr": 0.05,
@@ -406,6 +406,26 @@ def test_a_limit_far_below_is_reached_at_the_next_reconfiguration():
 
     run(algorithm, watch=watch)
     assert densities[:2] == [1.0, 1.0] and max(densities[2:]) <= 0.3
+
+
+def test_a_falling_limit_is_kept_where_nobody_answers_at_a_reconfiguration():
+    """Largest weights stay; where the limit has room nothing is reconfigured."""
+    masks = {k: np.abs(params()[k]) > np.quantile(np.abs(params()[k]), 0.7) for k in SPEC.prunable}
+    held = num_kept(masks)
+    for target, dropped in ((0.2, True), (0.4, False)):
+        algorithm = prunefl(server(), **SMALL, size_limit=0.4, size_target=target)
+        state = replace(train_state(algorithm, masks), round=1)
+        after = algorithm.server_update(state, [])
+        assert after.round == 2
+        kept = num_kept(after.masks)
+        limit = 840 * (0.4 + (target - 0.4) * 4 / ROUNDS)  # D(4), held until round 4
+        assert (kept < held, after.reconfigurations) == (dropped, int(dropped))
+        assert kept <= limit + 1e-6
+        for name, mask in after.masks.items():
+            assert not np.any(mask & ~masks[name]), "nothing grows back without importance"
+            assert not np.any(after.params[name][~mask])
+            sizes = np.abs(state.params[name])
+            assert sizes[mask].mean() >= sizes[masks[name]].mean()
 
 
 def test_general_time_function_runs_algorithm_3():

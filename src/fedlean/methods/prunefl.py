@@ -27,7 +27,8 @@ coordinates, from which the server decides what to drop and what to grow back (p
 - Each client weighs p_n · Σ g_n², not (Σ p_n g_n)², which no client can compute.
 - With client selection a client uploads g² of the rounds in which it was drawn since the last
   reconfiguration; the paper does not say.
-- No reconfiguration after the last round: nothing would train it.
+- No reconfiguration after the last round: nothing would train it.  None either where nobody
+  answers, unless the size limit has fallen below the size: then w² stands for the importance.
 """
 
 from __future__ import annotations
@@ -289,13 +290,15 @@ def prunefl(
         merged = fold(state.params, updates, variances=spec.variances)
         round = state.round + 1
         state = replace(state, round=round, params=merged.params())
-        importance = merged.statistic("importance") if reconfigures(round) else {}
-        if not importance:  # no reconfiguration due, or nobody answered
+        if not reconfigures(round):
             return state
+        due, importance = pruner(round, state.masks), merged.statistic("importance")
+        if not importance:  # nobody answered
+            if due.limit is None or num_kept(state.masks) <= due.limit:
+                return state
+            importance = {name: np.square(state.params[name]) for name in spec.prunable}
         seed = derive_seed(server.seed, round, 0, "prune")
-        params, masks = pruner(round, state.masks).reconfigure(
-            spec, state.params, state.masks, importance, seed
-        )
+        params, masks = due.reconfigure(spec, state.params, state.masks, importance, seed)
         reconfigurations = state.reconfigurations + 1
         return replace(state, params=params, masks=masks, reconfigurations=reconfigurations)
 
