@@ -90,7 +90,7 @@ def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
     ran = {}
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))
     monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
-    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out: None)
+    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out, **_: None)
     runs = {
         "prunefl": RunConfig("prunefl", settings={"initial_passes": 50, "lr": 0.25}),
         "synflow": RunConfig("synflow"),
@@ -131,9 +131,10 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
         recipe.run_once(config, folders[-1])
         recipe.run_once(config, folders[-1])  # done: nothing happens
     recipe.compare(folders, tmp_path)
-    recipe.compare_seeds([tmp_path] * 2, [first, second], tmp_path)
+    recipe.compare_seeds([tmp_path], [first, second], tmp_path, in_turns=True)
     assert (tmp_path / "compare.html").stat().st_size > 10_000
-    assert f"| {second} |" in (tmp_path / "seeds.md").read_text()
+    for table in ("seeds.md", "clock.md"):
+        assert f"| {second} |" in (tmp_path / table).read_text()
     assert set(reported(folders[1])) > {"median_round_seconds", "density"}
 
 
@@ -149,7 +150,7 @@ def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     ran = {}
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))
     monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
-    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out: None)
+    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out, **_: None)
     monkeypatch.chdir(tmp_path)
     here = tmp_path / "board.json"
     here.write_text(json.dumps(to_document(load_profile("generic"))))
@@ -191,7 +192,9 @@ def test_only_skips_groups_without_such_a_run(monkeypatch):
     ran, compared, tables = [], [], []
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.append(str(folder)))
     monkeypatch.setattr(recipe, "compare", lambda folders, out: compared.append(str(out)))
-    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out: tables.append(names))
+    monkeypatch.setattr(
+        recipe, "compare_seeds", lambda folders, names, out, **_: tables.append(names)
+    )
     command = ["recipe", "--data", "set", "--only", "snip", "--seeds", "1", "2"]
     monkeypatch.setattr("sys.argv", command)
     groups = {"iid": {"fedavg": RunConfig("fedavg")}, "own": {"snip": RunConfig("snip")}}

@@ -17,7 +17,14 @@ from rich.console import Console
 
 from fedlean.core import Scalar
 from fedlean.cost.profile import load_profile, to_document
-from fedlean.report.card import card_table, layer_table, reported, seeds_table, targets_table
+from fedlean.report.card import (
+    card_table,
+    clock_table,
+    layer_table,
+    reported,
+    seeds_table,
+    targets_table,
+)
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
@@ -112,7 +119,7 @@ def _run(groups: Mapping[str, Mapping[str, RunConfig]], arguments: argparse.Name
                 configs[name] = short(config) if arguments.smoke else config
             run_all(configs, folder, in_turns=arguments.in_turns)
             compare([folder / name for name in runs], folder)
-        compare_seeds(folders, list(runs), out / group)
+        compare_seeds(folders, list(runs), out / group, in_turns=arguments.in_turns)
 
 
 def short(config: RunConfig) -> RunConfig:
@@ -278,7 +285,14 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     Console().print(cost_table(loaded))
 
 
-def compare_seeds(folders: Sequence[Path], names: Sequence[str], out: Path) -> None:
-    """`seeds.md` in `out`: the runs `names`, which are in the folder of each seed."""
-    seeds = [{name: reported(folder / name) for name in names} for folder in folders]
-    (out / "seeds.md").write_text(seeds_table(seeds))
+def compare_seeds(
+    folders: Sequence[Path], names: Sequence[str], out: Path, *, in_turns: bool = False
+) -> None:
+    """`seeds.md` in `out`: the runs `names`, which are in the folder of each seed.
+
+    Of runs in turns `clock.md` has what they took on this machine.
+    """
+    seeds = {folder.name: {name: reported(folder / name) for name in names} for folder in folders}
+    (out / "seeds.md").write_text(seeds_table(list(seeds.values())))
+    if in_turns:
+        (out / "clock.md").write_text(clock_table(seeds))

@@ -8,6 +8,7 @@ import pytest
 
 from fedlean.report.card import (
     card_table,
+    clock_table,
     layer_table,
     reconfiguration_share,
     seeds_table,
@@ -45,6 +46,31 @@ def test_card_table_by_hand():
     assert other.startswith("| b | 50 s (round 3), **2.00×** | 2.0 s, **0.50×** | not reached | – ")
     assert here.startswith("| c | (round 3) | 0.5 s, **2.00×** | not reached | – | – | – | 12 ms ")
     assert heads.count("|") == base.count("|") == other.count("|") == here.count("|")
+
+
+def test_clock_table_by_hand():
+    """Ratios are to the first run of the same seed; what never changed its mask adds nothing."""
+
+    def run(seconds: float, share: float | None) -> dict:
+        first = {"round": 3, "simulated_seconds": 1.0, "measured_seconds": seconds}
+        return {
+            "time_to_accuracy": {"0.8": first, "0.9": None},
+            "device": "pi",
+            "measured_seconds_before_round_1": seconds / 2,
+            "median_round_measured_seconds": seconds / 100,
+            "reconfiguration_share": {"measured_seconds": share},
+        }
+
+    seeds = {
+        "seed0": {"a": run(4, None), "b": run(2, 0.075)},
+        "seed7": {"a": run(3, None), "b": run(6, 0.5)},
+    }
+    assert clock_table(seeds).splitlines()[2:] == [
+        "| a | 0 | 4.0 s | – | 2.0 s | 40 ms | – |",
+        "| b | 0 | 2.0 s, **2.00×** | – | 1.0 s | 20 ms | 7.5% |",
+        "| a | 7 | 3.0 s | – | 1.5 s | 30 ms | – |",
+        "| b | 7 | 6.0 s, **0.50×** | – | 3.0 s | 60 ms | 50.0% |",
+    ]
 
 
 def test_seeds_table_by_hand():

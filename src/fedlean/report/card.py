@@ -42,6 +42,9 @@ def reported(folder: Path) -> dict[str, Any]:
         "seconds_before_round_1": sum(
             row["simulated_seconds"] for row in rounds if row["round"] == 0
         ),
+        "measured_seconds_before_round_1": sum(
+            row["measured_seconds"] for row in rounds if row["round"] == 0
+        ),
         "median_round_seconds": median(row["simulated_seconds"] for row in training),
         "median_round_measured_seconds": median(row["measured_seconds"] for row in training),
         "median_round_memory_bytes": median(row["peak_memory_bytes"] for row in training),
@@ -142,6 +145,32 @@ def seeds_table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
         line.append(human(first["flops_per_client"], "flops"))
         line.append(human(first["median_round_memory_bytes"], "bytes"))
         lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def clock_table(seeds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Markdown: runs made in turns on the clock of this machine, a row per seed and run.
+
+    Ratios are to the first run of the seed, as everywhere.
+    """
+    targets = next(iter(next(iter(seeds.values())).values()))[_TARGETS]
+    heads = ["run", "seed", *(f"measured to {float(target):.0%}" for target in targets)]
+    heads += ["before round 1", "median round", "a reconfiguration adds"]
+    lines = [heads, ["---"] * len(heads)]
+    for seed, runs in seeds.items():
+        baseline = next(iter(runs.values()))
+        for name, run in runs.items():
+            added = run["reconfiguration_share"]["measured_seconds"]
+            lines.append(
+                [
+                    name,
+                    seed.removeprefix("seed"),
+                    *(_reached(run, baseline, target)[1] for target in targets),
+                    f"{run['measured_seconds_before_round_1']:.1f} s",
+                    f"{1e3 * run['median_round_measured_seconds']:.0f} ms",
+                    "–" if added is None else f"{added:.1%}",
+                ]
+            )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
