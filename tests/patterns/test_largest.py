@@ -52,6 +52,16 @@ def test_magnitudes_of_a_long_matrix_too(kind: str) -> None:
         )
 
 
+def test_magnitudes_where_the_sample_meets_nothing_in_use() -> None:
+    values = _long_vector("random")
+    among = np.ones(len(values), dtype=bool)
+    among[_spread(len(values))] = False
+    assert np.count_nonzero(among) > LONG
+    np.testing.assert_array_equal(
+        smallest_magnitudes(values, 12_345, among), _smallest(values, 12_345, among)
+    )
+
+
 def test_the_sample_meets_every_column_of_a_matrix_alike() -> None:
     """A stride of 392 over rows of 3,136 would see 8 columns and mislead."""
     rows, columns = 2048, 3136

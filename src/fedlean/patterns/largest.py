@@ -36,7 +36,7 @@ def smallest_magnitudes(values: np.ndarray, count: int, among: np.ndarray) -> np
     """True at the `count` smallest |values| of those `among`; of equal ones the first win.
 
     values: any shape, no NaN; among: bool, its shape, which is that of the result.  Block by
-    block: temporary arrays as long as a layer take several times as long to fill.
+    block: what is computed on the way does not leave the cache.
 
     >>> among = np.array([True, True, True, False])
     >>> smallest_magnitudes(np.array([3.0, -1.0, 2.0, 0.0]), 2, among)
@@ -87,9 +87,10 @@ def _magnitude_at(
     values: np.ndarray, used: np.ndarray, at: int, size: int
 ) -> tuple[np.floating, int]:
     """`_at` of the `size` |values| in use, and how many of them are below it."""
-    if size >= LONG:
-        places = _spread(len(values))
-        low, high = _around(np.abs(values[places[used[places]]]), at, size)
+    places = _spread(len(values)) if size >= LONG else np.zeros(0, np.intp)
+    sample = np.abs(values[places[used[places]]])
+    if len(sample):
+        low, high = _around(sample, at, size)
         below, pieces = 0, []
         for block in blocks(len(values)):
             sizes = np.abs(values[block])
