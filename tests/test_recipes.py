@@ -104,7 +104,9 @@ def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
     assert short["prunefl"].settings == {**pruned, "cohort": 2}
     assert short["synflow"].settings == {"synflow_steps": 5, "cohort": 2}
     assert short["fedavg"].settings == {"cohort": 2}  # without a warm-up, none is put in
-    assert all(config.rounds == recipe.SMOKE_ROUNDS for config in ran.values())
+    for config in ran.values():
+        assert config.rounds == recipe.SMOKE_ROUNDS
+        assert config.eval_examples == config.final_eval_examples == recipe.SMOKE_EXAMPLES
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)

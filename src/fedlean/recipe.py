@@ -131,7 +131,10 @@ def short(config: RunConfig) -> RunConfig:
         name: most for name, most in SMOKE_AT_MOST.items() if _above(settings.get(name), most)
     }
     return replace(
-        with_settings(config, **capped), rounds=SMOKE_ROUNDS, eval_examples=SMOKE_EXAMPLES
+        with_settings(config, **capped),
+        rounds=SMOKE_ROUNDS,
+        eval_examples=SMOKE_EXAMPLES,
+        final_eval_examples=SMOKE_EXAMPLES,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +204,13 @@ def test_evaluation_now_and_then(tmp_path):
     every = RunConfig("fedavg", clients=2, rounds=5, settings=config.settings)
     whole = start(every, tmp_path / "every", lambda entry: None)
     assert summary["final_accuracy"] == whole["final_accuracy"]  # the last takes all examples
+    few = start(replace(config, final_eval_examples=50), tmp_path / "few", lambda entry: None)
+    subset = start(replace(config, eval_every=5), tmp_path / "last", lambda entry: None)
+    assert few["final_accuracy"] != subset["final_accuracy"] == whole["final_accuracy"]
+    assert (50 * few["final_accuracy"]) % 1 == pytest.approx(0)
+    with pytest.raises(ValueError, match="final_eval_examples must be at least 1, got 0"):
+        start(replace(config, final_eval_examples=0), tmp_path / "none", lambda entry: None)
+    assert not (tmp_path / "none").exists()
 
 
 def test_resuming_a_finished_run_is_harmless(folder, tmp_path):

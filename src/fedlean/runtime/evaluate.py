@@ -21,23 +21,26 @@ class Score(NamedTuple):
     loss: float  # mean cross-entropy, nats
 
 
-Evaluate = Callable[[Params, Masks, bool], Score]  # flag: the whole test set, not the subset
+Evaluate = Callable[[Params, Masks, bool], Score]  # flag: after the last round
 
 
 def evaluator(
-    spec: ModelSpec, engine: Engine, dataset: Dataset, subset: np.ndarray | None
+    spec: ModelSpec,
+    engine: Engine,
+    dataset: Dataset,
+    during: np.ndarray | None,
+    final: np.ndarray | None = None,
 ) -> Evaluate:
-    """`subset` holds the test examples used during the run; None: all, always.
+    """`during` holds the test examples used during the run, `final` those of its end; None: all.
 
     The masks do not change the model, which is 0 there; they save a sparse engine most of the work.
     """
 
-    def evaluate(params: Params, masks: Masks, whole: bool) -> Score:
+    def evaluate(params: Params, masks: Masks, last: bool) -> Score:
         held = SubModel(masks=masks)
         session = engine.open(spec, params, held, batch_size=BATCH, optimizer=SGD(0.0))
         hits, loss, total = 0, 0.0, 0
-        chosen = None if whole else subset
-        for x, y in eval_batches(dataset, BATCH, chosen):
+        for x, y in eval_batches(dataset, BATCH, final if last else during):
             (logits,) = session.forward(x).values()
             hits += int(np.count_nonzero(logits.argmax(1) == y))
             loss += float(_cross_entropy(logits, y).sum(dtype=np.float64))

@@ -79,6 +79,7 @@ class RunConfig:
     target_accuracy: tuple[float, ...] = ()
     eval_every: int = 1
     eval_examples: int | None = None  # of the test set, during the run; None: all
+    final_eval_examples: int | None = None  # the same after the last round
     max_update_norm: float | None = None  # of a client's change to the model; more is refused
     settings: Settings = field(default_factory=dict)
 
@@ -282,8 +283,10 @@ def _check(config: RunConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if config.eval_examples is not None and config.eval_examples < 1:
-        raise ValueError(f"eval_examples must be at least 1, got {config.eval_examples}")
+    for name in ("eval_examples", "final_eval_examples"):
+        examples = getattr(config, name)
+        if examples is not None and examples < 1:
+            raise ValueError(f"{name} must be at least 1, got {examples}")
     if config.max_update_norm is not None and not 0 < config.max_update_norm < math.inf:
         raise ValueError(f"max_update_norm must be positive, got {config.max_update_norm}")
     if config.init not in INIT_SCHEMES:
@@ -324,7 +327,10 @@ def _prepare(
     algorithm = build_method(config.method, server, config.settings)
     # defaults may change, and with them what the same settings mean: the folder names all
     config = replace(config, engine=engine.name, settings=complete(config.method, config.settings))
-    subset = test_subset(dataset, config.eval_examples) if config.eval_examples else None
+    during, final = (
+        test_subset(dataset, examples) if examples else None
+        for examples in (config.eval_examples, config.final_eval_examples)
+    )
     return _Run(
         config,
         folder,
@@ -333,7 +339,7 @@ def _prepare(
         algorithm,
         connect(Parts(config, server, algorithm, dataset)),
         checkpoint_seconds,
-        evaluator(spec, engine, dataset, subset),
+        evaluator(spec, engine, dataset, during, final),
     )
 
 
