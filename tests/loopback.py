@@ -21,6 +21,22 @@ def nothing(node: int, content: bytes) -> bytes:
     return content
 
 
+class Clock:
+    """Stands in for the module `time`: nothing but sleeping takes time.
+
+    Deadlines are then of polls, not of how busy the machine is that runs the tests.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class Loopback:
     """Nodes 100, 101, ... hold clients 0, 1, ...; a message is answered when it is sent."""
 

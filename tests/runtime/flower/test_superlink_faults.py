@@ -28,7 +28,7 @@ from runtime.flower.fake import NODE_ID, FakeSuperLink, serving
 
 LIMIT = 8 << 20
 CONTENT = bytes(range(251)) * 20_400  # five chunks, no two alike
-TIMEOUT = 0.5
+TIMEOUT = 2.0
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from federation import (
     same,
     server,
 )
-from loopback import Loopback, flipped, remote
+from loopback import Clock, Loopback, flipped, remote
 
 from fedlean import wire
 from fedlean.core import FederatedAlgorithm
@@ -30,6 +30,8 @@ from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_t
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.remote import dispatch as dispatch_module
 from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote import exchange as exchange_module
+from fedlean.runtime.remote import roster as roster_module
 from fedlean.runtime.remote.dispatch import NobodyThere
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.exchange import Failed
@@ -45,6 +47,15 @@ def build(name: str) -> FederatedAlgorithm:
 def everybody() -> FederatedAlgorithm:
     """FedAvg over all four in every round."""
     return fedavg(server(), lr=0.05, local_steps=2, batch_size=8)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch) -> Clock:
+    """Of all that waits for devices."""
+    clock = Clock()
+    for module in (dispatch_module, exchange_module, roster_module):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture
