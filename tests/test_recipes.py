@@ -13,6 +13,7 @@ import pytest
 from fedlean import recipe
 from fedlean.core import Server
 from fedlean.cost.profile import load_profile, to_document
+from fedlean.data.load import load_dataset as load
 from fedlean.engine.open import engine_for
 from fedlean.models.catalog import build as build_model
 from fedlean.report.card import reported
@@ -101,9 +102,10 @@ def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
     short = {folder.name: config for folder, config in ran.items()}
     assert {folder.parent for folder in ran} == {tmp_path / "smoke" / "iid" / "seed0"}
     pruned = {"initial_passes": 1, "initial_max_passes": 2, "reconfigure_every": 2, "lr": 0.25}
-    assert short["prunefl"].settings == {**pruned, "cohort": 2}
-    assert short["synflow"].settings == {"synflow_steps": 5, "cohort": 2}
-    assert short["fedavg"].settings == {"cohort": 2}  # without a warm-up, none is put in
+    all_runs = {"cohort": 2, "local_steps": 2}
+    assert short["prunefl"].settings == {**pruned, "initial_batches": 2, **all_runs}
+    assert short["synflow"].settings == {"synflow_steps": 5, **all_runs}
+    assert short["fedavg"].settings == all_runs  # without a warm-up, none is put in
     for config in ran.values():
         assert config.rounds == recipe.SMOKE_ROUNDS
         assert config.eval_examples == config.final_eval_examples == recipe.SMOKE_EXAMPLES
@@ -169,19 +171,23 @@ def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     assert profile.dense_flops_per_s == load_profile("generic").dense_flops_per_s
 
 
-def test_in_turns_the_same_results_a_step_of_each_at_a_time(tmp_path):
+def test_in_turns_the_same_results_a_step_of_each_at_a_time(tmp_path, monkeypatch):
     common = {"lr": 0.1, "cohort": 2}
     pruned = {**common, "reconfigure_every": 1, "initial_max_passes": 2}
     configs = {
         "fedavg": RunConfig("fedavg", rounds=3, settings=common),
         "prunefl": RunConfig("prunefl", rounds=3, settings=pruned),
     }
+    loaded = []
+    monkeypatch.setattr(recipe, "load_dataset", lambda name: loaded.append(name) or load(name))
+    recipe._loaded.cache_clear()
     recipe.run_all(configs, tmp_path / "one", in_turns=False)
     recipe.run_all(configs, tmp_path / "turns", in_turns=True)
     recipe.run_all(configs, tmp_path / "turns", in_turns=True)  # done: nothing happens
     for name in configs:
         one, turns = (tmp_path / how / name / "model.safetensors" for how in ("one", "turns"))
         assert one.read_bytes() == turns.read_bytes()
+    assert loaded == ["digits"], "once for the four runs"
 
 
 def test_in_turns_refuses_a_run_that_needs_another(tmp_path):

@@ -9,7 +9,7 @@ from fedlean.recipe import approaches, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 100
-EVERY = 25
+EVERY = 30  # a reconfiguration then adds less than 2% to the rounds between two
 TARGETS = {"iid": (0.8, 0.85), "dirichlet": (0.75, 0.8)}
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.5"}
 DENSITY = 0.15  # about what PruneFL chose in pilot runs; what cannot choose a size gets this one

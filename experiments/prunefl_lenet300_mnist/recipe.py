@@ -8,6 +8,7 @@ from fedlean.recipe import approaches, main
 from fedlean.runtime.run import RunConfig
 
 ROUNDS = 200
+EVERY = 30  # a reconfiguration then adds less than 2% to the rounds between two
 TARGETS = (0.9, 0.93, 0.95)
 DENSITY = 0.135  # about what PruneFL chose; what cannot choose a size gets this one
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
@@ -28,7 +29,11 @@ def config(method: str, settings: dict) -> RunConfig:
 
 
 RUNS = approaches(
-    config, common=COMMON, prunefl={"reconfigure_every": 20}, density=DENSITY, warmup_steps=70
+    config,
+    common=COMMON,
+    prunefl={"reconfigure_every": EVERY},
+    density=DENSITY,
+    warmup_steps=70,
 )
 
 if __name__ == "__main__":

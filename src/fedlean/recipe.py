@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.console import Console
 
 from fedlean.core import Scalar
 from fedlean.cost.profile import load_profile, to_document
+from fedlean.data.dataset import Dataset
+from fedlean.data.load import load_dataset
 from fedlean.report.card import (
     card_table,
     clock_table,
@@ -34,14 +37,16 @@ from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import RunConfig, differences, read_config, resume, start
 
 SMOKE_ROUNDS = 3
-SMOKE_EXAMPLES = 500
+SMOKE_EXAMPLES = 200
 SMOKE_AT_MOST = {
     "cohort": 2,
+    "local_steps": 2,
     "reconfigure_every": 2,
     # before the first round
+    "initial_batches": 2,
     "initial_passes": 1,
     "initial_max_passes": 2,
-    "warmup_steps": 5,
+    "warmup_steps": 2,
     "synflow_steps": 5,
     "prune_steps": 2,
 }
@@ -270,10 +275,16 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
                 hand_on()
 
         if begun:
-            resume(folder, watch, say)
+            resume(folder, watch, say, load=_loaded)
         else:
-            start(config, folder, watch, say)
+            start(config, folder, watch, say, load=_loaded)
     write_page(folder / "report.html", run_page(read_run(folder)))
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str) -> Dataset:
+    """All runs of a recipe are on one data set, and some take longer to decode than to train on."""
+    return load_dataset(name)
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:

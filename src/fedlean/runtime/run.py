@@ -99,6 +99,7 @@ class Parts:
 
 
 Connect = Callable[[Parts], Dispatch]
+Load = Callable[[str], Dataset]
 
 
 def in_process(parts: Parts) -> Dispatch:
@@ -130,12 +131,14 @@ def start(
     say: Say = lambda line: None,
     *,
     connect: Connect = in_process,
+    load: Load = load_dataset,
     checkpoint_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Runs to the end; the summary.  `say` gets why the native engine does not serve.
 
-    `connect` makes the dispatch to the clients; `checkpoint_seconds` pass between checkpoints (0:
-    one after every step); by default 5, or what keeps them to half a percent of the time, up to 60.
+    `connect` makes the dispatch to the clients; `load` the data set of a name (a recipe's keeps it
+    for the next run); `checkpoint_seconds` pass between checkpoints (0: one after every step); by
+    default 5, or what keeps them to half a percent of the time, up to 60.
     Raises ValueError before anything is written.
     """
     if folder.exists() and not folder.is_dir():
@@ -151,7 +154,7 @@ def start(
     if config.settings.get("masks_from"):  # a folder, which `resume` must find from anywhere
         masks_from = str(Path(str(config.settings["masks_from"])).expanduser().resolve())
         config = replace(config, settings={**config.settings, "masks_from": masks_from})
-    run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
+    run = _prepare(config, folder, say, profile, connect, load, checkpoint_seconds)
     state = run.algorithm.init(_first_model(run))
     folder.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, **asdict(run.config)}
@@ -170,6 +173,7 @@ def resume(
     say: Say,
     *,
     connect: Connect = in_process,
+    load: Load = load_dataset,
     checkpoint_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Continues from the newest whole checkpoint on the run's engine, bit for bit.
@@ -179,7 +183,7 @@ def resume(
     config = read_config(folder)
     document = json.loads((folder / "config.json").read_bytes())
     profile = _recorded_profile(folder, document)
-    run = _prepare(config, folder, say, profile, connect, checkpoint_seconds)
+    run = _prepare(config, folder, say, profile, connect, load, checkpoint_seconds)
     if document["environment"] != environment(run.server.engine):
         say("made with other versions or on another machine: the last bits may differ")
     initial = run.algorithm.init(_first_model(run))
@@ -312,11 +316,12 @@ def _prepare(
     say: Say,
     profile: Profile,
     connect: Connect,
+    load: Load,
     checkpoint_seconds: float | None,
 ) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
     _check(config)
-    dataset = with_inputs(load_dataset(config.dataset), config.inputs)
+    dataset = with_inputs(load(config.dataset), config.inputs)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     engine, why_not_native = engine_for(spec, config.engine, config.threads)
     if why_not_native:
