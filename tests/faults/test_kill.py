@@ -175,7 +175,7 @@ def test_interrupted_before_anything_was_written(tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedlean.runtime.run.load_dataset", interrupt)
+    monkeypatch.setattr("fedlean.runtime.run.with_inputs", interrupt)
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments(tmp_path / "run"))
     assert stopped.value.code == 130
