@@ -3,6 +3,7 @@
 Not in the paper.  All clients in every round, emulated Raspberry Pi 4.  README.md is the card.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from fedlean.recipe import approaches, main
@@ -15,6 +16,7 @@ PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.5"}
 DENSITY = 0.15  # about what PruneFL chose in pilot runs; what cannot choose a size gets this one
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
 WARMUP_STEPS = 70  # about as many as PruneFL's initial pruning takes
+LONG_ROUNDS = 600  # in which accuracy comes to stand still
 
 
 def config(group: str, method: str, settings: dict) -> RunConfig:
@@ -41,6 +43,10 @@ GROUPS = {
         warmup_steps=WARMUP_STEPS,
     )
     for group in PARTITIONS
+}
+GROUPS["iid_long"] = {
+    name: replace(GROUPS["iid"][name], rounds=LONG_ROUNDS, eval_every=5)
+    for name in ("fedavg", "prunefl")
 }
 
 if __name__ == "__main__":
