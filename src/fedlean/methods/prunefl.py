@@ -124,9 +124,9 @@ def prunefl(
       lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
         `fedavg`; `cohort` is the paper's random client selection.  In initial pruning the momentum
         buffer starts at 0 with every task (a reconfiguration or 10 passes).
-      initial_pruning: prune at `initial_client` first (one that has examples of all classes: of few
-        it keeps too little), in passes of `initial_batches` batches from
-        `initial_examples` of its examples, 0: from all it has (paper: 10 batches of 200 examples).
+      initial_pruning: prune at `initial_client` first (one that has examples of all classes: with
+        few it keeps too little), in passes of `initial_batches` batches from `initial_examples` of
+        its examples, 0: from all it has (paper: 10 batches of 200 examples).
       initial_passes: passes between two initial reconfigurations (paper's code: 50);
         initial_importance_passes: passes before one in which g² accumulates; 0: all (paper);
         initial_stable: initial pruning ends after so many reconfigurations in a row that change
