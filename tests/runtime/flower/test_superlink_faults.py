@@ -202,7 +202,7 @@ def test_bad_objects(fake, fault):
         seconds, peak = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert caught.value.retry
-        assert seconds < 4 * TIMEOUT + 1
+        assert seconds < 2 * TIMEOUT + 1
         assert peak < 2 * LIMIT
         assert sum("refused" in line for line in said) == 1
         reply, _ = fake.replies[-1]

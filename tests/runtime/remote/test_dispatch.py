@@ -177,6 +177,26 @@ def test_a_silent_device_costs_the_deadline_and_is_named(post):
     assert records[0].refused == {1: "no reply within 0.3 s"}
 
 
+def test_after_the_deadline_nobody_else_is_asked(post, clock):
+    """The second device takes longer than all of it; what the first two answered serves later."""
+    dispatch, _ = remote(post)
+    slow = [101]
+
+    def fault(node: int, content: bytes) -> bytes:
+        if slow == [node]:
+            slow.clear()
+            clock.sleep(1.0)
+        return content
+
+    post.on_the_way_up = only_tasks(fault)
+    records: list[StepRecord] = []
+    state = run(everybody(), dispatch=dispatch, watch=lambda p, r: records.append(r))
+    asked = [node for node, content in post.sent if kind_of(content) == env.TASK]
+    assert asked[:6] == [100, 101, 100, 101, 102, 103]
+    assert [record.attempts for record in records] == [2] + [1] * (ROUNDS - 1)
+    assert same(state, run(everybody()))
+
+
 def test_too_few_replies_are_not_used_and_asked_again(post):
     """Minimum 3: two attempts with 2 replies come to nothing, the third has all."""
     dispatch, lines = remote(post, min_replies=3)
