@@ -125,10 +125,18 @@ def test_a_path_that_is_no_file(name, tmp_path):
     refused(str(tmp_path / name))
 
 
-def test_bytes_that_are_no_text(tmp_path):
+@pytest.mark.parametrize("content", [b"\xff\xfe{\0}\0", b"\xfe\xff\0{\0}", b'{"name": "\xe4"}'])
+def test_bytes_that_are_not_utf_8(tmp_path, content):
     path = tmp_path / "board.json"
-    path.write_bytes(b"\xff\xfe{}")
-    refused(str(path))
+    path.write_bytes(content)
+    assert "another encoding (UTF-16?): save it as UTF-8" in refused(str(path))
+
+
+def test_a_file_as_a_windows_editor_saves_it(tmp_path):
+    path = tmp_path / "board.json"
+    text = json.dumps(document(description="Prüfstand"), indent=1, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load_profile(str(path)).description == "Prüfstand"
 
 
 @pytest.mark.parametrize("field", NUMBERS)

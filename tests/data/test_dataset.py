@@ -64,7 +64,6 @@ BAD = [
     ({"x_train": GOOD.x_train.astype(np.float64)}, "x_train is float64"),
     ({"x_train": GOOD.x_train[:, 0]}, "expected uint8 or float32 of"),
     ({"x_train": NAN, "x_test": NAN[:2]}, "NaN or infinity"),
-    ({"x_test": GOOD.x_test[:0], "y_test": GOOD.y_test[:0]}, "x_test is empty"),
     ({"x_train": GOOD.x_train[:0], "y_train": GOOD.y_train[:0]}, "x_train is empty"),
     ({"x_test": GOOD.x_test[:, :, 1:]}, "test images have shape"),
     ({"x_test": GOOD.x_test.astype(np.float32)}, "test images are float32"),
@@ -75,6 +74,9 @@ BAD = [
     ({"classes": 0}, "got 0 classes"),
     ({"classes": 1 << 40}, "classes, expected 1..65536"),
     ({"class_names": ("one",)}, "got 1 class names, expected 2"),
+    ({"class_names": ("one", "one")}, "class name 'one' more than once"),
+    ({"class_names": ("one", "")}, "a class name of 0 characters"),
+    ({"class_names": ("one", "x" * 201)}, "a class name of 201 characters"),
     ({"clients": np.zeros(5, np.int32)}, "clients is int32 .5,., expected"),
     ({"clients": np.zeros(6, np.int64)}, "clients is int64"),
     ({"clients": np.full(6, -1, np.int32)}, "ids from 0"),
@@ -95,3 +97,64 @@ def test_from_images_refuses_what_has_no_statistics():
     none = (np.empty((0, 1, 2, 2), np.uint8), np.empty(0, np.int64))
     with pytest.raises(ValueError, match="x_train is empty"):
         Dataset.from_images("none", none, none, classes=1, scale=255.0)
+
+
+def test_a_whole_set_needs_test_examples_and_a_share_does_not():
+    none = {"x_test": GOOD.x_test[:0], "y_test": GOOD.y_test[:0]}
+    assert len(replace(GOOD, **none).y_test) == 0
+    with pytest.raises(ValueError, match="'a': x_test is empty"):
+        Dataset.from_images(
+            "a", (GOOD.x_train, GOOD.y_train), tuple(none.values()), classes=2, scale=255.0
+        )
+
+
+def test_classes_without_names_count_from_zero():
+    assert colour().class_names == ("0", "1")
+    assert replace(GOOD, classes=12, class_names=()).class_names[9:] == ("9", "10", "11")
+
+
+def test_labels_held_are_those_of_training():
+    data = replace(GOOD, classes=4, class_names=tuple("wxyz"), y_train=3 * GOOD.y_train)
+    assert data.labels_held == ("w", "z")
+    assert replace(data, y_train=data.y_train // 3).labels_held == ("w", "x")
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 255.0), (np.uint8, 16.0), (float, 1.0)])
+def test_value_range(dtype: type, scale: float):
+    x = np.array([[[[8, 4]]], [[[-8 if dtype is float else 8, 16]]]]).astype(dtype)
+    x = x.astype(np.float32) if dtype is float else x
+    y = np.zeros(2, np.int64)
+    data = Dataset.from_images("a", (x, y), (x, y), classes=1, scale=scale)
+    assert data.value_range == ((-8.0, 16.0) if dtype is float else (4 / scale, 16 / scale))
+
+
+def test_with_classes_renumbers_labels():
+    data = replace(GOOD, class_names=("3", "7"))
+    mapped = data.with_classes([str(i) for i in range(10)])
+    assert mapped.y_train.tolist() == [3, 7, 3, 7, 3, 7] and mapped.y_test.tolist() == [3, 7]
+    assert mapped.classes == 10 and mapped.class_names == tuple("0123456789")
+    assert mapped.x_train is data.x_train and mapped.labels_held == ("3", "7")
+    assert mapped.with_classes(tuple("0123456789")) is mapped
+    assert data.with_classes(["7", "3"]).y_train.tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_with_classes_needs_only_the_classes_that_have_examples():
+    data = replace(GOOD, classes=3, class_names=("3", "7", "9"))
+    assert data.with_classes(["7", "3"]).y_train.tolist() == [1, 0, 1, 0, 1, 0]
+    with pytest.raises(
+        ValueError, match="examples of '3', '7', expected classes among '3', '9': '7'"
+    ):
+        data.with_classes(["3", "9"])
+    odd = replace(data, y_train=0 * data.y_train)
+    with pytest.raises(ValueError, match="'7' must be renamed"):
+        odd.with_classes(["3", "9"])  # a test example has it
+    share = replace(odd, x_test=odd.x_test[:0], y_test=odd.y_test[:0])
+    assert share.with_classes(["9", "3"]).y_train.tolist() == [1] * 6
+    with pytest.raises(ValueError, match="class name '3' more than once"):
+        data.with_classes(["3", "7", "3"])
+
+
+def test_with_classes_cuts_long_lists():
+    data = replace(GOOD, classes=1000, class_names=())
+    with pytest.raises(ValueError, match=r"'c0', .*\.\.\. 'c4999' \(5000 in all\): '0', '1' must"):
+        data.with_classes([f"c{i}" for i in range(5000)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlean.data.idx import find_idx, load_idx
+from fedlean.data.idx import find_idx, idx_source
 from fedlean.data.idxfile import read_idx
 from fedlean.data.load import load_dataset
 
@@ -54,7 +54,7 @@ def test_published_names(tmp_path: Path, prefix: str, test: str, joint: str, end
     np.testing.assert_array_equal(data.x_test, TEST[:, None])
     np.testing.assert_array_equal(data.y_train, TRAIN_Y)
     np.testing.assert_array_equal(data.y_test, TEST_Y)
-    assert (data.classes, data.class_names, data.scale) == (3, (), 255.0)
+    assert (data.classes, data.class_names, data.scale) == (3, ("0", "1", "2"), 255.0)
     assert data.name == (prefix.rstrip("-") or tmp_path.name)
 
 
@@ -69,8 +69,27 @@ def test_emnist_is_turned_back_and_counts_from_one(tmp_path: Path):
 
 
 def test_a_test_label_without_training_examples(tmp_path: Path):
+    """A device's folder may lack classes: test labels 5 and 7 beside training labels 0, 1, 2."""
     write_set(tmp_path, labels=(TRAIN_Y, TEST_Y + 5))
-    with pytest.raises(ValueError, match=r"t10k-labels.*labels \[5, 7\].*among \[0, 1, 2\]"):
+    data = load_dataset(str(tmp_path))
+    assert data.class_names == tuple("01234567") and data.labels_held == ("0", "1", "2")
+    assert data.y_test.tolist() == [7, 5]
+
+
+def test_labels_are_kept(tmp_path: Path):
+    """A folder with the digits 3 and 7 holds these, not 0 and 1."""
+    write_set(tmp_path, labels=(3 + 4 * (TRAIN_Y % 2), 3 + 4 * (TEST_Y % 2)))
+    data = load_dataset(str(tmp_path))
+    assert data.class_names == ("3", "7")
+    assert data.y_train.tolist() == [0, 1, 0, 0, 1, 0] and data.y_test.tolist() == [0, 0]
+
+
+def test_images_of_two_sizes(tmp_path: Path):
+    write_set(tmp_path)
+    write(tmp_path / "t10k-images-idx3-ubyte", encode(TEST.transpose(0, 2, 1)))
+    with pytest.raises(
+        ValueError, match=r"t10k.*images of \(4, 3\), expected \(3, 4\) as in train"
+    ):
         load_dataset(str(tmp_path))
 
 
@@ -104,7 +123,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
     write_set(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(ValueError, match="no file of test-labels"):
-        load_idx("some", find_idx(tmp_path)[""])
+        idx_source("some", find_idx(tmp_path)[""])
 
 
 DAMAGED = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlean.data.leaf import find_leaf, load_leaf
+from fedlean.data.leaf import find_leaf, leaf_source
 from fedlean.data.load import load_dataset
 
 SIDE = 3
@@ -63,7 +63,7 @@ def test_pixels_between_the_bytes_stay_floats(tmp_path: Path):
     odd["user_data"]["b"]["x"][0] = [0.1234] * 9
     write_json(tmp_path / "train/a.json", odd)
     write_json(tmp_path / "test/a.json", content(TEST))
-    data = load_leaf("odd", tmp_path)
+    data = leaf_source("odd", tmp_path).dataset()
     assert data.x_train.dtype == data.x_test.dtype == np.float32 and data.scale == 1.0
     np.testing.assert_allclose(data.x_train[0].ravel(), image(9), rtol=1e-6)
     np.testing.assert_allclose(data.x_train[1], 0.1234, rtol=1e-6)
@@ -97,10 +97,11 @@ BAD = [
     (bad(x=[[2.0] * 9]), "x is in 2.0..2.0, expected pixels in 0..1"),
     (bad(x=[[float("nan")] * 9]), "expected pixels in 0..1"),
     (bad(x=[[None] * 9]), "expected pixels in 0..1"),
-    (bad(y=[-1]), "y has other values than integers"),
-    (bad(y=[10**30]), "y has other values than integers"),
-    (bad(y=[True]), "y has other values than integers"),
-    (bad(y=[1.5]), "y has other values than integers"),
+    (bad(y=[10**30]), "labels must be classes"),
+    (bad(y=[None]), "y has None, expected whole numbers or text"),
+    (bad(y=[[1]]), r"y has \[1\], expected"),
+    (bad(y=[1.5]), "labels hold 1.5, expected whole numbers or text"),
+    (bad(y=["a"]), "1 labels that are text and 1 numbers"),
     (content({"u": []}), "no examples, expected at least 1.*preprocess.sh"),
 ]
 
@@ -109,8 +110,8 @@ BAD = [
 def test_damaged_files_are_named(tmp_path: Path, value: Any, message: str):
     write_json(tmp_path / "train/a.json", value)
     write_json(tmp_path / "test/a.json", content(TEST))
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'train'))}.*{message}"):
-        load_leaf("a", tmp_path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{message}"):
+        leaf_source("a", tmp_path).dataset()
 
 
 def test_rows_of_two_lengths(tmp_path: Path):
@@ -118,7 +119,7 @@ def test_rows_of_two_lengths(tmp_path: Path):
     value["user_data"]["u"]["x"][1] = [0.5] * 4
     write_json(tmp_path / "train/a.json", value)
     with pytest.raises(ValueError, match="not rows of numbers of one length"):
-        load_leaf("a", tmp_path)
+        leaf_source("a", tmp_path).dataset()
 
 
 def test_images_of_two_sizes(tmp_path: Path):
@@ -126,11 +127,11 @@ def test_images_of_two_sizes(tmp_path: Path):
     value["user_data"]["v"]["x"] = [[0.5] * 4]
     write_json(tmp_path / "train/a.json", value)
     with pytest.raises(ValueError, match="expected one size"):
-        load_leaf("a", tmp_path)
+        leaf_source("a", tmp_path).dataset()
 
 
 def test_no_test_files(tmp_path: Path):
     write_json(tmp_path / "train/a.json", content(TEST))
     assert find_leaf(tmp_path) == {"leaf": tmp_path}
     with pytest.raises(ValueError, match=r"test: got 0 \.json files"):
-        load_leaf("a", tmp_path)
+        leaf_source("a", tmp_path).dataset()

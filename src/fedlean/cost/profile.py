@@ -78,9 +78,12 @@ def load_profile(name: str) -> Profile:
     path = Path(name)
     if path.is_file():
         try:
-            return _parse(name, path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"device profile {name!r}: {error}") from None
+            return _parse(name, path.read_text(encoding="utf-8-sig"))  # editors write the mark
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"device profile {name!r}: expected text in UTF-8, this is another encoding "
+                "(UTF-16?): save it as UTF-8"
+            ) from None
     if name.endswith(".json") or os.sep in name:
         raise ValueError(f"device profile {name!r}: no such file")
     near = get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from fedlean.data.dataset import Dataset
+from fedlean.data.source import Room, Source, in_memory, unlimited
 from fedlean.data.stratify import stratified_sample
 
 SPLIT_SEED = 0  # fixed: runs with different seeds must be tested on the same examples
 TEST_SHARE = 0.2
+SKLEARN_BYTES = 100_000_000  # resident once it is imported: 84 MB of scikit-learn 1.7 with SciPy
+
+
+def digits_source(room: Room = unlimited) -> Source:
+    """The digits as a source, whose examples are in memory already.  Raises ValueError as below."""
+    if "sklearn.datasets" not in sys.modules:
+        what = "scikit-learn, with which 'digits' comes,"
+        room(SKLEARN_BYTES, what, "give a folder as --data")
+    return in_memory(load_digits(), room)
 
 
 def load_digits() -> Dataset:

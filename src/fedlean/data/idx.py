@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from fedlean.data.dataset import Dataset
-from fedlean.data.idxfile import read_idx
+from fedlean.data.idxfile import idx_blocks, idx_shape, read_idx
+from fedlean.data.labels import classes_of
+from fedlean.data.source import READING_BYTES, Room, Source, labels_bytes, take, unlimited
 
 NAME = re.compile(
     r"(?:(?P<prefix>.+)[-_.])?(?P<part>train|t10k|test)-(?P<kind>images|labels)"
     r"[-.]idx[0-9]-ubyte(?:\.gz)?"
 )
-KEYS = ("train-images", "train-labels", "test-images", "test-labels")
+PARTS = ("train", "test")
+KEYS = tuple(f"{part}-{kind}" for part in PARTS for kind in ("images", "labels"))
 IdxFiles = Mapping[str, Path]  # one of KEYS -> file
 
 
@@ -46,11 +49,12 @@ def find_idx(folder: Path) -> dict[str, IdxFiles]:
     return dict(found)
 
 
-def load_idx(name: str, files: IdxFiles, prefix: str = "") -> Dataset:
-    """The data set `name` in `files`; labels become classes in the order of their values.
+def idx_source(name: str, files: IdxFiles, prefix: str = "", room: Room = unlimited) -> Source:
+    """The data set `name` in `files`; `classes_of` says how labels become classes.
 
     EMNIST publishes its images transposed: a prefix that starts with "emnist" turns them back.
-    Raises ValueError naming the file for anything missing, damaged or contradictory.
+    Raises ValueError naming the file for anything missing, damaged or contradictory, or what `room`
+    raises.
     """
     missing = [key for key in KEYS if key not in files]
     if missing:
@@ -59,30 +63,53 @@ def load_idx(name: str, files: IdxFiles, prefix: str = "") -> Dataset:
             f" file of {', '.join(missing)}; expected all four files of the set in one folder"
         )
     transposed = prefix.lower().startswith("emnist")
-    train_x, train_labels = _read_part(files, "train", transposed)
-    test_x, test_labels = _read_part(files, "test", transposed)
-    values, train_y = np.unique(train_labels, return_inverse=True)  # EMNIST letters count from 1
-    unknown = np.setdiff1d(test_labels, values)
-    if len(unknown):
+    train_labels, test_labels = (_labels(files[f"{part}-labels"], room) for part in PARTS)
+    class_names, y = classes_of(np.concatenate([train_labels, test_labels]))
+    train = _Images(files["train-images"], len(train_labels), transposed)
+    test = _Images(files["test-images"], len(test_labels), transposed)
+    if train.shape != test.shape:
         raise ValueError(
-            f"{files['test-labels']}: got labels {unknown.tolist()}, which no training example"
-            f" has, expected labels among {values.tolist()}; check that both files are of one set"
+            f"{test.path}: got images of {test.shape[1:]}, expected {train.shape[1:]} as in"
+            f" {train.path.name}"
         )
-    counts_from_zero = np.array_equal(values, np.arange(len(values)))
-    return Dataset.from_images(
-        name,
-        (train_x, train_y.astype(np.int64)),
-        (test_x, np.searchsorted(values, test_labels).astype(np.int64)),
-        classes=len(values),
+    return Source(
+        name=name,
+        y_train=y[: train.count],
+        y_test=y[train.count :],
+        class_names=class_names,
+        clients=None,
+        input_shape=train.shape,
+        dtype=np.dtype(np.uint8),
         scale=255.0,
-        class_names=() if counts_from_zero else tuple(str(value) for value in values),
+        read=lambda train_rows, test_rows: (train.read(train_rows), test.read(test_rows)),
+        reading_bytes=READING_BYTES + 4 * prod(train.shape),
+        room=room,
     )
 
 
-def _read_part(files: IdxFiles, part: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (n, 1, H, W) and label values uint8 (n,)."""
-    labels = read_idx(files[f"{part}-labels"], dimensions=1)  # first: small, and states the count
-    images = read_idx(files[f"{part}-images"], dimensions=3, count=len(labels))
-    if transposed:
-        images = np.ascontiguousarray(images.transpose(0, 2, 1))
-    return images[:, None], labels
+class _Images:
+    """One file of images, of which the header is read."""
+
+    def __init__(self, path: Path, count: int, transposed: bool) -> None:
+        _, height, width = idx_shape(path, dimensions=3, count=count)
+        self.path, self.count, self._transposed = path, count, transposed
+        self.shape = (1, width, height) if transposed else (1, height, width)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 (len(rows), 1, H, W)."""
+        x = np.empty((len(rows), *self.shape), np.uint8)
+        if len(rows):
+            blocks = idx_blocks(self.path, dimensions=3, count=self.count)
+            take(map(self._oriented, blocks), rows, x)
+        return x
+
+    def _oriented(self, block: np.ndarray) -> np.ndarray:
+        return (block.transpose(0, 2, 1) if self._transposed else block)[:, None]
+
+
+def _labels(path: Path, room: Room) -> np.ndarray:
+    """uint8 (n,)."""
+    (count,) = idx_shape(path, dimensions=1)
+    what = f"reading the labels of {count} examples in {path}"
+    room(labels_bytes(count), what, "divide the set among the devices")
+    return read_idx(path, dimensions=1)

@@ -5,15 +5,21 @@ A .gz is inflated to the size that the header claims and not one byte further th
 that there is more; `gzip.open` would read ahead.
 """
 
+# n examples, k rows of a block
+
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
+
+from fedlean.data.source import rows_at_once
 
 UNSIGNED_BYTE = 8
 CHUNK_BYTES = 1 << 16
@@ -53,30 +59,51 @@ class _Inflater:
         return b""
 
 
-def read_idx(path: Path, *, dimensions: int, count: int | None = None) -> np.ndarray:
-    """The uint8 array in the file: (n,) for labels, (n, H, W) for images.
+def idx_shape(path: Path, *, dimensions: int, count: int | None = None) -> tuple[int, ...]:
+    """What the header claims: (n,) for labels, (n, H, W) for images.
 
     count: how many examples it must hold, where that is known.  Raises ValueError naming the file,
-    what it has and what was expected.
+    what it has and what was expected; also when a file of this size cannot hold as much.
     """
-    file_bytes = path.stat().st_size
+    with _opened(path) as reader:
+        return _read_shape(reader, path, dimensions, count)
+
+
+def idx_blocks(path: Path, *, dimensions: int, count: int | None = None) -> Iterator[np.ndarray]:
+    """The data, uint8 (k, ...), a few rows at a time.  Raises ValueError as `idx_shape`."""
+    with _opened(path) as reader:
+        shape = _read_shape(reader, path, dimensions, count)
+        row, expected = shape[1:], prod(shape)
+        at_once = rows_at_once(prod(row)) * prod(row)
+        for start in range(0, expected, at_once):
+            data = _read_up_to(reader, min(at_once, expected - start))
+            if len(data) < min(at_once, expected - start):
+                raise ValueError(
+                    f"got {start + len(data)} bytes of data, expected {expected} (shape {shape}):"
+                    " it is truncated"
+                )
+            yield np.frombuffer(data, np.uint8).reshape(-1, *row)
+        if reader.read(1):
+            raise ValueError(f"got more than the {expected} bytes of data of shape {shape}")
+
+
+def read_idx(path: Path, *, dimensions: int, count: int | None = None) -> np.ndarray:
+    """All the data, uint8 of the shape that the header claims.  Raises ValueError as above."""
+    return np.concatenate(list(idx_blocks(path, dimensions=dimensions, count=count)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Reader]:
     with path.open("rb") as file:
-        packed = path.suffix == ".gz"
-        reader = _Inflater(file) if packed else file
         try:
-            shape = _read_shape(reader, dimensions, count)
-            header_bytes = 4 + 4 * dimensions
-            limit = file_bytes * MAX_DEFLATE_RATIO if packed else file_bytes - header_bytes
-            return _read_data(reader, shape, limit)
+            yield _Inflater(file) if path.suffix == ".gz" else file
         except ValueError as error:
             raise ValueError(f"{path}: {error}; fetch the file again") from error
 
 
-def _read_shape(reader: _Reader, dimensions: int, count: int | None) -> tuple[int, ...]:
+def _read_shape(reader: _Reader, path: Path, dimensions: int, count: int | None) -> tuple[int, ...]:
     header_bytes = 4 + 4 * dimensions
-    header = b""
-    while len(header) < header_bytes and (more := reader.read(header_bytes - len(header))):
-        header += more
+    header = _read_up_to(reader, header_bytes)
     magic = int.from_bytes(header[:4], "big")
     expected = (UNSIGNED_BYTE << 8) + dimensions
     if len(header) >= 4 and magic != expected:
@@ -89,27 +116,21 @@ def _read_shape(reader: _Reader, dimensions: int, count: int | None) -> tuple[in
         raise ValueError(f"the header claims shape {shape}, expected at least 1 of each")
     if count is not None and shape[0] != count:
         raise ValueError(f"the header claims {shape[0]} images, expected {count} as in the labels")
+    file_bytes = path.stat().st_size
+    packed = path.suffix == ".gz"
+    limit = file_bytes * MAX_DEFLATE_RATIO if packed else file_bytes - header_bytes
+    if prod(shape) > limit:
+        raise ValueError(
+            f"the header claims shape {shape}, {prod(shape)} bytes of data, but a file of this"
+            f" size holds at most {max(limit, 0)}: it is truncated"
+        )
     return shape
 
 
-def _read_data(reader: _Reader, shape: tuple[int, ...], limit: int) -> np.ndarray:
-    """limit: the most data bytes that a file of this size can hold."""
-    expected = prod(shape)
-    if expected > limit:
-        raise ValueError(
-            f"the header claims shape {shape}, {expected} bytes of data, but a file of this size"
-            f" holds at most {max(limit, 0)}: it is truncated"
-        )
-    data = np.empty(expected, np.uint8)
-    filled = 0
-    while filled < expected:
-        piece = reader.read(min(CHUNK_BYTES, expected - filled))
-        if not piece:
-            raise ValueError(
-                f"got {filled} bytes of data, expected {expected} (shape {shape}): it is truncated"
-            )
-        data[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-        filled += len(piece)
-    if reader.read(1):
-        raise ValueError(f"got more than the {expected} bytes of data of shape {shape}")
-    return data.reshape(shape)
+def _read_up_to(reader: _Reader, count: int) -> bytes:
+    """`count` bytes, or fewer where they end before."""
+    pieces, missing = [], count
+    while missing and (piece := reader.read(min(CHUNK_BYTES, missing))):
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)

@@ -2,8 +2,11 @@
 
 `train/*.json` and `test/*.json` (or under `data/`), each `{"users": [...], "num_samples": [...],
 "user_data": {user: {"x": [[pixel, ...], ...], "y": [label, ...]}}}`, pixels in 0..1, row by row.
-Files are read one at a time.  LEAF's text and synthetic sets are not covered.
+Files are read one at a time, and twice: for the labels, and for the images that are wanted.
+LEAF's text and synthetic sets are not covered.
 """
+
+# n examples, H = W pixels
 
 from __future__ import annotations
 
@@ -11,14 +14,19 @@ import json
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlean.data.dataset import MAX_CLASSES, Dataset
+from fedlean.data.labels import classes_of
+from fedlean.data.source import READING_BYTES, Room, Source, labels_bytes, unlimited
 
 BYTE_TOLERANCE = 1e-3  # in grey levels; LEAF writes byte / 255 with all its digits
-Examples = tuple[np.ndarray, np.ndarray]  # x uint8 or float32 (n, 1, H, W), y int64 (n,)
+ROWS_AT_ONCE = 64  # of a user's images, as arrays
+# Per byte of a file while it is parsed.  Measured with Python 3.11: 11.3 where every number takes
+# the 5 bytes of "1.0, ", of which a list keeps 32; 3.2 with all digits.
+JSON_BYTES = 12
+PARTS = ("train", "test")
 
 
 def find_leaf(folder: Path) -> dict[str, Path]:
@@ -29,58 +37,128 @@ def find_leaf(folder: Path) -> dict[str, Path]:
     return {}
 
 
-def load_leaf(name: str, base: Path) -> Dataset:
+def leaf_source(name: str, base: Path, room: Room = unlimited) -> Source:
     """The data set under `base`: users in sorted order, client ids 0.. over those who train.
 
-    Pixels become bytes when all of them are whole 255ths, else float32.  Classes are 0..largest
-    label, so FEMNIST has 62.  Raises ValueError naming the file and user.
+    Pixels become bytes when all of them are whole 255ths, else float32.  Raises ValueError naming
+    the file and user, or what `room` raises, which is asked before each file.
     """
-    train, test = _read_split(base, "train"), _read_split(base, "test")
-    pieces = [piece for split in (train, test) for user in split.values() for piece in user]
-    exact = all(x.dtype == np.uint8 for x, _ in pieces)
-    sizes = [sum(len(y) for _, y in user) for user in train.values()]
-    clients = np.repeat(np.arange(len(train), dtype=np.int32), sizes)
-    train_x, train_y = _join(train, exact)
-    test_x, test_y = _join(test, exact)
-    return Dataset.from_images(
-        name,
-        (train_x, train_y),
-        (test_x, test_y),
-        classes=int(max(train_y.max(), test_y.max())) + 1,
+    train, test = (_Split(base / part, room) for part in PARTS)
+    if train.side != test.side:
+        raise ValueError(
+            f"{base}: got images of {test.side} x {test.side} for testing, expected"
+            f" {train.side} x {train.side} as for training"
+        )
+    exact = train.exact and test.exact
+    room(
+        labels_bytes(train.count + test.count),
+        f"the labels of {train.count + test.count} examples in {base}",
+        "divide the files among the devices",
+    )
+    class_names, y = _classes(base, train.labels + test.labels)
+    dtype = np.dtype(np.uint8 if exact else np.float32)
+    return Source(
+        name=name,
+        y_train=y[: train.count],
+        y_test=y[train.count :],
+        class_names=class_names,
+        clients=train.clients(),
+        input_shape=(1, train.side, train.side),
+        dtype=dtype,
         scale=255.0 if exact else 1.0,
-        clients=clients,
+        read=lambda train_rows, test_rows: (
+            train.read(train_rows, dtype),
+            test.read(test_rows, dtype),
+        ),
+        reading_bytes=READING_BYTES + JSON_BYTES * max(train.largest_bytes, test.largest_bytes),
+        room=room,
     )
 
 
-def _read_split(base: Path, split: str) -> dict[str, list[Examples]]:
-    """Every user's examples, users sorted; a user may be spread over several files."""
-    paths = sorted((base / split).glob("*.json"))
-    parts: dict[str, list[Examples]] = {}
-    for path in paths:
-        for user, examples in _read_file(path):
-            parts.setdefault(user, []).append(examples)
-    if not parts:
-        raise ValueError(
-            f"{base / split}: got {len(paths)} .json files and no examples, expected at least 1;"
-            " run LEAF's preprocess.sh with '-t sample', which writes train and test"
-        )
-    sides = {x.shape[1:] for pieces in parts.values() for x, _ in pieces}
-    if len(sides) > 1:
-        raise ValueError(f"{base / split}: got images of {sorted(sides)}, expected one size")
-    return {user: parts[user] for user in sorted(parts)}
+class _Piece(NamedTuple):
+    """The examples of one user in one file, the rows start..start+size-1 of the split."""
+
+    start: int
+    size: int
+    exact: bool  # all pixels are whole 255ths
 
 
-def _join(users: dict[str, list[Examples]], exact: bool) -> Examples:
-    """All examples in order, as bytes if `exact`, else as floats."""
-    pieces = [piece for user in users.values() for piece in user]
-    xs = [x for x, _ in pieces]
-    if not exact:
-        xs = [x / np.float32(255) if x.dtype == np.uint8 else x for x in xs]
-    return np.concatenate(xs), np.concatenate([y for _, y in pieces])
+class _Split:
+    """The training or the test examples, of which the labels were read."""
+
+    def __init__(self, folder: Path, room: Room) -> None:
+        paths = sorted(folder.glob("*.json"))
+        sizes_bytes = [path.stat().st_size for path in paths]
+        found: dict[str, list[tuple[Path, list[Any], bool]]] = {}  # user -> by file: labels, exact
+        sides: set[int] = set()
+        for path, size_bytes in zip(paths, sizes_bytes, strict=True):
+            what = f"reading {path}, {size_bytes / 1e6:.1f} MB,"
+            room(JSON_BYTES * size_bytes, what, "spread its users over several files")
+            for user, where, x, y in _users(path):
+                of_user = [_examine(where, rows) for _, rows in _batches(x)]
+                sides.update(side for side, _ in of_user)
+                piece = (path, y, all(exact for _, exact in of_user))
+                found.setdefault(user, []).append(piece)
+        if not found:
+            raise ValueError(
+                f"{folder}: got {len(paths)} .json files and no examples, expected at least 1;"
+                " run LEAF's preprocess.sh with '-t sample', which writes train and test"
+            )
+        if len(sides) > 1:
+            raise ValueError(
+                f"{folder}: got images with sides of {sorted(sides)}, expected one size"
+            )
+        self.side = sides.pop()
+        self.largest_bytes = max(sizes_bytes)
+        self.labels: list[Any] = []
+        self._counts: list[int] = []  # of each user, users sorted
+        self._pieces: dict[Path, dict[str, _Piece]] = {path: {} for path in paths}
+        for user in sorted(found):
+            before = len(self.labels)
+            for path, y, exact in found[user]:
+                self._pieces[path][user] = _Piece(len(self.labels), len(y), exact)
+                self.labels += y
+            self._counts.append(len(self.labels) - before)
+        self.count = len(self.labels)
+        self.exact = all(each.exact for of in self._pieces.values() for each in of.values())
+
+    def clients(self) -> np.ndarray:
+        """int32 (n,): the number of each example's user."""
+        return np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
+
+    def read(self, rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """The images `rows`, (len(rows), 1, H, W); files without any of them are not read."""
+        out = np.empty((len(rows), 1, self.side, self.side), dtype)
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        for path, pieces in self._pieces.items():
+            places = {
+                user: np.searchsorted(ascending, (piece.start, piece.start + piece.size))
+                for user, piece in pieces.items()
+            }
+            if all(low == high for low, high in places.values()):
+                continue
+            for user, where, x, _ in _users(path):
+                piece = pieces.get(user)
+                if piece is None or len(x) != piece.size:
+                    raise ValueError(f"{where}: the file has changed while it was read")
+                low, high = places[user]
+                wanted = [x[i] for i in ascending[low:high] - piece.start]
+                for start, some in _batches(wanted):
+                    images = _stored(_pixels(where, some), piece.exact, dtype)
+                    out[order[low + start : low + start + len(some)]] = images
+        return out
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Examples]]:
-    """(user, examples) of one file, users without examples left out."""
+def _batches(rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """(position, a few rows) so that a user's images are not floats all at once."""
+    return (
+        (start, rows[start : start + ROWS_AT_ONCE]) for start in range(0, len(rows), ROWS_AT_ONCE)
+    )
+
+
+def _users(path: Path) -> Iterator[tuple[str, str, list[Any], list[Any]]]:
+    """(user, name for messages, x, y) of one file, users without examples left out."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -96,7 +174,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, Examples]]:
             got = [len(each) if isinstance(each, list) else type(each).__name__ for each in (x, y)]
             raise ValueError(f"{where}: got {got} entries of x and y, expected lists of {count}")
         if y:
-            yield user, (_pixels(where, x), _labels(where, y))
+            _check_labels(where, y)
+            yield user, where, x, y
 
 
 def _parts(path: Path, content: Any) -> tuple[list[str], list[Any], dict[str, Any]]:
@@ -120,6 +199,7 @@ def _parts(path: Path, content: Any) -> tuple[list[str], list[Any], dict[str, An
 
 
 def _pixels(where: str, rows: list[Any]) -> np.ndarray:
+    """float64 (len(rows), 1, H, W) in 0..1."""
     try:
         x = np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -134,14 +214,38 @@ def _pixels(where: str, rows: list[Any]) -> np.ndarray:
         )
     if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
         raise ValueError(f"{where}: x is in {x.min()}..{x.max()}, expected pixels in 0..1")
-    x = x.reshape(-1, 1, side, side)
-    levels = np.rint(x * 255)
-    if np.abs(x * 255 - levels).max() < BYTE_TOLERANCE:
-        return levels.astype(np.uint8)
-    return x.astype(np.float32)
+    return x.reshape(-1, 1, side, side)
 
 
-def _labels(where: str, values: list[Any]) -> np.ndarray:
-    if not all(type(value) is int and 0 <= value < MAX_CLASSES for value in values):
-        raise ValueError(f"{where}: y has other values than integers in 0..{MAX_CLASSES - 1}")
-    return np.array(values, np.int64)
+def _examine(where: str, rows: list[Any]) -> tuple[int, bool]:
+    """The side of the images, and whether all their pixels are whole 255ths."""
+    x = _pixels(where, rows)
+    return x.shape[-1], bool(np.abs(x * 255 - np.rint(x * 255)).max() < BYTE_TOLERANCE)
+
+
+def _stored(x: np.ndarray, exact: bool, dtype: np.dtype) -> np.ndarray:
+    """Pixels as the data set keeps them.  exact: all that this user has are whole 255ths."""
+    if not exact:
+        return x.astype(np.float32)
+    levels = np.rint(x * 255).astype(np.uint8)
+    return levels if dtype == np.uint8 else levels / np.float32(255)
+
+
+def _check_labels(where: str, values: list[Any]) -> None:
+    for value in values:
+        if not isinstance(value, int | float | str):
+            raise ValueError(f"{where}: y has {value!r}, expected whole numbers or text")
+
+
+def _classes(base: Path, labels: list[Any]) -> tuple[tuple[str, ...], np.ndarray]:
+    """As `classes_of`, which NumPy would give text for a mixture of numbers and text."""
+    text = sum(isinstance(label, str) for label in labels)
+    if text not in (0, len(labels)):
+        raise ValueError(
+            f"{base}: y has {text} labels that are text and {len(labels) - text} numbers, expected"
+            " one kind"
+        )
+    try:
+        return classes_of(np.array(labels))
+    except ValueError as error:
+        raise ValueError(f"{base}: y: {error}") from error

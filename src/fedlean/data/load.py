@@ -1,24 +1,38 @@
 """From what a user types after `--dataset` to a `Dataset`: a built-in name or a folder.
 
-A folder's format is found from its content.  `FOLDER:NAME` chooses where it holds several sets:
-NAME is the prefix of IDX files (nothing for files without one), an .npz file's name, or `leaf`.
+A folder's format is found from its content, or from that of the folders below where it holds no
+set itself.  `FOLDER:NAME` chooses where there are several: NAME is the prefix of IDX files (nothing
+for files without one), an .npz file's name, or `leaf`.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from fedlean.data.dataset import Dataset
-from fedlean.data.digits import load_digits
-from fedlean.data.idx import find_idx, load_idx
-from fedlean.data.leaf import find_leaf, load_leaf
-from fedlean.data.npz import find_npz, load_npz
+from fedlean.data.digits import digits_source
+from fedlean.data.idx import find_idx, idx_source
+from fedlean.data.leaf import find_leaf, leaf_source
+from fedlean.data.npz import find_npz, npz_source
 from fedlean.data.npzfile import member_names
+from fedlean.data.source import Room, Source, unlimited
 
-BUILT_IN = {"digits": load_digits}
+BUILT_IN = {"digits": digits_source}
+DEEPER = 2  # levels of folders below the one given, as in MNIST/raw/*-ubyte
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A data set in a folder, not read yet.  name: what follows the colon in FOLDER:NAME."""
+
+    folder: Path
+    name: str
+    open: Callable[[Room], Source]
 
 
 def available() -> list[tuple[str, str]]:
@@ -33,24 +47,32 @@ def available() -> list[tuple[str, str]]:
 
 
 def load_dataset(name_or_folder: str) -> Dataset:
-    """The data set of a built-in name, a folder, or FOLDER:NAME.
+    """The data set of a built-in name, a folder, or FOLDER:NAME, all in memory.
 
-    Raises ValueError when nothing of that name exists, nothing in the folder is recognised,
-    several sets are, or the one found is damaged.
+    Raises ValueError as `load_source`, or when an example is damaged.
+    """
+    return load_source(name_or_folder).dataset()
+
+
+def load_source(name_or_folder: str, room: Room = unlimited) -> Source:
+    """The same with its labels read and its examples not.
+
+    room: asked before what takes much memory.  Raises ValueError when nothing of that name exists,
+    nothing in the folder or up to DEEPER levels below is recognised, several sets are, or the one
+    found is damaged; and what `room` raises.
     """
     if name_or_folder in BUILT_IN:
-        return BUILT_IN[name_or_folder]()
+        return BUILT_IN[name_or_folder](room)
     folder, wanted = _split(name_or_folder)
-    loaders = _find(folder)
-    if wanted is None and len(loaders) == 1:
-        wanted = next(iter(loaders))
-    if wanted in loaders:
-        return loaders[wanted]()
-    if not loaders:
+    found = _find(folder, folder.resolve().name) or _find_below(folder)
+    if not found:
         raise ValueError(_nothing_found(folder))
-    choices = ", ".join(f"{folder}:{each}" for each in sorted(loaders))
-    if wanted is None:
-        raise ValueError(f"{folder} holds {len(loaders)} data sets; choose one of {choices}")
+    fitting = [each for each in found if wanted in (None, each.name)]
+    if len(fitting) == 1:
+        return fitting[0].open(room)
+    choices = ", ".join(sorted(f"{each.folder}:{each.name}" for each in found))
+    if wanted is None or fitting:
+        raise ValueError(f"{folder} holds {len(found)} data sets; choose one of {choices}")
     raise ValueError(f"{folder} holds no data set named {wanted!r}; expected one of {choices}")
 
 
@@ -67,29 +89,53 @@ def _split(text: str) -> tuple[Path, str | None]:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"data set {text!r}: no such folder, expected a folder or a built-in data set"
-        f" ({', '.join(sorted(BUILT_IN))}){hint}"
+        f" ({', '.join(sorted(BUILT_IN))}){hint}; give the path of the folder that holds its files"
+        f" (seen from {Path.cwd()}), in a layout that 'fedlean datasets' lists"
     )
 
 
-def _find(folder: Path) -> dict[str, Callable[[], Dataset]]:
-    """What the folder holds by NAME, not read yet."""
-    title = folder.resolve().name
-    loaders: dict[str, Callable[[], Dataset]] = {}
-    for prefix, files in find_idx(folder).items():
-        loaders[prefix] = partial(load_idx, prefix or title, files, prefix)
-    sets = find_npz(folder)
-    for each, path in sets.items():
-        loaders[each] = partial(load_npz, title if len(sets) == 1 else path.stem, path)
-    for each, base in find_leaf(folder).items():
-        loaders[each] = partial(load_leaf, title, base)
-    return loaders
+def _find(folder: Path, title: str) -> list[_Found]:
+    """What the folder itself holds.  title: what a set without a name of its own is called."""
+    idx, npz, leaf = find_idx(folder), find_npz(folder), find_leaf(folder)
+    return [
+        *(
+            _Found(folder, prefix, partial(idx_source, prefix or title, files, prefix))
+            for prefix, files in idx.items()
+        ),
+        *(
+            _Found(folder, each, partial(npz_source, title if len(npz) == 1 else path.stem, path))
+            for each, path in npz.items()
+        ),
+        *(_Found(folder, each, partial(leaf_source, title, base)) for each, base in leaf.items()),
+    ]
+
+
+def _find_below(folder: Path) -> list[_Found]:
+    """What the folders below hold; a folder that holds a data set is not searched further."""
+    title, found, level = folder.resolve().name, [], [folder]
+    for _ in range(DEEPER):
+        level = [each for above in level for each in _folders(above)]
+        sets = {each: _find(each, title) for each in level}
+        found += [each for of_folder in sets.values() for each in of_folder]
+        level = [each for each, of_folder in sets.items() if not of_folder]
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those in it that can be read, but not hidden ones (as .git)."""
+    return sorted(
+        each
+        for each in folder.iterdir()
+        if not each.name.startswith(".") and each.is_dir() and os.access(each, os.R_OK | os.X_OK)
+    )
 
 
 def _nothing_found(folder: Path) -> str:
     other = [f"{p.name} with {sorted(member_names(p))}" for p in sorted(folder.glob("*.npz"))]
     seen = f" (passed over: {'; '.join(other)})" if other else ""
     return (
-        f"{folder} holds no data set that FedLean recognises{seen}; looked for IDX files"
-        " ([PREFIX-]train-images-idx3-ubyte[.gz] and its three companions), an .npz with x, y,"
-        " split or jpeg, offset, y, split, and LEAF's train/*.json and test/*.json"
+        f"{folder} holds no data set that FedLean recognises{seen}; looked there and {DEEPER}"
+        " levels down for IDX files ([PREFIX-]train-images-idx3-ubyte[.gz] and its three"
+        " companions), an .npz with x, y, split or jpeg, offset, y, split, and LEAF's train/*.json"
+        " and test/*.json"
     )

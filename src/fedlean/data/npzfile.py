@@ -5,11 +5,15 @@ with the archive's directory, and the directory with what deflate can pack into 
 Objects are never unpickled.
 """
 
+# k rows of a block
+
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -17,8 +21,61 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
+from fedlean.data.source import rows_at_once
+
+CHUNK_BYTES = 1 << 16
 MAX_DEFLATE_RATIO = 1032  # deflate cannot shrink further: a larger claim is false
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of the file, as its header describes it."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool  # stored with the first axis varying fastest
+
+    @property
+    def data_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class MemberStream:
+    """The data bytes of one array, front to back.
+
+    Its methods raise ValueError naming the array where it is damaged.
+    """
+
+    def __init__(self, file: IO[bytes], member: Member) -> None:
+        self._file = file
+        self._member = member
+        self.position = 0  # bytes read or skipped
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        with _named(self._member.path, self._member.name):
+            data = self._file.read(count)
+            self.position += len(data)
+            if len(data) < count:
+                raise ValueError(
+                    f"got {self.position} bytes of data, expected {self._member.data_bytes}: it is"
+                    " truncated"
+                )
+        return data
+
+    def skip_to(self, position: int) -> None:
+        """Reads on to `position`, which lies not before the present one."""
+        while self.position < position:
+            self.read(min(CHUNK_BYTES, position - self.position))
+
+    def finish(self) -> None:
+        """Reads what is left, at the end of which the archive compares its checksum."""
+        self.skip_to(self._member.data_bytes)
+        with _named(self._member.path, self._member.name):
+            self._file.read(1)
 
 
 def member_names(path: Path) -> frozenset[str]:
@@ -31,29 +88,73 @@ def member_names(path: Path) -> frozenset[str]:
     return frozenset(name.removesuffix(".npy") for name in names if name.endswith(".npy"))
 
 
-def read_members(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The arrays `names` of the file; others are not touched.
+def describe_members(path: Path, names: Iterable[str]) -> dict[str, Member]:
+    """What the headers of the arrays `names` say; others are not touched.
 
     Raises ValueError naming the file and the array when one is missing, damaged, claims a size that
     it cannot have, or holds Python objects.
     """
-    arrays = {}
+    found = {}
     with zipfile.ZipFile(path) as archive:
         for name in sorted(names):
-            try:
-                arrays[name] = _read_member(archive, f"{name}.npy")
-            except (*DAMAGED, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"{path}: array {name!r} cannot be read: {error}; fetch or write it again"
-                ) from error
-    return arrays
+            with _named(path, name), _opened(archive, name) as (_, member):
+                found[name] = member
+    return found
 
 
-def _read_member(archive: zipfile.ZipFile, member: str) -> np.ndarray:
-    info = archive.getinfo(member)
+def read_member(member: Member) -> np.ndarray:
+    """The whole array.  Raises ValueError naming it when it is damaged."""
+    with streamed(member) as stream:
+        data = stream.read(member.data_bytes)
+        stream.finish()
+    return np.ndarray(member.shape, member.dtype, data, order="F" if member.fortran else "C")
+
+
+def member_blocks(member: Member) -> Iterator[np.ndarray]:
+    """A few rows (k, ...) at a time, of an array of two or more dimensions stored in C order.
+
+    Raises ValueError naming it when it is damaged.
+    """
+    row_bytes = prod(member.shape[1:]) * member.dtype.itemsize
+    count, at_once = member.shape[0], rows_at_once(row_bytes)
+    with streamed(member) as stream:
+        for start in range(0, count, at_once):
+            rows = min(at_once, count - start)
+            data = stream.read(rows * row_bytes)
+            yield np.frombuffer(data, member.dtype).reshape(rows, *member.shape[1:])
+        stream.finish()
+
+
+@contextmanager
+def streamed(member: Member) -> Iterator[MemberStream]:
+    """The array's data, positioned at its first byte."""
+    with ExitStack() as stack:
+        with _named(member.path, member.name):
+            archive = stack.enter_context(zipfile.ZipFile(member.path))
+            file, now = stack.enter_context(_opened(archive, member.name))
+            if now != member:
+                raise ValueError("the file has changed meanwhile")
+        yield MemberStream(file, member)
+
+
+@contextmanager
+def _named(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (*DAMAGED, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: array {name!r} cannot be read: {error}; fetch or write it again"
+        ) from error
+
+
+@contextmanager
+def _opened(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes], Member]]:
+    """The file of one array after its header, and what that says."""
+    info = archive.getinfo(f"{name}.npy")
+    path = Path(archive.filename or "")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"zip method {info.compress_type}, expected stored or deflated")
-    file_bytes = Path(archive.filename or "").stat().st_size  # `compress_size` is a claim as well
+    file_bytes = path.stat().st_size  # `compress_size` is a claim as well
     if info.file_size > MAX_DEFLATE_RATIO * min(info.compress_size, file_bytes):
         raise ValueError(
             f"the directory claims {info.file_size} bytes packed into {info.compress_size} of a"
@@ -61,16 +162,14 @@ def _read_member(archive: zipfile.ZipFile, member: str) -> np.ndarray:
         )
     with archive.open(info) as file:
         shape, fortran, dtype = _read_header(file)
-        expected = prod(shape) * dtype.itemsize
+        member = Member(path, name, shape, dtype, fortran)
         data_bytes = info.file_size - file.tell()
-        if any(side < 0 for side in shape) or expected != data_bytes:
+        if any(side < 0 for side in shape) or member.data_bytes != data_bytes:
             raise ValueError(
-                f"its header claims {dtype} {shape}, {expected} bytes, but it holds {data_bytes}"
+                f"its header claims {dtype} {shape}, {member.data_bytes} bytes, but it holds"
+                f" {data_bytes}"
             )
-        data = file.read()  # bounded by file_size; checks the checksum at its end
-    if len(data) != expected:
-        raise ValueError(f"got {len(data)} bytes of data, expected {expected}: it is truncated")
-    return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
+        yield file, member
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
 from fedlean.core import generator
-from fedlean.data.dataset import Dataset
 
 Parts = list[np.ndarray]  # per client, sorted int64 indices into the training set
 FORMS = {"iid": "iid", "dirichlet": "dirichlet:A", "natural": "natural", "shards": "shards:K"}
@@ -24,7 +24,18 @@ FULL_MINIMUM = 10  # examples per client, as in Li et al.'s benchmark (below)
 ALPHA_RANGE = (1e-3, 1e6)  # beyond: one class per client in all but name, and iid
 
 
-def partition(text: str, dataset: Dataset, clients: int | None, seed: int) -> Parts:
+class Labelled(Protocol):
+    """What dealing out needs to know: a `Dataset`, or a `Source` whose examples are not read."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def y_train(self) -> np.ndarray: ...  # int64 (n,)
+    @property
+    def clients(self) -> np.ndarray | None: ...  # int32 (n,)
+
+
+def partition(text: str, dataset: Labelled, clients: int | None, seed: int) -> Parts:
     """The share of each client, N = `clients` arrays of sorted int64 training indices.
 
     iid: a shuffle cut into N parts that differ by at most 1.
@@ -104,7 +115,7 @@ def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> Part
     )
 
 
-def natural(dataset: Dataset, clients: int | None) -> Parts:
+def natural(dataset: Labelled, clients: int | None) -> Parts:
     """The training examples by client id, ids in ascending order.
 
     Fewer clients than ids: runs of consecutive ids are merged, equally many for each client and

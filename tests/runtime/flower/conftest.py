@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,15 @@ collect_ignore = [
     "oracle.py",
     *(["stock.py", "processes.py"] if find_spec("flwr") is None else []),
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_proxies() -> Iterator[None]:
+    """Nodes of tests find their SuperLinks on this machine, wherever the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [each for each in os.environ if each.lower().endswith("_proxy")]:
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture(scope="module")

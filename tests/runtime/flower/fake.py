@@ -1,8 +1,9 @@
-"""A SuperLink in this process, without TLS, that answers as it is told to."""
+"""A SuperLink in this process that answers as it is told to."""
 
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,8 +104,13 @@ def _names(tree: Any) -> Iterator[str]:
 
 
 @contextmanager
-def serving(fake: FakeSuperLink, port: int = 0) -> Iterator[FakeSuperLink]:
-    """Listens at fake.port; handlers that hang are left to their daemon threads."""
+def serving(
+    fake: FakeSuperLink, port: int = 0, tls: ssl.SSLContext | None = None
+) -> Iterator[FakeSuperLink]:
+    """Listens at fake.port, with TLS where `tls` is given.
+
+    Handlers that hang are left to their daemon threads.
+    """
     stopping = threading.Event()
     connections: list[socket.socket] = []
 
@@ -142,6 +148,8 @@ def serving(fake: FakeSuperLink, port: int = 0) -> Iterator[FakeSuperLink]:
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     fake.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, args=[0.05], daemon=True)
     thread.start()

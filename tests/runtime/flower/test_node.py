@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import subprocess
 import sys
 
 import pytest
 
 from fedlean.runtime.flower import node
-from fedlean.runtime.flower.node import device, parser
+from fedlean.runtime.flower.node import connection, device, parser
 
 HERE = ["--superlink", "127.0.0.1:9", "--data", "digits"]
 
@@ -61,13 +63,79 @@ def test_sizes(text, count):
         (["--tls-ca", "/nowhere/ca.crt"], "there is no such file"),
         (["--key", "/nowhere/node.key"], "there is no key file"),
         (["--insecure", "--poll", "0"], "--poll must be positive"),
+        (["--superlink", "https://h:1", "--insecure"], "https://h:1 and --insecure contradict"),
+        (["--superlink", "http://h:1"], "http:// has no TLS: give https://h:1 with --tls-ca"),
+        (["--superlink", "grpc://h:1", "--insecure"], "grpc:// is not spoken here"),
+        (["--superlink", "::1", "--insecure"], "in brackets, as in [::1]:8000"),
+        (["--insecure", "--state", f"{__file__}/state"], "cannot be written (Not a directory)"),
+        (["--insecure", "--state", "/proc/state"], "cannot be written (No such file or directory)"),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_line(more, message, capfd, monkeypatch):
     pytest.importorskip("flwr")
     monkeypatch.setattr(node.signal, "signal", lambda *_: None)
     assert node.main([*HERE, *more]) == 2
-    assert message in capfd.readouterr().err
+    said = [line for line in capfd.readouterr().err.splitlines() if "fedlean node: " in line]
+    assert len(said) == 1 and message in said[0]
+
+
+def test_a_full_disk_is_found_at_the_start(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("flwr")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(node.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(node.os, "fsync", full)
+    assert node.main([*HERE, "--insecure", "--state", str(tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert f"--state: {tmp_path}" in error and "cannot be written (No space left" in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_can_be_written_is_left_empty(tmp_path):
+    chosen = options("--state", str(tmp_path / "new" / "state"))
+    node._check_writable(chosen.state / node._folder_name(chosen))
+    worker = device(chosen)
+    assert worker._folder.is_dir() and not list(worker._folder.iterdir())
+
+
+def test_one_superlink_has_one_folder_however_it_is_written():
+    names = {
+        node._folder_name(options("--superlink", text))
+        for text in ("127.0.0.1:9", "https://127.0.0.1:9/", " http://127.0.0.1:9")
+    }
+    assert names == {node._folder_name(options())} and names.pop().startswith("127-0-0-1-9-")
+
+
+def test_home_is_found_in_every_path(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    more = ["--tls-ca=~/ca.crt", "--key=~/node.key", "--state=~/state", "--data=~/sets:mnist"]
+    found = options(*more)
+    assert (found.tls_ca, found.key) == (tmp_path / "ca.crt", tmp_path / "node.key")
+    assert (found.state, found.data) == (tmp_path / "state", f"{tmp_path}/sets:mnist")
+    assert options().state == tmp_path / ".local/state/fedlean"
+    with pytest.raises(SystemExit):
+        options("--key=~nobody-of-that-name/node.key")
+    assert "'~nobody-of-that-name/node.key'" in capsys.readouterr().err
+
+
+def test_a_proxy_is_named_once_without_its_password(monkeypatch, caplog):
+    pytest.importorskip("flwr")
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:1")
+    chosen = options("--insecure")
+    with caplog.at_level(logging.INFO, "fedlean"):
+        link = connection(chosen)
+    assert caplog.messages == ["through the proxy 127.0.0.1:1 (http_proxy)"]
+    assert link._calls.channel._proxy is not None
+    assert link._side_calls.channel._proxy is not None
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert connection(chosen)._calls.channel._proxy is None
+    assert len(caplog.messages) == 1
+    monkeypatch.setenv("no_proxy", "other")
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(ValueError, match="http_proxy names a socks5:// proxy"):
+        connection(chosen)
 
 
 def test_its_process_loads_nothing_that_a_device_has_no_room_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from fedlean.runtime.flower.superlink import SuperLink
 
 OPENSSH = serialization.PrivateFormat.OpenSSH
 PLAIN = serialization.NoEncryption()
+BOM = codecs.BOM_UTF8
 
 
 def pem(key, form=OPENSSH, encryption=PLAIN) -> bytes:
@@ -90,6 +92,52 @@ def test_certificates(tmp_path):
             trust(path)
 
 
+WINDOWS = [
+    lambda text: BOM + text,
+    lambda text: text.replace(b"\n", b"\r\n"),
+    lambda text: BOM + text.replace(b"\n", b"\r\n"),
+]
+
+
+@pytest.mark.parametrize("saved", WINDOWS)
+def test_a_key_as_a_windows_editor_saves_it(tmp_path, saved):
+    path = tmp_path / "key"
+    make_key(path)
+    public_pem = read_key(path).public_pem
+    path.write_bytes(saved(path.read_bytes()))
+    assert read_key(path).public_pem == public_pem
+    path.write_bytes(saved(b"ecdsa-sha2-nistp384 AAAA\n"))
+    with pytest.raises(ValueError, match="holds a public key"):
+        read_key(path)
+
+
+@pytest.mark.parametrize("saved", WINDOWS)
+@pytest.mark.parametrize("remark", ["", "Bündel\n"])
+def test_certificates_as_a_windows_editor_saves_them(tmp_path, saved, remark):
+    """A bundle: each counts, the first one, too."""
+    bundle = remark.encode()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_certificates(tmp_path / name)
+        bundle += (tmp_path / name / "ca.crt").read_bytes()
+    path = tmp_path / "bundle.crt"
+    path.write_bytes(saved(bundle))
+    assert trust(path).cert_store_stats()["x509_ca"] == 2
+    path.write_bytes(saved(b""))
+    with pytest.raises(ValueError, match=f"no root certificates in {path}"):
+        trust(path)
+
+
+@pytest.mark.parametrize("bom", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
+@pytest.mark.parametrize("read", [read_key, trust])
+def test_utf_16_is_named(tmp_path, bom, read):
+    path = tmp_path / "file"
+    path.write_bytes(bom + b"-\0" * 99)
+    with pytest.raises(ValueError, match=f"{path} is text in UTF-16: save it as UTF-8") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_security_is_not_given_up_silently(tmp_path):
     make_certificates(tmp_path)
 
@@ -106,6 +154,13 @@ def test_security_is_not_given_up_silently(tmp_path):
         link(key=new_key(), insecure=True)
     with pytest.raises(ValueError, match="HOST:PORT"):
         link("nowhere", insecure=True)
+    with pytest.raises(ValueError, match=r"https://127\.0\.0\.1:1 and --insecure contradict"):
+        link("https://127.0.0.1:1", root_certificates=ca, insecure=True)
+    for settings in ({}, {"root_certificates": ca, "insecure": True}, {"key": new_key()}):
+        with pytest.raises(ValueError, match="http:// has no TLS: give https://"):
+            link("http://127.0.0.1:1", **settings)
+    link("http://127.0.0.1:1", insecure=True).close()
+    link("https://127.0.0.1:1", key=new_key(), root_certificates=ca).close()
     for allowed in (
         {"key": new_key(), "root_certificates": ca},
         {"root_certificates": ca, "insecure": True},

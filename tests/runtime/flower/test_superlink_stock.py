@@ -17,11 +17,14 @@ if find_spec("flwr") is None:
     pytest.skip("flwr is not installed", allow_module_level=True)
 
 from runtime.flower.stock import StockSuperLink, make_certificates, make_key
+from runtime.flower.tunnel import ConnectProxy
 
 from fedlean.runtime.flower import heartbeat
 from fedlean.runtime.flower import superlink as module
+from fedlean.runtime.flower.address import Address
 from fedlean.runtime.flower.channel import delays
 from fedlean.runtime.flower.identity import new_key, read_key
+from fedlean.runtime.flower.proxy import Proxy
 from fedlean.runtime.flower.superlink import LinkError, SuperLink
 
 pytestmark = pytest.mark.slow
@@ -61,6 +64,17 @@ def test_comes_and_goes(superlink, key):
             assert superlink.nodes()[node_id] == "online"
             assert link.pull() is None
         assert superlink.nodes()[node_id] == "offline"
+
+
+def test_comes_and_goes_through_a_proxy(superlink, key):
+    path, node_id = key
+    with ConnectProxy().serving() as proxy:
+        through = Proxy(Address("127.0.0.1", proxy.port), "https_proxy")
+        with closing(linked(superlink, path, proxy=through)) as link:
+            assert link.activate() == node_id and link.pull() is None
+            assert superlink.nodes()[node_id] == "online"
+        assert superlink.nodes()[node_id] == "offline"
+    assert proxy.asked == [(superlink.address, None)] * 2
 
 
 def test_a_heartbeat_keeps_it_alive(superlink, key, monkeypatch):

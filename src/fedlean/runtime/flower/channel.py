@@ -13,8 +13,10 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 
-from fedlean.runtime.flower.identity import PrivateKey
+from fedlean.runtime.flower.address import Address
+from fedlean.runtime.flower.identity import PrivateKey, without_bom
 from fedlean.runtime.flower.objects import Buffer
+from fedlean.runtime.flower.proxy import Proxy
 
 _PIECE_BYTES = 1 << 16  # of one send or receive, each of which has the whole timeout
 _ERROR_BYTES = 1 << 14
@@ -71,8 +73,13 @@ def trust(root_certificates: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_verify_locations(cafile=root_certificates)
-    except (OSError, ssl.SSLError) as error:
+        raw = root_certificates.read_bytes()
+        pem = without_bom(raw, root_certificates)
+        if pem == raw:
+            context.load_verify_locations(cafile=root_certificates)
+        else:  # OpenSSL before 3 passes over the first; what is not ASCII is remarks
+            context.load_verify_locations(cadata=pem.decode("ascii", "ignore"))
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"no root certificates in {root_certificates} ({error}): expected the PEM file of "
             "the authority that signed the SuperLink's certificate"
@@ -85,19 +92,21 @@ class Channel:
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        address: Address,
+        proxy: Proxy | None,
         context: ssl.SSLContext | None,
         key: PrivateKey,
         version: str,
         *,
         timeout_seconds: float,
     ) -> None:
+        host, port = address.host, address.port
         if context is None:
             self._http = HTTPConnection(host, port, timeout=timeout_seconds)
         else:
             self._http = HTTPSConnection(host, port, timeout=timeout_seconds, context=context)
-        self._where = f"{host}:{port}"
+        self._address, self._proxy, self._context = address, proxy, context
+        self._where = str(address)
         self._key, self._version, self._timeout = key, version, timeout_seconds
         self._answer = bytearray()
         self._used = 0.0  # the monotonic second of the last answer
@@ -124,7 +133,8 @@ class Channel:
         except (OSError, HTTPException) as error:
             self.failures += 1
             self._http.close()
-            raise Away(f"{type(error).__name__}: {plain(error)}") from None
+            via = f"through {self._proxy}: " if self._proxy else ""
+            raise Away(f"{via}{type(error).__name__}: {plain(error)}") from None
         except BaseException:
             self._http.close()  # an answer half read is no place to go on from
             raise
@@ -145,20 +155,43 @@ class Channel:
         return answer
 
     def _connect(self) -> None:
+        via = f" through {self._proxy}" if self._proxy else ""
         try:
-            self._http.connect()
+            if self._proxy is None:
+                self._http.connect()
+            else:
+                self._http.sock = self._tunnel(self._proxy)
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             raise
         except ssl.SSLCertVerificationError as error:
             raise LinkError(
-                f"the certificate of {self._where} is not to be trusted: {error.verify_message}",
+                f"the certificate of {self._where}{via} is not to be trusted: "
+                f"{error.verify_message}",
                 retry=False,
             ) from None
         except ssl.SSLError as error:
             raise LinkError(
-                f"no TLS with {self._where} ({error.reason}): is it a SuperLink, with TLS?",
+                f"no TLS with {self._where}{via} ({error.reason}): is it a SuperLink, with TLS?",
                 retry=False,
             ) from None
+
+    def _tunnel(self, proxy: Proxy) -> socket.socket:
+        """A connection to the SuperLink; TLS goes through the proxy to the SuperLink's own end.
+
+        Not http.client's set_tunnel, which leaves IPv6 hosts without brackets and tells a proxy's
+        answers apart in prose only.
+        """
+        ends = (proxy.address.host, proxy.address.port)
+        connected = socket.create_connection(ends, self._http.timeout)
+        try:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _ask_for_tunnel(connected, proxy, self._where)
+            if self._context is None:
+                return connected
+            return self._context.wrap_socket(connected, server_hostname=self._address.host)
+        except BaseException:
+            connected.close()
+            raise
 
     def _read(self, response: HTTPResponse, limit_bytes: int) -> memoryview:
         length = response.length  # None where it comes in chunks
@@ -218,6 +251,30 @@ class Channel:
 
     def close(self) -> None:
         self._http.close()
+
+
+def _ask_for_tunnel(connected: socket.socket, proxy: Proxy, where: str) -> None:
+    """Raises Away where another try may help, else LinkError."""
+    headers = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
+    if proxy.authorization is not None:
+        headers.append(f"Proxy-Authorization: {proxy.authorization}")
+    connected.sendall("\r\n".join([*headers, "", ""]).encode("ascii"))
+    response = HTTPResponse(connected, method="CONNECT")
+    try:
+        response.begin()
+    finally:
+        response.close()  # its reader; the connection stays
+    status = response.status
+    if 200 <= status < 300:
+        return
+    text = f"{proxy} answered CONNECT {where} with HTTP {status} {plain(response.reason)}".rstrip()
+    if status >= 500 or status in (408, 429):
+        raise Away(text)
+    if status == 407:
+        text += f"; are user and password right (http://USER:PASSWORD@{proxy.address})?"
+    else:
+        text += "; it must allow CONNECT to this port, or no_proxy except this host"
+    raise LinkError(text, retry=False)
 
 
 def clock_line(ahead_seconds: float) -> str:

@@ -15,11 +15,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlean.data.dataset import Dataset
-from fedlean.data.load import load_dataset
 from fedlean.runtime.flower.content import NotOurs, from_record, to_record
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, seal
-from fedlean.runtime.remote.share import Share, client_share
+from fedlean.runtime.remote.share import Share, client_share, load_share
 from fedlean.runtime.remote.worker import Worker
 
 STATE = "~/.local/state/fedlean"
@@ -74,4 +73,4 @@ def _share(node: Mapping[str, Any], run: Mapping[str, Any]) -> Share:
 
 @lru_cache(maxsize=2)
 def _dataset(name: str) -> Dataset:
-    return load_dataset(name)
+    return load_share(name, Share()).dataset  # without the test set, which no client uses

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
+import codecs
+from base64 import b64decode, b64encode
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 _MAKE = "make one with: ssh-keygen -t ecdsa -b 384 -N '' -f node.key"
 _FILE_BYTES = 1 << 16
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class PrivateKey:
@@ -21,6 +24,9 @@ class PrivateKey:
 
         public = key.public_key()
         self.public_pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        ssh = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
+        digest = b64encode(sha256(b64decode(ssh)).digest()).decode("ascii")
+        self.fingerprint = f"SHA256:{digest.rstrip('=')}"  # as ssh-keygen -lf shows it
         self._key, self._sha256 = key, SHA256()
 
     def headers(self) -> dict[str, str]:
@@ -56,6 +62,7 @@ def read_key(path: Path) -> PrivateKey:
         raise ValueError(f"there is no key file {path}: {_MAKE}") from None
     except OSError as error:
         raise ValueError(f"the key file {path} cannot be read: {error.strerror}") from None
+    raw = without_bom(raw, path)
     try:
         key = load_ssh_private_key(raw, None)
     except TypeError:
@@ -70,3 +77,13 @@ def read_key(path: Path) -> PrivateKey:
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError(f"the key in {path} is not an ECDSA key, which Flower expects; {_MAKE}")
     return PrivateKey(key)
+
+
+def without_bom(raw: bytes, path: Path) -> bytes:
+    """A text file's bytes without the mark that some editors begin UTF-8 with.
+
+    Raises ValueError for UTF-16.
+    """
+    if raw.startswith(_UTF_16):
+        raise ValueError(f"{path} is text in UTF-16: save it as UTF-8 or ASCII")
+    return raw.removeprefix(codecs.BOM_UTF8)

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fedlean.data.load import load_dataset
+from fedlean.runtime.flower.address import parse_address
 from fedlean.runtime.flower.identity import PrivateKey, read_key
+from fedlean.runtime.flower.proxy import proxy_for
 from fedlean.runtime.flower.superlink import Incoming, LinkError, SuperLink
-from fedlean.runtime.remote.share import Share, client_share, own
+from fedlean.runtime.remote.share import Share, load_share
 from fedlean.runtime.remote.worker import Worker, message_limit_bytes
 
 log = logging.getLogger("fedlean")
@@ -32,6 +33,7 @@ EAGER_SECONDS = 30.0  # after a message, in which the next is looked for often: 
 EAGER_POLL_SECONDS = 0.2
 _M_MMAP_THRESHOLD = -3  # malloc.h
 MAPPED_FROM_BYTES = 1 << 20
+_TRIAL_BYTES = 1 << 16  # a full disk may still take a name
 MIN_LIMIT_BYTES = 64_000_000  # below, the process does not even start
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -46,19 +48,27 @@ def parser() -> argparse.ArgumentParser:
         prog="fedlean node", description="Take part in a federation as one of its devices."
     )
     add = parser.add_argument
-    add("--superlink", required=True, metavar="HOST:PORT", help="the SuperLink to join")
-    add("--data", required=True, help="folder of this device's examples (fedlean datasets)")
-    add("--tls-ca", type=Path, help="PEM file of the authority of the SuperLink's certificate")
-    add("--key", type=Path, help="this node's private key (ssh-keygen -t ecdsa -b 384 -N '')")
+    add(
+        "--superlink",
+        required=True,
+        metavar="HOST:PORT",
+        help="the SuperLink to join (or https://HOST:PORT)",
+    )
+    add(
+        "--data",
+        type=os.path.expanduser,
+        required=True,
+        help="folder of this device's examples (fedlean datasets)",
+    )
+    add("--tls-ca", type=_path, help="PEM file of the authority of the SuperLink's certificate")
+    add("--key", type=_path, help="this node's private key (ssh-keygen -t ecdsa -b 384 -N '')")
     add("--insecure", action="store_true", help="without --tls-ca and --key; for trials only")
     add(
         "--memory-limit",
         type=_bytes,
         help="of this process, e.g. 128MB; what needs more is refused",
     )
-    add(
-        "--state", type=Path, default=Path("~/.local/state/fedlean"), help="folder to keep files in"
-    )
+    add("--state", type=_path, default="~/.local/state/fedlean", help="folder to keep files in")
     add("--client", type=_share, metavar="I/N", help="be client I of N (and hold that share)")
     add("--whole", action="store_true", help="with --client: all of --data is this client's")
     add("--partition", default="iid", help="how --client's share is dealt (default: iid)")
@@ -86,9 +96,12 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, _stop)
     try:
         link = connection(options)
-        worker = device(options)
+        worker = device(options, link.fingerprint)
+        _check_writable(options.state / _folder_name(options))
     except (ValueError, OSError) as error:
         return _fail(error)
+    except MemoryError as error:
+        return _fail(f"out of memory for {options.data}: {error or 'a small piece did not fit'}")
     except Stopped:
         return INTERRUPTED
     try:
@@ -104,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         link.close()
 
 
-def _fail(error: Exception) -> int:
+def _fail(error: Exception | str) -> int:
     sys.stderr.write(f"fedlean node: {' '.join(str(error).split())}\n")
     return BAD_INPUT
 
@@ -114,8 +127,12 @@ def connection(options: argparse.Namespace) -> SuperLink:
     key: PrivateKey | None = read_key(options.key) if options.key else None
     if options.tls_ca is not None and not options.tls_ca.is_file():
         raise ValueError(f"--tls-ca {options.tls_ca}: there is no such file")
+    proxy = proxy_for(parse_address(options.superlink), tls=options.tls_ca is not None)
+    if proxy is not None:
+        log.info("through %s", proxy)
     return SuperLink(
         options.superlink,
+        proxy=proxy,
         key=key,
         root_certificates=options.tls_ca,
         insecure=options.insecure,
@@ -124,20 +141,23 @@ def connection(options: argparse.Namespace) -> SuperLink:
     )
 
 
-def device(options: argparse.Namespace) -> Worker:
-    """Raises ValueError for data that cannot be read and numbers that make no sense."""
+def device(options: argparse.Namespace, identity: str = "") -> Worker:
+    """identity: of the node's key, if it has one.
+
+    Raises ValueError for data that cannot be read or does not fit, and impossible numbers."""
     if options.poll <= 0:
         raise ValueError(f"--poll must be positive, got {options.poll:g}")
     index, clients = options.client or (None, 1)
     dealt = None if options.whole else index
     share = Share(dealt, clients, options.partition, options.seed)
-    data = own(client_share(load_dataset(options.data), share))
+    data = load_share(options.data, share, limit_bytes=options.memory_limit)
     log.info("%s examples of %s", data.num_examples, options.data)
     return Worker(
-        options.state.expanduser() / _folder_name(options),
+        options.state / _folder_name(options),
         data,
         client=index,
         name=options.name,
+        identity=identity,
         threads=options.threads,
         memory_limit_bytes=options.memory_limit,
         methods=options.allow_method,
@@ -189,8 +209,36 @@ def _folder_name(options: argparse.Namespace) -> str:
     """Nodes of one machine do not share a folder, for they differ in key, data or number."""
     paths = [str(Path(each).absolute()) if each else "" for each in (options.key, options.data)]
     who = repr((*paths, options.client)).encode()
-    server = "".join(each if each.isalnum() else "-" for each in options.superlink)
+    address = str(parse_address(options.superlink))
+    server = "".join(each if each.isalnum() else "-" for each in address)
     return f"{server}-{hashlib.blake2b(who, digest_size=6).hexdigest()}"
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError: a node that finds this out later has trained in vain, task after task."""
+    trial = folder / "trial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with trial.open("wb") as file:
+                file.write(bytes(_TRIAL_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--state: {folder} cannot be written ({error.strerror}): make it writable for this "
+            "user, make room on its disk, or give another --state"
+        ) from None
+
+
+def _path(text: str) -> Path:
+    """A shell leaves the ~ of --key=~/node.key to us."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # of ~somebody
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedlean.measure.probe import parse_address
+from fedlean.runtime.flower.address import Address, parse_address
 from fedlean.runtime.flower.calls import Calls
 from fedlean.runtime.flower.channel import (
     Channel,
@@ -29,6 +29,7 @@ from fedlean.runtime.flower.heartbeat import CALL_SECONDS, INTERVAL_SECONDS, Hea
 from fedlean.runtime.flower.identity import PrivateKey, new_key
 from fedlean.runtime.flower.objects import NotOurs, ObjectError, pack_content
 from fedlean.runtime.flower.protobufs import protobufs
+from fedlean.runtime.flower.proxy import Proxy
 from fedlean.runtime.flower.receiving import (
     UPLOAD_SECONDS,
     Gone,
@@ -55,6 +56,7 @@ class SuperLink:
         self,
         address: str,
         *,
+        proxy: Proxy | None = None,
         key: PrivateKey | None,
         root_certificates: Path | None,
         insecure: bool,
@@ -66,25 +68,27 @@ class SuperLink:
     ) -> None:
         """Connects to nothing yet.  Raises ValueError.
 
-        address: HOST:PORT.  key: of a registered node; None: a fresh one, for a SuperLink that
-        takes any node.  insecure: do without what is missing of key and certificates.
-        limit_bytes: of a message's content.  timeout_seconds: without a byte.  patience_seconds:
-        how long a call tries to reach a SuperLink that is away before it raises.
-        activation_seconds: how long it tries to be let in.
+        address: HOST:PORT or https://HOST:PORT.  proxy: on the way to it.  key: of a registered
+        node; None: a fresh one, for a SuperLink that takes any node.  insecure: do without what is
+        missing of key and certificates.  limit_bytes: of a message's content.  timeout_seconds:
+        without a byte.  patience_seconds: how long a call tries to reach a SuperLink that is away
+        before it raises.  activation_seconds: how long it tries to be let in.
         """
-        host, port = parse_address(address)
+        where = parse_address(address)
+        _check_scheme(where, root_certificates, insecure)
         _check_security(key, root_certificates, insecure)
         self._protos = protobufs()
-        self._address, self._say, self._limit_bytes = address, say, limit_bytes
+        self._address, self._say, self._limit_bytes = str(where), say, limit_bytes
         self._registers, self._key = key is None, key or new_key()
+        self.fingerprint = key.fingerprint if key else ""  # of a key that stays
         self._activation_seconds = activation_seconds
         context = None if root_certificates is None else trust(root_certificates)
 
         def channel(seconds: float) -> Channel:
             version = self._protos.version
-            return Channel(host, port, context, self._key, version, timeout_seconds=seconds)
+            return Channel(where, proxy, context, self._key, version, timeout_seconds=seconds)
 
-        self._presence = Presence(address, say)
+        self._presence = Presence(self._address, say)
         main, side = channel(timeout_seconds), channel(min(CALL_SECONDS, timeout_seconds))
         self._calls = Calls(main, self._protos, self._presence, patience_seconds)
         self._side_calls = Calls(side, self._protos, None, 0)
@@ -255,6 +259,18 @@ class SuperLink:
         self._say(f"message {plain(incoming.message_id, 8)} refused: {plain(why)}")
         with suppress(LinkError):  # the server's own time limit tells it, too
             self.push_error(incoming, _UNKNOWN, f"refused by the node: {why}")
+
+
+def _check_scheme(address: Address, certificates: Path | None, insecure: bool) -> None:
+    if address.tls and insecure:
+        raise ValueError(
+            f"https://{address} and --insecure contradict each other: give one of the two"
+        )
+    if address.tls is False and (certificates is not None or not insecure):
+        raise ValueError(
+            f"http:// has no TLS: give https://{address} with --tls-ca and --key, or --insecure "
+            "without --tls-ca for a trial"
+        )
 
 
 def _check_security(key: PrivateKey | None, certificates: Path | None, insecure: bool) -> None:

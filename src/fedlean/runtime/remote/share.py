@@ -1,14 +1,17 @@
-"""Which examples of a data set are a device's own."""
+"""Which examples of a data set are a device's own, and reading only these."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
-from fedlean.data.partition import partition
+from fedlean.data.load import load_source
+from fedlean.data.partition import Labelled, partition
+from fedlean.data.source import Room, unlimited
+from fedlean.runtime.remote.limit import TooLarge, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -21,36 +24,50 @@ class Share:
     seed: int = 0
 
 
+def load_share(name_or_folder: str, share: Share, *, limit_bytes: int | None = None) -> ClientData:
+    """The share's training examples, of which alone this process ever holds any.
+
+    The same examples in the same order as `client_share` of the whole set, so that draws are the
+    same, bit for bit.  limit_bytes: of the whole process.  Raises TooLarge, before they are read,
+    when labels or examples do not fit; ValueError naming what is damaged or does not fit the share.
+    """
+    source = load_source(name_or_folder, room_under(limit_bytes))
+    dataset = source.share(_indices(source, share))
+    return ClientData(dataset, np.arange(len(dataset.y_train)))
+
+
 def client_share(dataset: Dataset, share: Share) -> ClientData:
-    """Raises ValueError naming what does not fit.
+    """The share of a data set in memory, which is not copied.
 
     The same partition as in a simulation, so that a device can stand for one of its clients.
+    Raises ValueError naming what does not fit.
     """
+    return ClientData(dataset, _indices(dataset, share))
+
+
+def room_under(limit_bytes: int | None) -> Room:
+    """Refuses what does not fit beside all that this process holds already."""
+    if limit_bytes is None:
+        return unlimited
+
+    def room(needed_bytes: int, what: str, remedy: str) -> None:
+        free_bytes = limit_bytes - resident_bytes()
+        if needed_bytes > free_bytes:
+            raise TooLarge(
+                f"{what} needs {needed_bytes / 1e6:.1f} MB, {max(0, free_bytes) / 1e6:.1f} MB are"
+                f" free under the limit of {limit_bytes / 1e6:.0f} MB: {remedy}, or raise"
+                " --memory-limit"
+            )
+
+    return room
+
+
+def _indices(labelled: Labelled, share: Share) -> np.ndarray:
+    """Sorted int64 indices of training examples."""
     if share.client is None:
-        return ClientData(dataset, np.arange(len(dataset.y_train)))
+        return np.arange(len(labelled.y_train))
     if not 0 <= share.client < share.clients:
         raise ValueError(
             f"client {share.client} of {share.clients}: expected 0 to the last of them"
         )
-    parts = partition(share.partition, dataset, share.clients, share.seed)
-    return ClientData(dataset, parts[share.client])
-
-
-def own(data: ClientData) -> ClientData:
-    """The same client with a copy of its own examples only: those of the others can be freed.
-
-    Draws are by position, so they stay the same, bit for bit.  Of the test set, which a device does
-    not use, one example stays.
-    """
-    whole, chosen = data.dataset, data.indices
-    if len(chosen) == len(whole.y_train):
-        return data
-    kept = replace(
-        whole,
-        x_train=whole.x_train[chosen],
-        y_train=whole.y_train[chosen],
-        x_test=whole.x_test[:1].copy(),
-        y_test=whole.y_test[:1].copy(),
-        clients=None,
-    )
-    return ClientData(kept, np.arange(len(chosen)))
+    return partition(share.partition, labelled, share.clients, share.seed)[share.client]
