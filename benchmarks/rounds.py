@@ -20,7 +20,9 @@ from typing import Any
 from machine import describe
 
 from fedlean.engine import native
-from fedlean.runtime.run import RunConfig, start
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.how import How
+from fedlean.runtime.run import start
 
 CALLS = ("step", "loss", "forward", "backward", "apply", "load", "params", "importance")
 SETTINGS = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
@@ -73,7 +75,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="fedlean-rounds-") as folder:
         began = time.perf_counter()
-        start(config, Path(folder) / "run", lambda entry: None)
+        start(config, Path(folder) / "run", How())
         total = time.perf_counter() - began
     inside = sum(clock.seconds.values())
     machine = describe()

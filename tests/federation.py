@@ -98,6 +98,7 @@ class Around:
         self.measured_seconds = inner.measured_seconds
         self.begin, self.troubles = inner.begin, inner.troubles
         self.repeated_bytes = inner.repeated_bytes
+        self.notes = inner.notes
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterable[ClientUpdate]:
         return self.change(tasks, self.inner(tasks, refuse))

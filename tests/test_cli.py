@@ -292,6 +292,136 @@ def test_resume_does_not_change_to_another_engine(tmp_path, capsys, fails, monke
     assert "native engine is not installed" in fails("resume", str(folder))
 
 
+# Found at the start
+
+
+BATCH_NORM = """
+from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear
+from fedlean.spec import sequential
+
+
+def few(input_shape, classes):
+    return sequential(input_shape, [("flat", Flatten()), ("fc", Linear(5))])
+
+
+def many(input_shape, classes):
+    return sequential(input_shape, [("flat", Flatten()), ("fc", Linear(12))])
+
+
+def image(input_shape, classes):
+    return sequential(input_shape, [("conv", Conv2d(classes, 3))])
+
+
+def other_shape(input_shape, classes):
+    return sequential((1, 9, 9), [("flat", Flatten()), ("fc", Linear(classes))])
+
+
+def normed(input_shape, classes):
+    layers = [("flat", Flatten()), ("fc", Linear(8)), ("bn", BatchNorm()), ("out", Linear(classes))]
+    return sequential(input_shape, layers)
+"""
+
+
+@pytest.fixture
+def own_models(tmp_path, monkeypatch) -> str:
+    (tmp_path / "models_of_a_test.py").write_text(BATCH_NORM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "models_of_a_test", raising=False)
+    return "models_of_a_test"
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "said"),
+    [
+        ("few", [], "has 5 outputs ('fc'), 'digits' has 10 classes (0, 1, 2, 3, 4, 5"),
+        ("image", [], "ends in 'conv' of shape (10, 6, 6), but a loss needs one number per class"),
+        ("other_shape", [], "takes inputs of shape (1, 9, 9), the examples of 'digits' are (1, 8"),
+        ("normed", ["--batch", "1"], "BatchNorm 'bn' needs 2 values per channel to train: use a"),
+    ],
+)
+@pytest.mark.parametrize("method", ["fedavg", "prunefl", "snip"])
+def test_what_does_not_go_together_is_refused_at_the_start(
+    refuses, own_models, method, model, more, said
+):
+    assert said in refuses(method, "--model", f"{own_models}:{model}", *more)
+
+
+def test_the_corrected_command_may_use_the_same_folder(tmp_path, capsys, fails, own_models):
+    folder = tmp_path / "deep" / "run"
+    fails("run", "fedavg", "--model", f"{own_models}:few", "--out", str(folder))
+    assert not folder.parent.exists()
+    run_and_read(folder, capsys, "--model", f"{own_models}:normed")
+
+
+def test_idle_outputs_are_said(tmp_path, capsys, own_models):
+    config, _, said = run_and_read(tmp_path / "run", capsys, "--model", f"{own_models}:many")
+    assert "the model has 12 outputs for 10 classes" in said and len(config["notes"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_data_is_read(fails, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    assert "file" in fails("run", "fedavg", "--out", str(tmp_path / "file" / "run"))
+    assert "/proc" in fails("run", "fedavg", "--dataset", "nowhere", "--out", "/proc/nothing/run")
+
+
+# Said, not swallowed
+
+
+def test_a_run_that_diverges_says_so_at_once_and_ends(fails, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", "fedavg", "--lr", "50", "--rounds", "50", "--out", str(folder)])
+    said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    refused = [line for line in said if "10 of 10 updates refused" in line]
+    assert len(refused) == 3 and all("try a lower --lr" in line for line in refused)
+    assert "every update of 3 rounds in a row was refused" in said[-1]
+    assert said[-1].endswith("try a lower --lr")
+    page = (folder / "report.html").read_text()
+    assert "30 updates of 10 clients refused" in page and "values that are not finite" in page
+
+
+def test_layers_without_a_kept_weight_are_named(tmp_path, capsys):
+    folder = tmp_path / "run"
+    sparse = ["--set", "density=0.0002", "--rounds", "3"]
+    cli.main(["run", "snip", "--clients", "2", *sparse, "--out", str(folder)])
+    said = capsys.readouterr().err
+    assert said.count("no weight of fc") == 1 and "choose a higher density" in said
+    assert "no weight of fc" in (folder / "report.html").read_text()
+
+
+# Paths
+
+
+def test_paths_are_stored_absolute_and_tildes_expanded(tmp_path, capsys, fails, mnist, monkeypatch):
+    """From another folder, and when the data has moved."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(mnist.parent)
+    folder = tmp_path / "run"
+    cli.main(["run", "fedavg", *QUICK, f"--dataset={mnist.name}", "--out=~/run"])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dataset"] == str(mnist.resolve())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.main(["resume", "~/run"])
+    mnist.rename(tmp_path / "moved")
+    line = fails("resume", "~/run")
+    assert str(mnist) in line and "fedlean resume" in line and "--dataset FOLDER" in line
+    cli.main(["resume", "~/run", "--dataset=~/moved"])
+    again = json.loads((folder / "config.json").read_text())
+    assert again == {**config, "dataset": str(tmp_path / "moved")}
+    assert "continuing after step 1" in capsys.readouterr().err
+
+
+def test_one_setting_has_one_door(refuses):
+    line = refuses("fedavg", "--lr", "0.2", "--set", "lr=0.05")
+    assert "one setting: give it once" in line
+    assert "--lr" in refuses("fedavg", "--lr", "0.2", "--lr", "0.1")
+    assert "given twice" in refuses("fedavg", "--set", "momentum=0", "--set", "momentum=0.9")
+    line = refuses("fedavg", "--set", "warmup_client=1")
+    assert "warmup_client has no effect on fedavg, since warmup_steps is 0" in line
+
+
 # Values
 
 
@@ -392,11 +522,14 @@ def test_missing_idx(refuses, mnist):
     assert "train-labels" in refuses("fedavg", "--dataset", str(mnist))
 
 
-def test_a_test_label_that_training_lacks(refuses, mnist):
+def test_a_test_label_that_training_lacks_is_a_class_and_said(tmp_path, capsys, mnist):
     labels = np.array([0, 1, 2, 3, 0, 1, 2, 9], np.uint8)
     (mnist / "t10k-labels-idx1-ubyte").write_bytes(idx(labels))
-    line = refuses("fedavg", "--dataset", str(mnist))
-    assert "t10k-labels" in line and "[9]" in line
+    config, _, said = run_and_read(tmp_path / "run", capsys, "--dataset", str(mnist))
+    line = "no training example has the class 4, 5, 6 and 3 more: it cannot be learnt"
+    assert line in said.splitlines() and line in config["notes"]
+    assert config["data"]["class_names"] == list("0123456789")
+    assert line in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_an_empty_folder(refuses, tmp_path):

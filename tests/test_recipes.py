@@ -17,9 +17,9 @@ from fedlean.data.load import load_dataset as load
 from fedlean.engine.open import engine_for
 from fedlean.models.catalog import build as build_model
 from fedlean.report.card import reported
+from fedlean.runtime.config import RunConfig, differences
 from fedlean.runtime.method import build as build_method
 from fedlean.runtime.method import find_method, hyperparameters
-from fedlean.runtime.run import RunConfig, differences
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("*/recipe.py"))

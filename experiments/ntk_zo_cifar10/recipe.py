@@ -7,7 +7,7 @@ README.md is the card.
 from functools import partial
 
 from fedlean.recipe import foresight, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 200
 TARGETS = (0.3, 0.4)

@@ -8,7 +8,7 @@ parameters; its variants.  README.md is the card.
 from functools import partial
 
 from fedlean.recipe import main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 200
 TARGETS = (0.9, 0.95)

@@ -7,7 +7,7 @@ runs of `ntk_zo_digits` that matter most.  README.md is the card.
 from functools import partial
 
 from fedlean.recipe import foresight, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 200
 TARGETS = (0.6, 0.7)

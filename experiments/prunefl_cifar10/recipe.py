@@ -7,7 +7,7 @@ paper's length, cohort, loss and learning rate.  README.md is the card.
 from functools import partial
 
 from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main, with_settings
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 TARGETS = (0.5, 0.6)
 PAPER_DENSITY = 0.168  # at convergence, with client selection

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from fedlean.recipe import approaches, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 100
 EVERY = 30  # a reconfiguration then adds less than 2% to the rounds between two

@@ -5,7 +5,7 @@ the paper's.  NOT RUN by us: README.md says what is missing.
 """
 
 from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 10_000
 TARGETS = (0.7, 0.8)  # the paper's

@@ -4,7 +4,7 @@
 """
 
 from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 20_000
 TARGETS = (0.6, 0.7)

@@ -5,7 +5,7 @@ Raspberry Pi 4.  README.md is the card.
 """
 
 from fedlean.recipe import approaches, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 200
 EVERY = 30  # a reconfiguration then adds less than 2% to the rounds between two

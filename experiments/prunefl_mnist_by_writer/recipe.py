@@ -5,7 +5,7 @@ writers).  Emulated Raspberry Pi 4.  README.md is the card.
 """
 
 from fedlean.recipe import approaches, main
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.config import RunConfig
 
 ROUNDS = 100  # the paper: 10,000, and 50 between reconfigurations
 EVERY = 25

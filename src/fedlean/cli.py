@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +24,13 @@ from fedlean.report import console as report_console
 from fedlean.report import profile_page as report_profile
 from fedlean.report.page import comparison_page, write_page, write_report
 from fedlean.report.run_folder import read_run
+from fedlean.runtime import config as configs
 from fedlean.runtime import method as methods
 from fedlean.runtime import run as runs
 from fedlean.runtime.flower.project import write_project
+from fedlean.runtime.how import How
 from fedlean.runtime.local import ClientError
+from fedlean.runtime.outofmemory import OutOfMemory
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
 
@@ -62,7 +66,7 @@ def run(
     inputs: str = "standardised",
     init: str = "pytorch",
     partition: str = "iid",
-    clients: Whole = 10,
+    clients: Whole | None = None,
     cohort: Whole | None = None,
     rounds: Whole = 100,
     local_steps: Whole | None = None,
@@ -98,7 +102,7 @@ def run(
     partition
         iid, dirichlet:A, natural or shards:K
     clients
-        devices in the federation
+        devices in the federation (default: 10; natural: one per client id of the data)
     cohort
         clients a round, drawn anew each round (default: all)
     rounds
@@ -130,11 +134,10 @@ def run(
     out
         run folder (default: runs/METHOD-DATASET-MODEL-sSEED)
     """
-    found = methods.find_method(method)
-    settings = dict(methods.parse_settings(method, found, set or []))
     flags = {"cohort": cohort, "local_steps": local_steps, "batch_size": batch, "lr": lr}
-    settings |= {key: value for key, value in flags.items() if value is not None}
-    config = runs.RunConfig(
+    given = {key: value for key, value in flags.items() if value is not None}
+    settings = methods.given_settings(method, set or [], given)
+    config = configs.RunConfig(
         method=method,
         dataset=dataset,
         model=model,
@@ -153,24 +156,37 @@ def run(
         max_update_norm=max_update_norm,
         settings=settings,
     )
-    folder = out or Path("runs") / _folder_name(config)
-    with watch_run(config, folder) as watch:
-        summary = runs.start(config, folder, watch, _say)
+    folder = out.expanduser() if out else Path("runs") / _folder_name(config)
+    with watch_run(config, folder) as watch, _report_of_a_failure(folder):
+        summary = runs.start(config, folder, How(watch, _say))
     _finish(folder, summary)
 
 
 @app.command
-def resume(folder: Path, /) -> None:
+def resume(
+    folder: Path,
+    /,
+    *,
+    dataset: str | None = None,
+    accept_changed_data: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
     """Continue an interrupted run, bit for bit.
 
     Parameters
     ----------
     folder
         a run folder
+    dataset
+        where its data set is now, if it has moved
+    accept_changed_data
+        go on although the data is not what the run began with; the run is marked
     """
-    config = runs.read_config(folder)
-    with watch_run(config, folder) as watch:
-        summary = runs.resume(folder, watch, _say)
+    folder = folder.expanduser()
+    config = configs.read_config(folder)
+    with watch_run(config, folder) as watch, _report_of_a_failure(folder):
+        summary = runs.resume(
+            folder, How(watch, _say), dataset=dataset, accept_changed_data=accept_changed_data
+        )
     _finish(folder, summary)
 
 
@@ -195,7 +211,8 @@ def compare(
     target_accuracy
         accuracies to compare at (default: those of the runs)
     """
-    loaded = [read_run(folder) for folder in folders]
+    out = out.expanduser()
+    loaded = [read_run(folder.expanduser()) for folder in folders]
     write_page(out, comparison_page(loaded, target_accuracy or None))
     _print(report_console.cost_table(loaded, target_accuracy or None))
     _print(f"wrote {out}")
@@ -256,6 +273,7 @@ def profile(
         return
     if dataset is not None and (input_shape or classes):
         raise ValueError("--dataset gives the shape and the classes: leave out the other two")
+    out = out.expanduser()
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file")
     if out.suffix == ".html":
@@ -323,7 +341,7 @@ def new_app(folder: Path, /) -> None:
     folder
         a new or empty folder
     """
-    for path in write_project(folder):
+    for path in write_project(folder.expanduser()):
         out.print(f"wrote {path}", highlight=False, soft_wrap=True)
     out.print("README.md there says how to run it; pyproject.toml says what runs", highlight=False)
 
@@ -363,12 +381,22 @@ def _print(what: Any) -> None:
 
 
 def _say(line: str) -> None:
-    err.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    err.print(line, style="yellow", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _folder_name(config: runs.RunConfig) -> str:
+def _folder_name(config: configs.RunConfig) -> str:
     parts = (config.method, Path(config.dataset).name, config.model, f"s{config.seed}")
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
+
+
+@contextmanager
+def _report_of_a_failure(folder: Path) -> Iterator[None]:
+    """Of a run that cannot go on, too, the page shows how far it came and why."""
+    try:
+        yield
+    except RunFailed:
+        _say(write_report(folder))
+        raise
 
 
 def _finish(folder: Path, summary: dict[str, Any]) -> None:
@@ -389,8 +417,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(" ".join(str(error).split()) + " (see fedlean --help)")
-    except (ValueError, RunFailed, ClientError, OSError) as error:
+    except (ValueError, RunFailed, ClientError, OutOfMemory, OSError) as error:
         _fail(" ".join(str(error).split()))
+    except MemoryError as error:
+        _fail(f"out of memory: {error or 'a small piece more did not fit'}")
     except KeyboardInterrupt:
         err.print("interrupted", highlight=False)
         sys.exit(INTERRUPTED)

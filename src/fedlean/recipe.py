@@ -32,9 +32,11 @@ from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
 from fedlean.runtime import turns
+from fedlean.runtime.config import RunConfig, differences, read_config
+from fedlean.runtime.how import How
 from fedlean.runtime.method import Settings, complete
 from fedlean.runtime.progress import watch_run
-from fedlean.runtime.run import RunConfig, differences, read_config, resume, start
+from fedlean.runtime.run import resume, start
 
 SMOKE_ROUNDS = 3
 SMOKE_EXAMPLES = 200
@@ -131,7 +133,7 @@ def short(config: RunConfig) -> RunConfig:
     """A version of the run that takes seconds, to see that all of it works."""
     settings = complete(config.method, config.settings)
     if "cohort" in settings:
-        settings["cohort"] = settings["cohort"] or config.clients
+        settings["cohort"] = settings["cohort"] or config.num_clients
     capped = {
         name: most for name, most in SMOKE_AT_MOST.items() if _above(settings.get(name), most)
     }
@@ -274,10 +276,11 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
             if hand_on is not None:
                 hand_on()
 
+        how = How(watch, say, load=_loaded)
         if begun:
-            resume(folder, watch, say, load=_loaded)
+            resume(folder, how)
         else:
-            start(config, folder, watch, say, load=_loaded)
+            start(config, folder, how)
     write_page(folder / "report.html", run_page(read_run(folder)))
 
 

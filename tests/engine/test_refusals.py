@@ -280,7 +280,7 @@ def test_batch_norm_needs_two_values_per_channel(engine, frozen):
         assert np.isfinite(session.step(x, y))
         return
     for call in ("step", "training forward"):
-        with pytest.raises(ValueError, match="x holds 1 example, but BatchNorm 'bn'"):
+        with pytest.raises(ValueError, match="a batch of 1 example, but BatchNorm 'bn'"):
             CALLS[call](session, x, y)
     assert np.isfinite(session.loss(x, y))
     assert same(session.params(), before)

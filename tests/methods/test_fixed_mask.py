@@ -21,7 +21,9 @@ from fedlean.methods.fixed_mask import client_update, fixed_mask
 from fedlean.models.initialise import init_params
 from fedlean.models.lenet300 import lenet300
 from fedlean.pruning.density import full_masks
-from fedlean.runtime.run import RunConfig, start
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.how import How
+from fedlean.runtime.run import start
 from fedlean.spec import ModelSpec
 from fedlean.train.sgd import local_sgd
 from fedlean.tree import apply_mask
@@ -115,7 +117,7 @@ def test_reads_what_a_run_leaves(tmp_path):
         seed=7,
         settings={"initial_max_passes": 40, "initial_stable": 1, "prunable_fraction": 0.5},
     )
-    start(config, tmp_path / "pruned", lambda entry: None)
+    start(config, tmp_path / "pruned", How())
     stored = load_file(tmp_path / "pruned" / "model.safetensors")
     kept = stored["fc1.weight.mask"].astype(bool)
     assert not kept.all()

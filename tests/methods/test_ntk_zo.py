@@ -38,7 +38,9 @@ from fedlean.pruning.ntk import ntk_scores
 from fedlean.pruning.rescale import rescale_kept
 from fedlean.runtime.checks import refusal
 from fedlean.runtime.clientstore import ClientStore
-from fedlean.runtime.run import RunConfig, start
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.how import How
+from fedlean.runtime.run import start
 from fedlean.train.forward_updates import Held, Rule, Space, advance, estimate, round_seed
 from fedlean.train.zeroth_order import Probe, directional_derivatives
 from fedlean.tree import apply_mask, kept_counts, num_kept, pack
@@ -164,7 +166,7 @@ def test_masks_of_a_finished_run(tmp_path):
         clients=2,
         settings={"density": 0.1, "synflow_steps": 2},
     )
-    start(config, tmp_path / "pruned", lambda entry: None)
+    start(config, tmp_path / "pruned", How())
     settings = {"directions": 2, "masks_from": str(tmp_path / "pruned")}
     summary = start(
         RunConfig("ntk_zo", model="lenet300", rounds=1, clients=2, settings=settings),

@@ -300,22 +300,24 @@ def test_a_refused_client_keeps_its_committed_state(without):
     assert not store.known(POISONED).specs and store.known(0).specs == {SPEC.hash}
 
 
-def test_everybody_refused_is_asked_again():
+def test_everybody_refused_costs_the_round_and_is_not_asked_again():
+    """The same client trains the same on the same task."""
     records: list[StepRecord] = []
     calls = []
 
     def change(tasks, updates):
         calls.append(len(tasks))
         poison = EVERY["nan"]
-        return [poison(u) for u in updates] if len(calls) < 3 else updates
+        return [poison(u) for u in updates] if len(calls) == 1 else updates
 
-    method = fedavg.fedavg(server(1), local_steps=2)
+    method = fedavg.fedavg(server(2), local_steps=2)
     state = run(
         method,
         dispatch=Around(fresh_dispatch(method), change),
-        rounds=1,
+        rounds=2,
         watch=lambda progress, record: records.append(record),
     )
-    assert calls == [4, 4, 4] and records[0].attempts == 3
-    assert records[0].answered == [0, 1, 2, 3]
-    assert same(state, run(fedavg.fedavg(server(1), local_steps=2), rounds=1))
+    assert calls == [4, 4] and [record.attempts for record in records] == [1, 1]
+    assert [record.answered for record in records] == [[], [0, 1, 2, 3]]
+    assert sorted(records[0].rejected) == [0, 1, 2, 3] and not records[1].rejected
+    assert state.round == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -9,7 +10,16 @@ from federation import server
 
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.prunefl import prunefl
-from fedlean.runtime.method import available, build, find_method, hyperparameters, parse_settings
+from fedlean.runtime.method import (
+    available,
+    build,
+    complete,
+    find_method,
+    given_settings,
+    hyperparameters,
+    parse_settings,
+    unused_settings,
+)
 
 if TYPE_CHECKING:
     from fedlean.core import FederatedAlgorithm, Server
@@ -59,12 +69,54 @@ def test_none_means_none_whatever_the_default():
     assert parse_settings("sample", sample, ["limit=None"]) == {"limit": None}
 
 
-def test_the_last_of_a_key_counts():
-    assert parse_settings("sample", sample, ["steps=1", "rate=2", "steps=3"]) == {
-        "steps": 3,
-        "rate": 2.0,
-    }
+def test_a_key_is_given_once():
+    with pytest.raises(ValueError, match=r"--set steps=\.\.\. is given twice: give it once"):
+        parse_settings("sample", sample, ["steps=1", "rate=2", "steps=3"])
     assert parse_settings("sample", sample, []) == {}
+
+
+def test_an_option_and_a_setting_of_one_name_are_refused():
+    """Either alone counts."""
+    assert given_settings("fedavg", ["lr=0.05"]) == {"lr": 0.05}
+    assert given_settings("fedavg", [], {"lr": 0.2}) == {"lr": 0.2}
+    with pytest.raises(ValueError, match=r"--set lr=\.\.\. and the option for lr are one setting"):
+        given_settings("fedavg", ["lr=0.05"], {"lr": 0.2})
+
+
+UNUSED = [
+    ("fedavg", ["warmup_client=1"], "warmup_client has no effect on fedavg, since warmup_steps is"),
+    ("prunefl", ["initial_pruning=false", "initial_passes=3"], "initial_pruning is false"),
+    ("prunefl", ["reconfigure_every=0", "importance_rounds=2"], "reconfigure_every is 0"),
+    (
+        "prunefl",
+        ["initial_pruning=false", "reconfigure_every=0", "size_limit=0.1"],
+        "size_limit has no effect on prunefl, since nothing is pruned",
+    ),
+    ("snip", ["score=update", "snip_batches=3"], "score is 'update'"),
+    ("synflow", ["density=1", "synflow_steps=3"], "density is 1"),
+    ("iterative", ["density=1", "spacing=geometric"], "density is 1"),
+    ("online", ["adapt_every=0", "adapt_from=3"], "adapt_every is 0"),
+    ("dpf", ["density=1", "target_share=0.2"], "density is 1"),
+    ("prunetrain", ["penalty_ratio=0", "threshold=0.1"], "penalty_ratio is 0"),
+    ("ntk_zo", ["momentum=0.5"], "optimizer is 'adam'"),
+    ("ntk_zo", ["density=1", "criterion=node"], "density is 1"),
+    ("ntk_zo", ["criterion=random", "epsilon=0.1"], "criterion 'random' takes no scores"),
+    ("ntk_zo", ["masks_from=a", "density=0.1"], "masks_from names the mask"),
+]
+
+
+@pytest.mark.parametrize(("method", "texts", "reason"), UNUSED)
+def test_a_setting_that_the_method_ignores_is_refused(method, texts, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        given_settings(method, texts)
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_no_default_is_refused_and_all_unused_settings_exist(name):
+    method = find_method(name)
+    settings = complete(name, {})
+    assert unused_settings(method, settings).keys() <= settings.keys()
+    assert given_settings(name, []) == {}
 
 
 @pytest.mark.parametrize(

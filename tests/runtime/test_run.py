@@ -16,9 +16,11 @@ from federation import SPEC
 from safetensors.numpy import load_file
 
 from fedlean import cli
+from fedlean.runtime.config import RunConfig
 from fedlean.runtime.evaluate import Score
+from fedlean.runtime.how import How
 from fedlean.runtime.rounds import StepRecord
-from fedlean.runtime.run import RunConfig, _pause_seconds, resume, start
+from fedlean.runtime.run import _pause_seconds, resume, start
 from fedlean.runtime.runlog import RunLog, Totals, log_entry
 from fedlean.spec import ModelSpec
 
@@ -197,19 +199,19 @@ def test_evaluation_now_and_then(tmp_path):
         settings={"local_steps": 1, "batch_size": 4},
     )
     seen: list[dict[str, Any]] = []
-    summary = start(config, tmp_path / "run", seen.append)
+    summary = start(config, tmp_path / "run", How(seen.append))
     assert [entry["round"] for entry in seen if entry["accuracy"] is not None] == [2, 4, 5]
     assert all((entry["accuracy"] is None) == (entry["loss"] is None) for entry in seen)
     assert seen == lines(tmp_path / "run")
     every = RunConfig("fedavg", clients=2, rounds=5, settings=config.settings)
-    whole = start(every, tmp_path / "every", lambda entry: None)
+    whole = start(every, tmp_path / "every", How())
     assert summary["final_accuracy"] == whole["final_accuracy"]  # the last takes all examples
-    few = start(replace(config, final_eval_examples=50), tmp_path / "few", lambda entry: None)
-    subset = start(replace(config, eval_every=5), tmp_path / "last", lambda entry: None)
+    few = start(replace(config, final_eval_examples=50), tmp_path / "few", How())
+    subset = start(replace(config, eval_every=5), tmp_path / "last", How())
     assert few["final_accuracy"] != subset["final_accuracy"] == whole["final_accuracy"]
     assert few["final_accuracy"] in [hits / 50 for hits in range(51)]
     with pytest.raises(ValueError, match="final_eval_examples must be at least 1, got 0"):
-        start(replace(config, final_eval_examples=0), tmp_path / "none", lambda entry: None)
+        start(replace(config, final_eval_examples=0), tmp_path / "none", How())
     assert not (tmp_path / "none").exists()
 
 
@@ -269,7 +271,7 @@ def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path):
 
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
-        resume(tmp_path, lambda entry: None, lambda line: None)
+        resume(tmp_path, How())
     assert not list(tmp_path.iterdir())
 
 

@@ -6,8 +6,11 @@ from math import inf, nan
 
 import pytest
 
+from fedlean.layers import BatchNorm, Flatten, Linear
+from fedlean.spec import sequential
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 
+SPEC = sequential((3,), [("fc", Linear(2))])
 GOOD = {
     "lr": 0.1,
     "local_steps": 5,
@@ -63,7 +66,7 @@ def test_not_at_least(value):
     ],
 )
 def test_good_sgd(change):
-    check_sgd(**{**GOOD, **change})
+    check_sgd(SPEC, **{**GOOD, **change})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_good_sgd(change):
 )
 def test_bad_sgd_names_the_setting(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must ") as error:
-        check_sgd(**{**GOOD, name: value})
+        check_sgd(SPEC, **{**GOOD, name: value})
     assert repr(value) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -99,3 +102,14 @@ def test_learning_rate_by_hand():
 @pytest.mark.parametrize("round", [0, 1, 10_000])
 def test_learning_rate_without_half_life_is_constant(round):
     assert learning_rate(0.25, round, 0) == 0.25
+
+
+def test_a_batch_of_one_cannot_train_batch_norm():
+    spec = sequential((3,), [("fc", Linear(4)), ("bn", BatchNorm()), ("out", Linear(2))])
+    with pytest.raises(ValueError, match="a batch of 1 example, but BatchNorm 'bn' needs 2 values"):
+        check_sgd(spec, **{**GOOD, "batch_size": 1})
+    check_sgd(spec, **{**GOOD, "batch_size": 2})
+    image = sequential(
+        (1, 4, 4), [("bn", BatchNorm()), ("flat", Flatten()), ("out", Linear(2))]
+    )  # 16 values a channel
+    check_sgd(image, **{**GOOD, "batch_size": 1})

@@ -116,7 +116,7 @@ def check_moments(spec: ModelSpec, examples: int, frozen: Iterable[str]) -> None
         moves = isinstance(node.layer, BatchNorm) and f"{node.name}.running_mean" not in frozen
         if moves and prod(spec.shapes[node.name][1:]) == 1:
             raise ValueError(
-                f"x holds 1 example, but BatchNorm {node.name!r} needs 2 values per channel to "
+                f"a batch of 1 example, but BatchNorm {node.name!r} needs 2 values per channel to "
                 f"train: use a larger batch, or freeze '{node.name}.running_mean'"
             )
 

@@ -24,8 +24,9 @@ PruneFL uses DPF for the comparison of costs only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +98,7 @@ def dpf(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -175,6 +177,13 @@ def dpf(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    if settings["density"] < 1:
+        return {}
+    return dict.fromkeys(("reconfigure_every", "target_share"), "density is 1: nothing is pruned")
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -10,8 +10,9 @@ for methods that do so (PruneFL's initial pruning) and 0 by default.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedlean.core import (
     Batches,
@@ -74,6 +75,7 @@ def fedavg(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -124,6 +126,13 @@ def fedavg(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    if settings["warmup_steps"]:
+        return {}
+    return dict.fromkeys(("warmup_client", "warmup_examples"), "warmup_steps is 0")
 
 
 def client_update(

@@ -77,6 +77,7 @@ def fixed_mask(
     run: not there, not finished, of another model, not pruned.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,

@@ -19,8 +19,9 @@ it is FedAvg on the kept weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedlean.core import (
     Batches,
@@ -86,6 +87,7 @@ def iterative(
     the rounds has no room for a step.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -159,6 +161,13 @@ def iterative(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    if settings["density"] < 1:
+        return {}
+    return dict.fromkeys(("prune_every", "spacing"), "density is 1: nothing is pruned")
 
 
 def client_update(

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -402,6 +402,25 @@ def ntk_zo(
         return state.phase == "train" and state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    found = {}
+    if settings["optimizer"] != "momentum":
+        found["momentum"] = f"optimizer is {settings['optimizer']!r}"
+    scoring = ("prune_steps", "prune_draws", "prune_examples", "epsilon", "keep_units")
+    choosing = ("criterion", "scores", "inputs", *scoring)
+    if settings["masks_from"]:
+        found |= dict.fromkeys(("density", *choosing), "masks_from names the mask")
+        if settings["masks_weights"] == "trained":
+            found["rescale"] = "masks_weights is 'trained'"
+    elif settings["density"] == 1:
+        pruned = ("rescale", "lr_by_density")
+        found |= dict.fromkeys((*choosing, *pruned), "density is 1: nothing is pruned")
+    elif settings["criterion"] not in FROM_CLIENTS:
+        found |= dict.fromkeys(scoring, f"criterion {settings['criterion']!r} takes no scores")
+    return found
 
 
 def _check_numbers(

@@ -120,6 +120,7 @@ def online(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -247,6 +248,14 @@ def online(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    if settings["adapt_every"]:
+        return {}
+    search = ("adapt_from", "min_density", "probe_batches", "readd_scale", "time_model")
+    return dict.fromkeys(search, "adapt_every is 0")
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ coordinates, from which the server decides what to drop and what to grow back (p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -151,6 +151,7 @@ def prunefl(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -307,6 +308,21 @@ def prunefl(
         return state.phase == "train" and state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    found = {}
+    if not settings["initial_pruning"]:
+        initial = {name for name in settings if name.startswith("initial_")} - {"initial_pruning"}
+        found |= dict.fromkeys(initial, "initial_pruning is false")
+    if not settings["reconfigure_every"]:
+        importance = ("importance_rounds", "importance_multiple", "importance_dtype")
+        found |= dict.fromkeys((*importance, "prunable_half_life_rounds"), "reconfigure_every is 0")
+    if not settings["initial_pruning"] and not settings["reconfigure_every"]:
+        pruning = ("prunable_fraction", "size_limit", "size_target", "readd_scale", "time_model")
+        found |= dict.fromkeys(pruning, "nothing is pruned")
+    return found
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -29,8 +29,9 @@ federation is ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,7 @@ def prunetrain(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -171,6 +173,13 @@ def prunetrain(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    if settings["penalty_ratio"]:
+        return {}
+    return dict.fromkeys(("threshold", "reconfigure_every"), "penalty_ratio is 0: it is FedAvg")
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

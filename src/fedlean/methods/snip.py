@@ -21,9 +21,9 @@ as all others, and Σ p_n g_n is the gradient of the pooled data: the score is S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -94,6 +94,7 @@ def snip(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -172,6 +173,11 @@ def snip(
         return state.phase != "score" and state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    return {"snip_batches": "score is 'update'"} if settings["score"] == "update" else {}
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -17,8 +17,9 @@ then all train the pruned model and exchange the values of kept weights only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedlean.core import (
     Batches,
@@ -77,6 +78,7 @@ def synflow(
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     check_sgd(
+        server.spec,
         lr=lr,
         local_steps=local_steps,
         batch_size=batch_size,
@@ -133,6 +135,11 @@ def synflow(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    return {} if settings["density"] < 1 else {"synflow_steps": "density is 1: nothing is pruned"}
 
 
 def client_update(

@@ -16,6 +16,7 @@ from typing import Any
 
 import fedlean
 from fedlean.report import markup, units
+from fedlean.report.notices import notices_section
 from fedlean.report.outcome import comparison_outcome, run_outcome
 from fedlean.report.run_folder import (
     Run,
@@ -41,6 +42,7 @@ def run_page(run: Run) -> str:
     kicker = "FedLean run · " + " · ".join(str(fact) for fact in about if fact is not None)
     parts = [
         head(kicker, run.name, run_outcome(run, targets)),
+        _notices([run]),
         markup.tiles(_tiles(run)),
         section("Cost to each target", _costs([run], targets)),
         _plots([run], targets),
@@ -63,6 +65,7 @@ def comparison_page(runs: Sequence[Run], targets: Sequence[float] | None = None)
     parts = [
         head(f"FedLean comparison of {len(runs)} runs", title, outcome),
         _differences(runs),
+        _notices(runs),
         section("Cost to each target", _costs(runs, wanted)),
         _plots(runs, wanted),
         section("The runs", markup.summary_table(names, summary_rows(runs))),
@@ -120,6 +123,16 @@ def head(kicker: str, title: str, outcome: Sequence[str]) -> str:
 def section(title: str, content: str) -> str:
     """`content` is HTML."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def _notices(runs: Sequence[Run]) -> str:
+    """Nothing, where there is nothing to remark."""
+    parts = [
+        section("Notices" if len(runs) == 1 else f"Notices of {name}", content)
+        for name, run in zip(labels(runs), runs, strict=True)
+        if (content := notices_section(run))
+    ]
+    return "\n".join(parts)
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:

@@ -64,6 +64,15 @@ def refusal(
     return None
 
 
+def remedy(reason: str) -> str:
+    """What to do about a refusal that `refusal` gave the `reason` for."""
+    if "not finite" in reason:
+        return "training diverges: try a lower --lr"
+    if reason.startswith("moved the model"):
+        return "try a lower --lr, or a higher --max-update-norm"
+    return "the clients answer other tasks than they get: do they run this version of FedLean?"
+
+
 def _other_structure(held: SubModel, task: ClientTask) -> str | None:
     """No client changes what it was given but for masks, and those of all weights or of none."""
     given = task.sub_model

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate, Device
+from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import Engine
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.outofmemory import OutOfMemory, memory_for
+from fedlean.tree import kept_counts
 
 Refuse = Callable[[ClientUpdate, ClientTask], str | None]  # why an update cannot be used
 
@@ -47,6 +51,10 @@ class Dispatch(Protocol):
 
     def troubles(self) -> Mapping[int, str]:
         """Why clients of the last call gave nothing, where that is known."""
+        ...
+
+    def notes(self) -> Sequence[str]:
+        """What has come up since the last call that the user should know."""
         ...
 
     def repeated_bytes(self) -> int:
@@ -86,17 +94,29 @@ class LocalDispatch:
             began = time.perf_counter()
             held = self._committed.get(task.client, {})
             try:
-                update, state = self._client_update(
-                    task, self._data[task.client], self._engine, held
-                )
+                with memory_for(_what(task), partial(self._planned_bytes, task)):
+                    update, state = self._client_update(
+                        task, self._data[task.client], self._engine, held
+                    )
+            except OutOfMemory:
+                raise
             except Exception as error:
                 raise ClientError(
-                    f"round {task.round} ({task.phase}), client {task.client}, seed {task.seed}: "
-                    f"{type(error).__name__}: {error}"
+                    f"{_what(task)}, seed {task.seed}: {type(error).__name__}: {error}"
                 ) from error
             self._pending[task.client] = state
             self._seconds[task.client] = time.perf_counter() - began
             yield update
+
+    def _planned_bytes(self, task: ClientTask) -> int:
+        """Of a plain step of the task, as the engine plans it."""
+        return step_memory(
+            task.spec,
+            kept_counts(task.sub_model.masks),
+            batch_size=int(task.hparams.get("batch_size", 1)),
+            frozen=task.sub_model.frozen,
+            sparse=self._engine.arithmetic == "sparse",
+        ).peak_bytes
 
     def acknowledge(self, clients: Iterable[int]) -> None:
         for client in clients:
@@ -112,6 +132,9 @@ class LocalDispatch:
     def troubles(self) -> Mapping[int, str]:
         return {}  # an error in this process ends the run
 
+    def notes(self) -> Sequence[str]:
+        return ()
+
     def repeated_bytes(self) -> int:
         return 0
 
@@ -125,3 +148,7 @@ class LocalDispatch:
                 "submitting its Flower app again with the same 'out'"
             )
         self._committed = dict(states)
+
+
+def _what(task: ClientTask) -> str:
+    return f"round {task.round} ({task.phase}), client {task.client}"

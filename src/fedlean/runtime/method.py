@@ -83,6 +83,37 @@ def complete(method_name: str, settings: Settings) -> dict[str, Scalar | None]:
     return {**given, **settings}
 
 
+def given_settings(
+    method_name: str, texts: list[str], flags: Mapping[str, Scalar] | None = None
+) -> dict[str, Scalar | None]:
+    """What a user asked of a method: `key=value` texts, and flags of their own by the same names.
+
+    Raises ValueError for a setting that is unknown, of another type, given twice or without effect
+    beside the others.
+    """
+    method = find_method(method_name)
+    settings, flags = parse_settings(method_name, method, texts), flags or {}
+    for key in flags:
+        if key in settings:
+            raise ValueError(
+                f"--set {key}=... and the option for {key} are one setting: give it once"
+            )
+    settings |= flags
+    for key, why in unused_settings(method, complete(method_name, settings)).items():
+        if key in settings:
+            raise ValueError(f"{key} has no effect on {method_name}, since {why}: leave it out")
+    return settings
+
+
+def unused_settings(method: Method, settings: Settings) -> Mapping[str, str]:
+    """Which of all `settings` have no effect beside the others, and why.
+
+    A module-level `unused(settings)` beside the method says it; without one all have.
+    """
+    say = getattr(importlib.import_module(method.__module__), "unused", None)
+    return say(settings) if say else {}
+
+
 def parse_settings(
     method_name: str, method: Method, settings: list[str]
 ) -> dict[str, Scalar | None]:
@@ -100,6 +131,8 @@ def parse_settings(
             raise ValueError(
                 f"{method_name} has no hyper-parameter {key!r}; {nearest(key, sorted(known))}"
             )
+        if key in out:
+            raise ValueError(f"--set {key}=... is given twice: give it once")
         out[key] = _parse(key, text, _hint(method, known[key]))
     return out
 

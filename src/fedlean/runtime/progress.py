@@ -10,15 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedlean.runtime.run import RunConfig
+from fedlean.runtime.checks import remedy
+from fedlean.runtime.config import RunConfig
 
+Show = Callable[[dict[str, Any]], None]  # takes a log entry
+MAX_REASON = 200  # characters of a refusal
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
 PLAIN_LINES = 10  # a run whose output is not a terminal prints about so many lines
 
 
 @contextmanager
-def watch_run(
-    config: RunConfig, folder: Path, *, bar: bool = True
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[Show]:
     """A callable that takes every log entry and shows it on standard error.
 
     Without `bar` by lines even on a terminal, where several runs share it.
@@ -27,19 +29,36 @@ def watch_run(
     try:
         if bar and console.is_terminal:
             with _bar(config, console) as show:
-                yield show
+                yield _with_refusals(show, console)
         else:
-            yield _plain(config, console)
+            yield _with_refusals(_plain(config, console), console)
     except KeyboardInterrupt:
         if (folder / "config.json").is_file():
             console.print(
                 f"interrupted; continue with: fedlean resume {folder}",
-                highlight=False,
-                markup=False,
-                emoji=False,
-                soft_wrap=True,
+                **_PLAIN,
             )
         raise
+
+
+def _with_refusals(show: Show, console: Console) -> Show:
+    """Also shows at once whose updates were refused in a step, and what to do about it."""
+
+    def shown(entry: dict[str, Any]) -> None:
+        show(entry)
+        if entry["rejected"]:
+            console.print(_refusals(entry), style="bold red", **_PLAIN)
+
+    return shown
+
+
+def _refusals(entry: dict[str, Any]) -> str:
+    first = entry["rejected"][0]
+    reason = entry["refused"][str(first)]
+    return (
+        f"round {entry['round']}: {len(entry['rejected'])} of {len(entry['cohort'])} updates "
+        f"refused; client {first} {reason[:MAX_REASON]}: {remedy(reason)}"
+    )
 
 
 def _state(entry: dict[str, Any], accuracy: float | None) -> str:
@@ -50,7 +69,7 @@ def _state(entry: dict[str, Any], accuracy: float | None) -> str:
 
 
 @contextmanager
-def _bar(config: RunConfig, console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _bar(config: RunConfig, console: Console) -> Iterator[Show]:
     last: list[float | None] = [None]
     with Progress(
         TextColumn("{task.description}"),
@@ -72,7 +91,7 @@ def _bar(config: RunConfig, console: Console) -> Iterator[Callable[[dict[str, An
         yield show
 
 
-def _plain(config: RunConfig, console: Console) -> Callable[[dict[str, Any]], None]:
+def _plain(config: RunConfig, console: Console) -> Show:
     every = max(1, config.rounds // PLAIN_LINES)
 
     def show(entry: dict[str, Any]) -> None:

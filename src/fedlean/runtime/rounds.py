@@ -16,7 +16,7 @@ from typing import Any
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Server
-from fedlean.runtime.checks import refusal
+from fedlean.runtime.checks import refusal, remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import Ledger, StepCost
 from fedlean.runtime.local import Dispatch, Refuse
@@ -24,10 +24,12 @@ from fedlean.runtime.order import in_cohort_order
 
 ATTEMPTS = 3  # how often an unanswered round is asked
 EMPTY_STEPS = 10  # unanswered rounds in a row after which the run stops
+REFUSED_STEPS = 3  # the same for rounds whose every update was refused: what is wrong stays wrong
+MAX_REASON = 200  # characters of a refusal in an error
 
 
 class RunFailed(RuntimeError):
-    """The federation does not answer; the run can be resumed."""
+    """The federation gives nothing that can be used; the run can be resumed."""
 
 
 @dataclass
@@ -37,7 +39,9 @@ class StepRecord:
     tasks: Sequence[ClientTask]
     cost: StepCost = field(default_factory=StepCost)
     answered: list[int] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)  # why a client gave nothing
+    rejected: dict[int, str] = field(default_factory=dict)  # of those: an update came and is wrong
+    notes: list[str] = field(default_factory=list)  # what the user should know
     metrics: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
     wall_seconds: float = 0.0
@@ -52,6 +56,7 @@ class Progress:
     store: ClientStore
     step: int = 0  # server steps done
     empty_steps: int = 0  # unanswered in a row
+    refused_steps: int = 0  # in a row in which updates came and all were refused
 
 
 def run_rounds(
@@ -65,27 +70,45 @@ def run_rounds(
 ) -> Progress:
     """Steps until `algorithm.done`; `after_step(progress, record, last)` logs and checkpoints.
 
-    Raises RunFailed after EMPTY_STEPS steps without an answer, ClientError from the dispatch.
+    Raises RunFailed after EMPTY_STEPS steps without an answer or REFUSED_STEPS whose every update
+    was refused, ClientError from the dispatch.
     """
     while not algorithm.done(progress.state):
         for mask in progress.state.masks.values():
             mask.flags.writeable = False  # so that it is hashed once and not for every message
         state, record = _step(algorithm, progress, server, dispatch, max_update_norm)
         empty = bool(record.tasks) and not record.answered
+        refused = empty and bool(record.rejected)
         progress = replace(
             progress,
             state=state,
             step=progress.step + 1,
             empty_steps=progress.empty_steps + 1 if empty else 0,
+            refused_steps=progress.refused_steps + 1 if refused else 0,
         )
         after_step(progress, record, algorithm.done(state))
+        if refused and progress.refused_steps >= REFUSED_STEPS:
+            raise RunFailed(_all_refused(record))
         if progress.empty_steps >= EMPTY_STEPS:
-            raise RunFailed(
-                f"no usable answer in {EMPTY_STEPS} rounds in a row, the last of them round "
-                f"{record.tasks[0].round} from clients {[task.client for task in record.tasks]}; "
-                f"refused: {record.refused or 'none'}"
-            )
+            raise RunFailed(_unanswered(record))
     return progress
+
+
+def _all_refused(record: StepRecord) -> str:
+    client, reason = next(iter(record.rejected.items()))
+    return (
+        f"every update of {REFUSED_STEPS} rounds in a row was refused, the last of them in round "
+        f"{record.tasks[0].round} (client {client}: {reason[:MAX_REASON]}): {remedy(reason)}"
+    )
+
+
+def _unanswered(record: StepRecord) -> str:
+    why = [f"client {client}: {reason[:MAX_REASON]}" for client, reason in record.refused.items()]
+    return (
+        f"no usable answer in {EMPTY_STEPS} rounds in a row, the last of them round "
+        f"{record.tasks[0].round}, which asked {len(record.tasks)} clients "
+        f"({why[0] if why else 'none of them said why'})"
+    )
 
 
 def _step(
@@ -102,11 +125,15 @@ def _step(
     state = progress.state
 
     def refuse(update: ClientUpdate, task: ClientTask) -> str | None:
-        return refusal(update, task, algorithm.statistics(task), max_update_norm)
+        why = refusal(update, task, algorithm.statistics(task), max_update_norm)
+        if why is not None:
+            record.rejected[task.client] = why
+        return why
 
     if not tasks:
         state = algorithm.server_update(state, ())
-    while tasks and record.attempts < ATTEMPTS and not record.answered:
+    unheard = {task.client for task in tasks}
+    while unheard and record.attempts < ATTEMPTS and not record.answered:
         record.attempts += 1
         if record.attempts > 1:  # whoever was away may be back, and is waited for
             dispatch.begin(progress.store, progress.step + 1)
@@ -120,8 +147,12 @@ def _step(
         if seconds := dispatch.measured_seconds():
             record.measured_seconds += median(seconds.values())
         dispatch.acknowledge(record.answered)
-        record.refused = {**dispatch.troubles(), **record.refused}
-    record.refused = {c: why for c, why in record.refused.items() if c not in record.answered}
+        record.refused = {**dispatch.troubles(), **record.refused, **record.rejected}
+        unheard -= record.rejected.keys()  # what is wrong with an update is so again
+    for reasons in (record.refused, record.rejected):
+        for client in record.answered:
+            reasons.pop(client, None)
+    record.notes += dispatch.notes()
     record.wall_seconds = time.perf_counter() - began
     return state, record
 
@@ -176,4 +207,4 @@ def _usable(
         if reason is None:
             yield update
         else:
-            record.refused[update.client] = reason
+            record.rejected[update.client] = reason

@@ -8,12 +8,8 @@ same outcome, bit for bit.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 import fedlean
-from fedlean.core import FederatedAlgorithm, Params, Server
+from fedlean.core import FederatedAlgorithm, Masks, Params, Server
 from fedlean.cost.profile import (
     Profile,
     from_document,
@@ -31,16 +27,13 @@ from fedlean.cost.profile import (
     other_model,
     to_document,
 )
-from fedlean.data.batches import ClientData, test_subset
+from fedlean.data.batches import test_subset
 from fedlean.data.dataset import Dataset, with_inputs
-from fedlean.data.load import load_dataset
-from fedlean.data.partition import partition
+from fedlean.data.where import absolute
 from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import Engine
 from fedlean.models.catalog import build as build_model
-from fedlean.models.initialise import INIT_SCHEMES, init_params
-from fedlean.pruning.density import density
-from fedlean.pruning.units import dead_units
+from fedlean.models.initialise import init_params
 from fedlean.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -48,66 +41,33 @@ from fedlean.runtime.checkpoint import (
     write_atomically,
 )
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.config import (
+    CLIENTS,
+    FORMAT,
+    RunConfig,
+    check,
+    read_config,
+    read_document,
+    write_document,
+)
 from fedlean.runtime.evaluate import Evaluate, evaluator
-from fedlean.runtime.local import Dispatch, LocalDispatch
-from fedlean.runtime.method import Settings, complete
+from fedlean.runtime.how import How, Parts
+from fedlean.runtime.local import Dispatch
+from fedlean.runtime.lock import NAME as LOCK
+from fedlean.runtime.lock import Lock, hold
 from fedlean.runtime.method import build as build_method
+from fedlean.runtime.method import complete
+from fedlean.runtime.notices import about_masks, about_model
+from fedlean.runtime.outofmemory import memory_for
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
-from fedlean.runtime.runlog import RunLog, Totals, held_masks, log_entry
+from fedlean.runtime.runlog import RunLog, Totals, log_entry
+from fedlean.runtime.samedata import about_data, held_against
+from fedlean.runtime.summary import summary_of
+from fedlean.runtime.together import check_together
+from fedlean.spec import ModelSpec
 
-FORMAT = 1  # of the run folder
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
 CHECKPOINT_SHARE = 0.005  # of a run's time
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything needed to repeat a run."""
-
-    method: str
-    dataset: str = "digits"
-    model: str = "lenet300"
-    inputs: str = "standardised"
-    init: str = "pytorch"
-    partition: str = "iid"
-    clients: int = 10
-    rounds: int = 100
-    seed: int = 0
-    engine: str | None = None  # None: native where it can; a run folder names the one that ran
-    threads: int = 1
-    device: str = "raspberry_pi_4"
-    target_accuracy: tuple[float, ...] = ()
-    eval_every: int = 1
-    eval_examples: int | None = None  # of the test set, during the run; None: all
-    final_eval_examples: int | None = None  # the same after the last round
-    max_update_norm: float | None = None  # of a client's change to the model; more is refused
-    settings: Settings = field(default_factory=dict)
-
-
-Watch = Callable[[dict[str, Any]], None]  # called with every log entry
-Say = Callable[[str], None]  # called with a line that is worth knowing
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a dispatch is made of."""
-
-    config: RunConfig
-    server: Server
-    algorithm: FederatedAlgorithm
-    dataset: Dataset
-
-
-Connect = Callable[[Parts], Dispatch]
-Load = Callable[[str], Dataset]
-
-
-def in_process(parts: Parts) -> Dispatch:
-    """The clients are in this process and share the data set out among them."""
-    config, dataset = parts.config, parts.dataset
-    shares = partition(config.partition, dataset, config.clients, config.seed)
-    data = [ClientData(dataset, indices) for indices in shares]
-    return LocalDispatch(parts.algorithm.client_update, parts.server.engine, data)
 
 
 @dataclass(frozen=True)
@@ -120,125 +80,134 @@ class _Run:
     server: Server
     algorithm: FederatedAlgorithm
     dispatch: Dispatch
-    checkpoint_seconds: float | None
+    how: How
     evaluate: Evaluate
+    notes: list[str]  # what was said at the start
+    data_changes: list[dict[str, Any]] = field(default_factory=list)  # that were accepted
 
 
-def start(
-    config: RunConfig,
-    folder: Path,
-    watch: Watch,
-    say: Say = lambda line: None,
-    *,
-    connect: Connect = in_process,
-    load: Load = load_dataset,
-    checkpoint_seconds: float | None = None,
-) -> dict[str, Any]:
-    """Runs to the end; the summary.  `say` gets why the native engine does not serve.
+def start(config: RunConfig, folder: Path, how: How) -> dict[str, Any]:
+    """Runs to the end; the summary.
 
-    `connect` makes the dispatch to the clients; `load` the data set of a name (a recipe's keeps it
-    for the next run); `checkpoint_seconds` pass between checkpoints (0: one after every step); by
-    default 5, or what keeps them to half a percent of the time, up to 60.
-    Raises ValueError before anything is written.
+    Checkpoints are at least 5 s apart, or what keeps them to half a percent of the time, up to 60,
+    where `how` does not say.  Raises ValueError, and leaves nothing behind, when something is wrong
+    with the configuration, the data, the model or the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
-    # a kill before config.json was whole leaves its .tmp only: nothing was done yet
-    if folder.exists() and any(path.name != "config.json.tmp" for path in folder.iterdir()):
+    with hold(folder, how.say, shared=how.shared) as lock:
+        _refuse_used(folder)
+        profile = load_profile(config.device)
+        config = _anywhere(config)
+        check(config)
+        run = _prepare(config, folder, _load(config, how), profile, how, lock)
+        state = run.algorithm.init(_first_model(run))
+        document = {"format": FORMAT, **asdict(run.config)}
+        document["environment"] = environment(run.server.engine)
+        document["spec"] = json.loads(run.server.spec.to_json())
+        document["profile"] = to_document(run.server.device)  # its file may change or go
+        document["data"] = about_data(run.dataset)
+        document["notes"] = run.notes
+        lock.own()
+        write_document(folder, document)
+        log = RunLog(folder / "rounds.jsonl")
+        return _go(run, Progress(state, ClientStore()), Totals(), log)
+
+
+def _anywhere(config: RunConfig) -> RunConfig:
+    """With absolute paths, so that `resume` finds them from any folder."""
+    config = replace(config, dataset=absolute(config.dataset))
+    if not config.settings.get("masks_from"):
+        return config
+    masks_from = str(Path(str(config.settings["masks_from"])).expanduser().resolve())
+    return replace(config, settings={**config.settings, "masks_from": masks_from})
+
+
+def _refuse_used(folder: Path) -> None:
+    """A kill before config.json was whole leaves these two only: nothing was done yet."""
+    if any(path.name not in ("config.json.tmp", LOCK) for path in folder.iterdir()):
         what = "already holds a run" if (folder / "config.json").is_file() else "is not empty"
         raise ValueError(
             f"--out {folder} {what}: name another folder, or continue with "
             f"'fedlean resume {folder}'"
         )
-    profile = load_profile(config.device)
-    if config.settings.get("masks_from"):  # a folder, which `resume` must find from anywhere
-        masks_from = str(Path(str(config.settings["masks_from"])).expanduser().resolve())
-        config = replace(config, settings={**config.settings, "masks_from": masks_from})
-    run = _prepare(config, folder, say, profile, connect, load, checkpoint_seconds)
-    state = run.algorithm.init(_first_model(run))
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, **asdict(run.config)}
-    document["environment"] = environment(run.server.engine)
-    document["spec"] = json.loads(run.server.spec.to_json())
-    document["profile"] = to_document(run.server.device)  # its file may change or go
-    write_atomically(folder / "config.json", json.dumps(document, indent=1).encode())
-    return _go(
-        run, Progress(state, ClientStore()), Totals(), RunLog(folder / "rounds.jsonl"), watch
-    )
 
 
 def resume(
-    folder: Path,
-    watch: Watch,
-    say: Say,
-    *,
-    connect: Connect = in_process,
-    load: Load = load_dataset,
-    checkpoint_seconds: float | None = None,
+    folder: Path, how: How, *, dataset: str | None = None, accept_changed_data: bool = False
 ) -> dict[str, Any]:
     """Continues from the newest whole checkpoint on the run's engine, bit for bit.
 
-    Raises ValueError when the folder holds no run or its files are damaged.
+    dataset: where its data set is now, if that has moved.  Raises ValueError when the folder holds
+    no run or its files are damaged, or when the data is not what the run began with, unless
+    `accept_changed_data`: then the run is marked.
     """
-    config = read_config(folder)
-    document = json.loads((folder / "config.json").read_bytes())
-    profile = _recorded_profile(folder, document)
-    run = _prepare(config, folder, say, profile, connect, load, checkpoint_seconds)
-    if document["environment"] != environment(run.server.engine):
-        say("made with other versions or on another machine: the last bits may differ")
-    initial = run.algorithm.init(_first_model(run))
+    read_config(folder)  # before a lock is made in a folder that holds no run
+    with hold(folder, how.say, shared=how.shared) as lock:
+        config, document = read_document(folder)
+        config = replace(config, dataset=absolute(dataset or config.dataset))
+        tree, lines = _newest_checkpoint(folder)
+        loaded = _load(config, how, f"fedlean resume {folder} --dataset FOLDER")
+        data = held_against(
+            document.get("data"),
+            loaded,
+            folder=folder,
+            round=tree["state"]["round"] if tree else 0,
+            accept_changed=accept_changed_data,
+        )
+        run = _prepare(config, folder, loaded, _recorded_profile(folder, document), how, lock)
+        run = replace(run, data_changes=data.get("changes", []))
+        _refuse_other_model(document, run.server.spec)
+        if document["environment"] != environment(run.server.engine):
+            lines.append("made with other versions or on another machine: the last bits may differ")
+        initial = run.algorithm.init(_first_model(run))
+        if tree is None:
+            progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
+        else:
+            progress, totals = _continued(tree, initial), Totals(**tree["totals"])
+            log_bytes = tree["log_bytes"]
+            run.dispatch.restore({int(k): v for k, v in tree["clients"].items()})
+            round = progress.state.round
+            lines.append(f"continuing after step {progress.step}, round {round} of {config.rounds}")
+        for line in lines:
+            how.say(line)
+        lock.own()
+        log = RunLog(folder / "rounds.jsonl", keep_bytes=log_bytes)
+        new = {**document, "dataset": config.dataset, "data": data}
+        if new != document:
+            write_document(folder, new)
+        return _go(run, progress, totals, log)
+
+
+def _newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """What it holds, None where the run had none yet; and what there is to say about it."""
     if not any((folder / "checkpoint").glob("*.json")):
-        say("no checkpoint yet: starting from the beginning")
-        progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
-    else:
-        tree, skipped = load_checkpoint(folder / "checkpoint")
-        for line in skipped:
-            say(line)
-        state = type(initial)(**tree["state"])
-        progress = Progress(state, ClientStore(tree["store"]), tree["step"], tree["empty_steps"])
-        totals, log_bytes = Totals(**tree["totals"]), tree["log_bytes"]
-        run.dispatch.restore({int(k): v for k, v in tree["clients"].items()})
-        say(f"continuing after step {progress.step}, round {state.round} of {config.rounds}")
-    return _go(run, progress, totals, RunLog(folder / "rounds.jsonl", keep_bytes=log_bytes), watch)
+        return None, ["no checkpoint yet: starting from the beginning"]
+    return load_checkpoint(folder / "checkpoint")
+
+
+def _refuse_other_model(document: dict[str, Any], spec: ModelSpec) -> None:
+    """The user's code, or a data set of another shape that was accepted, may give another one."""
+    if ModelSpec.from_json(json.dumps(document["spec"])).hash != spec.hash:
+        raise ValueError(
+            f"model {document['model']!r} is not the one that the run began with (see 'spec' in "
+            "its config.json): bring that one and its data back, or start a new run"
+        )
+
+
+def _continued(tree: dict[str, Any], initial: Any) -> Progress:
+    """Where a checkpoint stands; `initial` is a state of the method's."""
+    return Progress(
+        type(initial)(**tree["state"]),
+        ClientStore(tree["store"]),
+        tree["step"],
+        tree["empty_steps"],
+        tree.get("refused_steps", 0),  # checkpoints of early versions have none
+    )
 
 
 def _first_model(run: _Run) -> Params:
     return init_params(run.server.spec, run.config.seed, run.config.init)
-
-
-def read_config(folder: Path) -> RunConfig:
-    """Raises ValueError when the folder holds no run of this format."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run: {path} does not exist")
-    try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict):
-            raise TypeError(f"expected an object, got {type(document).__name__}")
-        if document.pop("format") != FORMAT:
-            raise ValueError(
-                f"{path} has another format than {FORMAT}: use the version that wrote it"
-            )
-        del document["environment"], document["spec"]
-        document.pop("profile", None)  # `resume` reads it; early runs have none
-        document["target_accuracy"] = tuple(document["target_accuracy"])
-        return _typed(RunConfig(**document))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-
-
-def differences(config: RunConfig, written: RunConfig) -> list[str]:
-    """Fields in which the run of a folder is another one than `config`; [] for the same.
-
-    A configuration that names no engine takes the run of any; of a setting that is left out, the
-    method's default counts.
-    """
-    config = replace(config, engine=config.engine or written.engine)
-    one, other = (
-        {**vars(each), "settings": complete(each.method, each.settings)}
-        for each in (config, written)
-    )
-    return [name for name in one if one[name] != other[name]]
 
 
 def _recorded_profile(folder: Path, document: dict[str, Any]) -> Profile:
@@ -249,20 +218,6 @@ def _recorded_profile(folder: Path, document: dict[str, Any]) -> Profile:
         return from_document(document["profile"])
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: profile: {error}") from None
-
-
-def _typed(config: RunConfig) -> RunConfig:
-    """Raises TypeError naming the first value of another type than declared."""
-    for name, hint in typing.get_type_hints(RunConfig).items():
-        value = getattr(config, name)
-        wanted = typing.get_origin(hint) or hint
-        if isinstance(value, bool) or not isinstance(
-            value, wanted if wanted is not types.UnionType else hint
-        ):
-            raise TypeError(f"{name} is {value!r}")
-    if not all(type(target) in (int, float) for target in config.target_accuracy):
-        raise TypeError(f"target_accuracy is {config.target_accuracy!r}")
-    return config
 
 
 def environment(engine: Engine) -> dict[str, Any]:
@@ -282,52 +237,16 @@ def environment(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _check(config: RunConfig) -> None:
-    for name in ("clients", "rounds", "threads", "eval_every"):
-        value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("eval_examples", "final_eval_examples"):
-        examples = getattr(config, name)
-        if examples is not None and examples < 1:
-            raise ValueError(f"{name} must be at least 1, got {examples}")
-    if config.max_update_norm is not None and not 0 < config.max_update_norm < math.inf:
-        raise ValueError(f"max_update_norm must be positive, got {config.max_update_norm}")
-    if config.init not in INIT_SCHEMES:
-        raise ValueError(f"init must be one of {', '.join(INIT_SCHEMES)}, got {config.init!r}")
-    for target in config.target_accuracy:
-        if not 0 < target < 1 or not math.isfinite(target):
-            raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
-    cohort = config.settings.get("cohort")
-    if isinstance(cohort, int) and not 1 <= cohort <= config.clients:
-        raise ValueError(
-            f"a cohort of {cohort} cannot be drawn from {config.clients} clients: "
-            f"choose --cohort from 1 to {config.clients}"
-        )
-    for name in ("initial_client", "warmup_client"):
-        client = config.settings.get(name)
-        if isinstance(client, int) and not 0 <= client < config.clients:
-            raise ValueError(f"{name} must be from 0 to {config.clients - 1}, got {client}")
-
-
 def _prepare(
-    config: RunConfig,
-    folder: Path,
-    say: Say,
-    profile: Profile,
-    connect: Connect,
-    load: Load,
-    checkpoint_seconds: float | None,
+    config: RunConfig, folder: Path, dataset: Dataset, profile: Profile, how: How, lock: Lock
 ) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
-    _check(config)
-    dataset = with_inputs(load(config.dataset), config.inputs)
+    config = replace(config, clients=config.clients or _clients(config, dataset))
+    check(config)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
-    engine, why_not_native = engine_for(spec, config.engine, config.threads)
-    if why_not_native:
-        say(why_not_native)
-    if line := other_model(profile, spec):
-        say(line)
+    check_together(spec, dataset, config.model)
+    with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
+        engine, why_not_native = engine_for(spec, config.engine, config.threads)
     server = Server(spec, engine, config.seed, config.rounds, profile, config.init)
     algorithm = build_method(config.method, server, config.settings)
     # defaults may change, and with them what the same settings mean: the folder names all
@@ -336,37 +255,53 @@ def _prepare(
         test_subset(dataset, examples) if examples else None
         for examples in (config.eval_examples, config.final_eval_examples)
     )
-    return _Run(
-        config,
-        folder,
-        dataset,
-        server,
-        algorithm,
-        connect(Parts(config, server, algorithm, dataset)),
-        checkpoint_seconds,
-        evaluator(spec, engine, dataset, during, final),
-    )
+    dispatch, about_clients = how.connect(Parts(config, server, algorithm, dataset, lock, how.say))
+    notes = [why_not_native, other_model(profile, spec), *about_model(spec, dataset)]
+    said = [line for line in [*notes, *about_clients] if line]
+    for line in said:
+        how.say(line)
+    evaluate = evaluator(spec, engine, dataset, during, final)
+    return _Run(config, folder, dataset, server, algorithm, dispatch, how, evaluate, said)
 
 
-def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch) -> dict[str, Any]:
+def _load(config: RunConfig, how: How, elsewhere: str = "") -> Dataset:
+    """elsewhere: the command for a data set that is not where it was."""
+    try:
+        with memory_for(f"the data set {config.dataset!r}"):
+            return with_inputs(how.load(config.dataset), config.inputs)
+    except ValueError as error:
+        if not elsewhere:
+            raise
+        raise ValueError(f"{error}; if it has moved, say where it is: {elsewhere}") from None
+
+
+def _clients(config: RunConfig, dataset: Dataset) -> int:
+    if config.partition == "natural" and dataset.clients is not None:
+        return len(np.unique(dataset.clients))
+    return CLIENTS
+
+
+def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str, Any]:
     config = run.config
-    book = _Book(totals, progress.state.params, _pause_seconds(run, 0.0))
+    book = _Book(totals, progress.state.params, _pause_seconds(run.how, 0.0))
 
     def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
         state = progress.state
-        book.totals = book.totals.after(record, config.clients)
+        book.totals = book.totals.after(record, config.num_clients)
         due = state.round % config.eval_every == 0 or last
         moved = state.params is not book.params or last  # initial pruning leaves them for long
-        score = run.evaluate(state.params, state.masks, last) if due and moved else None
+        with memory_for("the evaluation of the model"):
+            score = run.evaluate(state.params, state.masks, last) if due and moved else None
         book.params = state.params
         if score is not None:
             book.totals = book.totals.scored(state.round, score.accuracy, config.target_accuracy)
+        _note_empty_layers(run, book, record, state.masks)
         entry = log_entry(
             round=state.round,
             phase=record.tasks[0].phase if record.tasks else state.phase,
             record=record,
             totals=book.totals,
-            clients=config.clients,
+            clients=config.num_clients,
             score=score,
             spec=run.server.spec,
             masks=state.masks,
@@ -377,8 +312,8 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
         if last or began - book.saved_at >= book.pause_seconds:
             _checkpoint(run, progress, book.totals, log.sync())
             book.saved_at = time.monotonic()
-            book.pause_seconds = _pause_seconds(run, book.saved_at - began)
-        watch(entry)
+            book.pause_seconds = _pause_seconds(run.how, book.saved_at - began)
+        run.how.watch(entry)
 
     try:
         progress = run_rounds(
@@ -394,6 +329,18 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog, watch: Watch
     return _finish(run, progress, book)
 
 
+def _note_empty_layers(run: _Run, book: _Book, record: StepRecord, masks: Masks) -> None:
+    """Once for the same layers, however often the masks are drawn anew."""
+    if masks is book.masks:
+        return
+    lines = about_masks(masks)
+    for line in lines:
+        if line not in about_masks(book.masks):
+            run.how.say(line)
+            record.notes.append(line)
+    book.masks = masks
+
+
 @dataclass
 class _Book:
     """What `after_step` keeps between steps."""
@@ -401,13 +348,14 @@ class _Book:
     totals: Totals
     params: Params  # of the step before
     pause_seconds: float  # between the last checkpoint and the next
+    masks: Masks = field(default_factory=dict)  # of the step before
     last_entry: dict[str, Any] | None = None
     saved_at: float = field(default_factory=time.monotonic)
 
 
-def _pause_seconds(run: _Run, took_seconds: float) -> float:
-    if run.checkpoint_seconds is not None:
-        return run.checkpoint_seconds
+def _pause_seconds(how: How, took_seconds: float) -> float:
+    if how.checkpoint_seconds is not None:
+        return how.checkpoint_seconds
     least, most = CHECKPOINT_SECONDS
     return min(max(least, took_seconds / CHECKPOINT_SHARE), most)
 
@@ -417,6 +365,7 @@ def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -
     tree = {
         "step": progress.step,
         "empty_steps": progress.empty_steps,
+        "refused_steps": progress.refused_steps,
         "state": state_tree(progress.state),
         "store": progress.store.to_tree(),
         "clients": clients,
@@ -434,35 +383,6 @@ def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
     final = book.last_entry["accuracy"] if book.last_entry else None
     if final is None:  # resumed after the last step
         final = run.evaluate(state.params, state.masks, True).accuracy
-    targets = {f"{t:g}": totals.targets.get(f"{t:g}") for t in config.target_accuracy}
-    summary = {
-        "method": config.method,
-        "dataset": config.dataset,
-        "model": config.model,
-        "partition": config.partition,
-        "clients": config.clients,
-        "cohort": config.settings.get("cohort") or config.clients,
-        "rounds": state.round,
-        "seed": config.seed,
-        "engine": config.engine,
-        "device": config.device,
-        "arithmetic": run.server.engine.arithmetic,
-        "final_accuracy": final,
-        "best_accuracy": max(totals.best_accuracy, final),
-        "density": density(held_masks(run.server.spec, state.masks)),
-        "dead_units": {
-            name: {"outputs": rows, "inputs": columns}
-            for name, (rows, columns) in dead_units(state.masks).items()
-        },
-        "downlink_bytes": totals.downlink_bytes,
-        "uplink_bytes": totals.uplink_bytes,
-        "flops_per_client": totals.flops_per_client,
-        "flops_dense_gradient_per_client": totals.flops_dense_gradient_per_client,
-        "simulated_seconds": totals.simulated_seconds,
-        "measured_seconds": totals.measured_seconds,
-        "wall_seconds": totals.wall_seconds,
-        "peak_memory_bytes": totals.peak_memory_bytes,
-        "time_to_accuracy": targets,
-    }
+    summary = summary_of(config, run.server, state, totals, final, run.data_changes)
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

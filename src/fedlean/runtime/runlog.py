@@ -16,6 +16,8 @@ from fedlean.runtime.evaluate import Score
 from fedlean.runtime.rounds import StepRecord
 from fedlean.spec import ModelSpec
 
+FIRST_REFUSALS = 1000
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -31,6 +33,8 @@ class Totals:
     peak_memory_bytes: int = 0
     best_accuracy: float = 0.0
     targets: Mapping[str, Any] = field(default_factory=dict)  # accuracy text -> first reached
+    refused_updates: int = 0  # by the checks, after they came
+    first_refusals: Mapping[str, str] = field(default_factory=dict)  # client -> round and reason
 
     def after(self, record: StepRecord, clients: int) -> Totals:
         cost = record.cost
@@ -45,7 +49,17 @@ class Totals:
             measured_seconds=self.measured_seconds + record.measured_seconds,
             wall_seconds=self.wall_seconds + record.wall_seconds,
             peak_memory_bytes=max(self.peak_memory_bytes, cost.peak_memory_bytes),
+            refused_updates=self.refused_updates + len(record.rejected),
+            first_refusals=self._first_refusals(record),
         )
+
+    def _first_refusals(self, record: StepRecord) -> Mapping[str, str]:
+        """Of at most FIRST_REFUSALS clients, since a checkpoint holds them."""
+        first = dict(self.first_refusals)
+        for client, reason in sorted(record.rejected.items()):
+            if len(first) < FIRST_REFUSALS:
+                first.setdefault(str(client), f"round {record.tasks[0].round}: {reason[:200]}")
+        return first
 
     def scored(self, round: int, accuracy: float, targets: Sequence[float]) -> Totals:
         """Notes the accuracy targets that this evaluation reaches first."""
@@ -95,6 +109,8 @@ def log_entry(
         "cohort": cohort,
         "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
         "refused": {str(client): reason for client, reason in sorted(record.refused.items())},
+        "rejected": sorted(record.rejected),
+        "notes": list(record.notes),
         "attempts": record.attempts,
         "accuracy": None if score is None else score.accuracy,
         "loss": None if score is None else _finite(score.loss),

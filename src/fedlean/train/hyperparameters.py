@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from math import isfinite
 
+from fedlean.engine.checks import check_moments
+from fedlean.spec import ModelSpec
+
 
 def in_range(
     name: str,
@@ -28,6 +31,7 @@ def at_least(name: str, value: int, low: int) -> None:
 
 
 def check_sgd(
+    spec: ModelSpec,
     *,
     lr: float,
     local_steps: int,
@@ -37,10 +41,11 @@ def check_sgd(
     loss: str,
     lr_half_life_rounds: float = 0.0,
 ) -> None:
-    """The hyper-parameters of local SGD.  Raises ValueError naming the one that is wrong."""
+    """The hyper-parameters of local SGD of `spec`.  Raises ValueError naming what is wrong."""
     in_range("lr", lr, 0.0, 100.0, open_low=True)
     at_least("local_steps", local_steps, 1)
     at_least("batch_size", batch_size, 1)
+    check_moments(spec, batch_size, ())
     in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
     in_range("momentum", momentum, 0.0, 0.9999)
     in_range("weight_decay", weight_decay, 0.0, 10.0)

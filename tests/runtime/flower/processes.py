@@ -12,7 +12,9 @@ import numpy as np
 from runtime.flower.stock import COMMANDS, free_port, make_key
 from safetensors.numpy import load_file
 
-from fedlean.runtime.run import RunConfig, start
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.how import How
+from fedlean.runtime.run import start
 
 METHODS = {
     "fedavg": {"local_steps": 2},
@@ -113,7 +115,7 @@ def local(method: str, folder: Path, rounds: int = ROUNDS) -> dict[str, np.ndarr
     config = RunConfig(
         method=method, clients=2, rounds=rounds, engine="native", settings=METHODS[method]
     )
-    start(config, folder, lambda entry: None)
+    start(config, folder, How())
     return model(folder)
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlean.runtime.run import RunConfig, start
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.how import How
+from fedlean.runtime.run import start
 
 pytestmark = pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed")
 if find_spec("flwr") is not None:
@@ -44,7 +46,7 @@ def undisturbed(tmp_path_factory):
         engine="native",
         settings=SETTINGS,
     )
-    start(config, folder, lambda entry: None)
+    start(config, folder, How())
     return model(folder)
 
 

@@ -35,6 +35,7 @@ from fedlean.runtime.remote import roster as roster_module
 from fedlean.runtime.remote.dispatch import NobodyThere
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.exchange import Failed
+from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.worker import Worker
 from fedlean.runtime.rounds import Progress, StepRecord
 
@@ -448,7 +449,7 @@ def test_a_node_of_another_shape_or_number_is_not_admitted(post):
     odd = {
         101: {"client": 9},
         102: {"input_shape": [3, 32, 32]},
-        103: {"classes": 62},
+        103: {"classes": ["0", "nine"]},
     }
 
     def change(node: int, content: bytes) -> bytes:
@@ -461,9 +462,10 @@ def test_a_node_of_another_shape_or_number_is_not_admitted(post):
     dispatch, lines = remote(post, min_clients=1)
     state = run(everybody(), dispatch=dispatch)
     assert state.round == ROUNDS
-    for node, what in ((101, "it is client 9"), (102, "[3, 32, 32]"), (103, "62 classes")):
+    for node, what in ((101, "it is client 9"), (102, "(3, 32, 32)"), (103, "'nine'")):
         assert any(line.startswith(f"node {node} cannot") and what in line for line in lines)
 
 
 def _hello() -> bytes:
-    return seal(Envelope(env.HELLO, {"run": "a1"}))
+    expected = expected_by(client_data()[0].dataset).to_fields()
+    return seal(Envelope(env.HELLO, {"run": "a1", **expected, "refused": None}))

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 
+HOLDING = {"input_shape": [1, 8, 8], "classes": ["a", "b"], "value_range": [0.0, 1.0]}
+HELLO = {"run": "a1", **HOLDING, "refused": None}
 RIGHT = {
-    env.HELLO: {"run": "a1"},
+    env.HELLO: HELLO,
     env.WELCOME: {
         "client": None,
         "num_examples": 7,
-        "input_shape": [1, 8, 8],
-        "classes": 3,
+        **HOLDING,
+        "device": "f00d",
         "name": "board",
     },
     env.TASK: {
@@ -26,6 +28,7 @@ RIGHT = {
         "method": "fedavg",
         "step": 3,
         "committed": None,
+        "classes": ["a", "b"],
         "mean": [0.5],
         "std": [0.25],
     },
@@ -44,9 +47,10 @@ def test_there_and_back(kind, body):
 
 def test_size_by_hand():
     """12 bytes, a digest of 16, the JSON without spaces, the body."""
-    sealed = seal(Envelope(env.HELLO, {"run": "a1"}, b"xyz"))
-    assert len(sealed) == 12 + 16 + len('{"run":"a1"}') + 3
-    assert sealed[:8] == b"FdLe\x01\x01\x00\x00"
+    fields = {"step": 3, "seconds": 0.5, "lost_state": False}
+    sealed = seal(Envelope(env.UPDATE, fields, b"xyz"))
+    assert len(sealed) == 12 + 16 + len('{"step":3,"seconds":0.5,"lost_state":false}') + 3
+    assert sealed[:8] == b"FdLe\x02\x04\x00\x00"
 
 
 @given(st.binary(max_size=80))
@@ -72,13 +76,13 @@ def test_a_truncated_one_is_found():
 
 def test_another_kind_is_named():
     with pytest.raises(EnvelopeError, match="expected task, got hello"):
-        unseal(seal(Envelope(env.HELLO, {"run": "a1"})), expected=(env.TASK,))
+        unseal(seal(Envelope(env.HELLO, HELLO)), expected=(env.TASK,))
 
 
 def test_another_version_is_named():
-    sealed = bytearray(seal(Envelope(env.HELLO, {"run": "a1"})))
+    sealed = bytearray(seal(Envelope(env.HELLO, HELLO)))
     sealed[4] = 9
-    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 1"):
+    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 2"):
         unseal(bytes(sealed), expected=(env.HELLO,))
 
 
@@ -90,8 +94,17 @@ WRONG = [
     (env.WELCOME, "client", -1),
     (env.WELCOME, "client", True),
     (env.WELCOME, "num_examples", 1.5),
-    (env.WELCOME, "input_shape", [1] * 5000),
+    (env.WELCOME, "input_shape", [1] * ((1 << 16) + 1)),
     (env.WELCOME, "name", "x" * 201),
+    (env.WELCOME, "device", "x" * 201),
+    (env.WELCOME, "classes", 3),
+    (env.WELCOME, "classes", [3]),
+    (env.WELCOME, "classes", ["x" * 201]),
+    (env.WELCOME, "value_range", [0.0]),
+    (env.WELCOME, "value_range", [1.0, 0.0]),
+    (env.HELLO, "value_range", [0.0, 1e31]),
+    (env.HELLO, "refused", "x" * 1001),
+    (env.TASK, "classes", [None]),
     (env.TASK, "method", 5),
     (env.TASK, "step", 1 << 62),
     (env.TASK, "mean", ["0"]),
@@ -122,13 +135,13 @@ def test_missing_and_added_fields_are_named(kind):
 
 @pytest.mark.parametrize("text", [b"[1]", b"{", b"\xff\xfe", b'{"run": NaN}', b"null", b"[" * 5000])
 def test_what_is_no_json_object_is_refused(text):
-    start = struct.pack("<4sBBHI", b"FdLe", 1, env.HELLO, 0, len(text))
+    start = struct.pack("<4sBBHI", b"FdLe", env.VERSION, env.HELLO, 0, len(text))
     sealed = start + env._digest(start, text) + text
     with pytest.raises(EnvelopeError):
         unseal(sealed, expected=(env.HELLO,))
 
 
 def test_fields_that_are_too_long_are_not_sealed():
-    with pytest.raises(EnvelopeError, match="limit is 65536"):
-        seal(Envelope(env.TROUBLE, {"reason": "x" * 70_000, "missing": None, "final": True}))
+    with pytest.raises(EnvelopeError, match=f"limit is {1 << 20}"):
+        seal(Envelope(env.TROUBLE, {"reason": "x" * (1 << 20), "missing": None, "final": True}))
     assert json.loads(json.dumps(RIGHT[env.TASK])) == RIGHT[env.TASK]

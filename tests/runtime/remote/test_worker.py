@@ -32,6 +32,7 @@ FIELDS = {
     "method": "fedavg",
     "step": 1,
     "committed": None,
+    "classes": list(client_data()[0].dataset.class_names),
     "mean": client_data()[0].dataset.mean.tolist(),
     "std": client_data()[0].dataset.std.tolist(),
 }

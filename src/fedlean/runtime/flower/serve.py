@@ -7,17 +7,15 @@ where the last one stopped, also after the SuperLink died and declared the run f
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from fedlean.runtime.config import differences, read_config
 from fedlean.runtime.flower.settings import ServerSettings
+from fedlean.runtime.how import Connect, How, Parts
 from fedlean.runtime.local import Dispatch
 from fedlean.runtime.remote.dispatch import RemoteDispatch
 from fedlean.runtime.remote.exchange import Post
-from fedlean.runtime.rounds import RunFailed
-from fedlean.runtime.run import Connect, Parts, differences, read_config, resume, start
+from fedlean.runtime.run import resume, start
 
 log = logging.getLogger("flwr")  # the one whose lines `flwr run --stream` shows
 
@@ -25,55 +23,41 @@ log = logging.getLogger("flwr")  # the one whose lines `flwr run --stream` shows
 def serve(post: Post, settings: ServerSettings) -> dict[str, Any]:
     """Starts the run, or continues it where its folder holds one; the summary.
 
-    Raises ValueError when the folder holds a run of another configuration.
+    Raises ValueError when the folder holds a run of another configuration, or of other data.
     """
     out = settings.out.expanduser().resolve()
     config = settings.config
+    how = How(_watch, log.info, over(post, settings), checkpoint_seconds=0.0, shared=True)
     if not (out / "config.json").is_file():
         log.info("run folder: %s", out)
-        connect = over(post, settings, _owned(out))
-        return start(config, out, _watch, log.info, connect=connect, checkpoint_seconds=0.0)
+        return start(config, out, how)
     held = read_config(out)
-    if changed := differences(config, held):
+    # where its data lies is no matter: its fingerprint is compared
+    changed = [name for name in differences(config, held) if name != "dataset"]
+    if changed:
         raise ValueError(
             f"{out} holds a run of another configuration ({', '.join(changed)}): choose another "
             "'out', or give it the settings it began with"
         )
     log.info("run folder: %s, which is continued", out)
-    connect = over(post, settings, _owned(out))  # not before: a refused one ends nobody's run
-    return resume(out, _watch, log.info, connect=connect, checkpoint_seconds=0.0)
+    accept = settings.accept_changed_data
+    return resume(out, how, dataset=config.dataset, accept_changed_data=accept)
 
 
-def _owned(out: Path) -> Callable[[], None]:
-    """Makes this process the owner of the run folder; the check raises RunFailed once it is not.
+def over(post: Post, settings: ServerSettings) -> Connect:
+    """A dispatch to devices behind `post`; it ends once another app owns the run folder."""
 
-    The last one owns it: an app whose SuperLink was killed may live on for a while, and nobody
-    should have to find and end it before the run can go on.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path, me = out.parent / f"{out.name}.owner", uuid.uuid4().hex
-    path.write_text(me)
-
-    def check() -> None:
-        if path.read_text() != me:
-            raise RunFailed(f"the app was submitted again and goes on with {out}: this one ends")
-
-    return check
-
-
-def over(post: Post, settings: ServerSettings, check: Callable[[], None] = lambda: None) -> Connect:
-    """A dispatch to devices behind `post`; `check` may end the run at any step."""
-
-    def connect(parts: Parts) -> Dispatch:
-        return RemoteDispatch(
+    def connect(parts: Parts) -> tuple[Dispatch, list[str]]:
+        dispatch = RemoteDispatch(
             post,
             method=parts.config.method,
             dataset=parts.dataset,
-            clients=parts.config.clients,
+            clients=parts.config.num_clients,
             terms=settings.terms,
-            say=log.info,
-            check=check,
+            say=parts.say,
+            check=parts.lock.check,
         )
+        return dispatch, []
 
     return connect
 

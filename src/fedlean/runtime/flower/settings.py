@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedlean.runtime.method import find_method, nearest, parse_settings
+from fedlean.runtime.config import CLIENTS, RunConfig
+from fedlean.runtime.method import given_settings, nearest
 from fedlean.runtime.remote.dispatch import Terms
-from fedlean.runtime.run import RunConfig
 
 Flat = Mapping[str, bool | float | int | str]
 _NUMBERS = ("clients", "rounds", "seed", "threads", "eval_every")
@@ -24,6 +24,7 @@ _OTHERS = (
     "target_accuracy",
     "eval_examples",
     "max_update_norm",
+    "accept_changed_data",
 )
 KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *_NUMBERS, *_TEXTS, *_TERMS)}
 
@@ -35,6 +36,7 @@ class ServerSettings:
     config: RunConfig
     terms: Terms
     out: Path
+    accept_changed_data: bool = False  # on resuming
 
 
 def server_settings(flat: Flat) -> ServerSettings:
@@ -50,19 +52,21 @@ def server_settings(flat: Flat) -> ServerSettings:
     method = str(given["method"])
     plain: dict[str, Any] = {name: str(given[name]) for name in _TEXTS if given.get(name)}
     plain |= {name: _whole(name, given[name]) for name in _NUMBERS if name in given}
+    plain.setdefault("clients", CLIENTS)  # who they are is known only when they join
     config = RunConfig(
         method=method,
         target_accuracy=_accuracies(str(given.get("target_accuracy", ""))),
         eval_examples=_whole("eval_examples", given.get("eval_examples", 0)) or None,
         max_update_norm=_number("max_update_norm", given.get("max_update_norm", 0)) or None,
-        settings=parse_settings(
-            method, find_method(method), shlex.split(str(given.get("settings", "")))
-        ),
+        settings=given_settings(method, shlex.split(str(given.get("settings", "")))),
         **plain,
     )
     terms: dict[str, Any] = {name: _term(name, given[name]) for name in _TERMS if name in given}
-    terms["min_clients"] = terms.get("min_clients") or config.clients
-    return ServerSettings(config, Terms(**terms), Path(str(given["out"])))
+    terms["min_clients"] = terms.get("min_clients") or plain["clients"]
+    accept = given.get("accept_changed_data", False)
+    if not isinstance(accept, bool):
+        raise ValueError(f"accept-changed-data must be true or false, got {accept!r}")
+    return ServerSettings(config, Terms(**terms), Path(str(given["out"])), accept)
 
 
 def _term(name: str, value: object) -> float | int:

@@ -24,6 +24,7 @@ from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, Post, printable
+from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.roster import Roster
 
 SPARE_BYTES = 1 << 22  # of a reply, for headers, metrics and small statistics
@@ -93,7 +94,8 @@ class RemoteDispatch:
         self._terms = terms
         self._say = say
         self._exchange = Exchange(post, poll_seconds=terms.poll_seconds, say=say)
-        self._roster = Roster(self._exchange, dataset=dataset, clients=clients, say=say)
+        expected = expected_by(dataset)
+        self._roster = Roster(self._exchange, expected=expected, clients=clients, say=say)
         self._store = ClientStore()  # the runtime's own, set by `begin`
         self._step = 0
         self._committed: dict[int, int] = {}  # client -> step after which its state counts
@@ -118,9 +120,10 @@ class RemoteDispatch:
                 return [Device(client) for client in here]
             line = f"{len(here)} of {wanted} clients are connected"
             if time.monotonic() >= ends:
+                refused = "; refused: ".join(["", *self._roster.refused()])
                 raise NobodyThere(
-                    f"{line} after {seconds:g} s: start the missing ones, or lower min-clients, "
-                    "and submit the run again with the same folder"
+                    f"{line} after {seconds:g} s{refused}: start the missing ones, or lower "
+                    "min-clients, and submit the run again with the same folder"
                 )
             if not said:
                 self._say(f"waiting: {line}")
@@ -250,6 +253,7 @@ class RemoteDispatch:
             "method": self._method,
             "step": self._step,
             "committed": self._committed.get(task.client),
+            "classes": list(self._dataset.class_names),
             "mean": self._dataset.mean.tolist(),
             "std": self._dataset.std.tolist(),
         }
@@ -319,6 +323,9 @@ class RemoteDispatch:
 
     def repeated_bytes(self) -> int:
         return self._repeated_bytes
+
+    def notes(self) -> Sequence[str]:
+        return self._roster.notes()
 
     def troubles(self) -> Mapping[int, str]:
         """Why clients of the last call gave nothing."""

@@ -17,11 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlean.data.labels import MAX_NAME_CHARACTERS
+
 MAGIC = b"FdLe"
-VERSION = 1
+VERSION = 2
 HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
-MAX_JSON_BYTES = 1 << 16
+MAX_JSON_BYTES = 1 << 20  # class names take most of it
+MAX_LIST = 1 << 16
 _START = struct.Struct("<4sBBHI")
 _DIGEST_BYTES = 16
 _HEAD_BYTES = _START.size + _DIGEST_BYTES
@@ -35,9 +38,11 @@ class EnvelopeError(ValueError):
 class Envelope:
     """`fields` by kind:
 
-    HELLO    run
-    WELCOME  client (or null), num_examples, input_shape, classes, name
-    TASK     run, method, step, committed (step whose client state counts, or null), mean, std
+    HELLO    run; what it expects: input_shape, classes, value_range; refused (why, or null)
+    WELCOME  client (or null), num_examples, name, device (who it is, across restarts); what it
+             holds: input_shape, classes, value_range
+    TASK     run, method, step, committed (step whose client state counts, or null), classes, mean,
+             std
     UPDATE   step, seconds, lost_state
     TROUBLE  reason, missing ("spec", "pattern" or null), final (asking again is of no use)
     """
@@ -123,16 +128,27 @@ def _number(value: Any) -> bool:
 
 
 def _list_of(check: Any) -> Any:
-    return lambda value: isinstance(value, list) and len(value) <= 4096 and all(map(check, value))
+    return lambda value: (
+        isinstance(value, list) and len(value) <= MAX_LIST and all(map(check, value))
+    )
 
 
+def _range(value: Any) -> bool:
+    return _list_of(_number)(value) and len(value) == 2 and value[0] <= value[1]
+
+
+_HOLDING: dict[str, Any] = {
+    "input_shape": _list_of(_count),
+    "classes": _list_of(_text(MAX_NAME_CHARACTERS)),
+    "value_range": _range,
+}
 _WANTED: dict[int, dict[str, Any]] = {
-    HELLO: {"run": _run},
+    HELLO: {"run": _run, **_HOLDING, "refused": _maybe(_text(1000))},
     WELCOME: {
         "client": _maybe(_count),
         "num_examples": _count,
-        "input_shape": _list_of(_count),
-        "classes": _count,
+        **_HOLDING,
+        "device": _text(200),
         "name": _text(200),
     },
     TASK: {
@@ -140,6 +156,7 @@ _WANTED: dict[int, dict[str, Any]] = {
         "method": _text(200),
         "step": _count,
         "committed": _maybe(_count),
+        "classes": _list_of(_text(MAX_NAME_CHARACTERS)),
         "mean": _list_of(_number),
         "std": _list_of(_number),
     },

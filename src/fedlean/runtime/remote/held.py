@@ -1,5 +1,6 @@
 """What a device keeps on its disk between messages: specs, patterns and client states, per run.
 
+    FOLDER/identity                                 who the device is, where it has no key
     FOLDER/<run>/spec-<hash>.json                   the model
     FOLDER/<run>/pattern-<hash>.safetensors         packed bits of the masks
     FOLDER/<run>/states-<client>/<step>.safetensors its state after that step (`checkpoint`)
@@ -10,6 +11,7 @@ Losing any of it costs a message or a method's memory, never the run: the device
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,21 @@ class HeldStates:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:08d}.safetensors"
+
+
+def kept_identity(folder: Path) -> str:
+    """A name that was drawn when it was first asked for, and is kept in FOLDER/identity."""
+    path = folder / "identity"
+    try:
+        kept = path.read_text(encoding="ascii").strip()
+        if len(kept) == 32 and kept.isalnum():
+            return kept
+    except (OSError, ValueError):
+        pass
+    drawn = uuid.uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, drawn.encode())
+    return drawn
 
 
 def forget_old_runs(folder: Path, current: str) -> None:

@@ -25,7 +25,15 @@ from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import Engine
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.held import HeldPatterns, HeldSpecs, HeldStates, forget_old_runs
+from fedlean.runtime.remote.exchange import printable
+from fedlean.runtime.remote.held import (
+    HeldPatterns,
+    HeldSpecs,
+    HeldStates,
+    forget_old_runs,
+    kept_identity,
+)
+from fedlean.runtime.remote.holding import Holding, held_by, mismatch
 from fedlean.runtime.remote.limit import LimitedEngine, TooLarge, resident_bytes
 from fedlean.spec import ModelSpec
 
@@ -37,7 +45,8 @@ LIMIT_FLOOR_BYTES = 1 << 16  # of the same, however little memory is left: it sa
 class Worker:
     """One client on one device.
 
-    folder: its files (`held`); data: its examples; client: its number, if the operator gave one.
+    folder: its files (`held`); data: its examples; client: its number, if the operator gave one;
+    identity: who it is, in words that stay the same when it starts again ("": drawn once and kept).
     memory_limit_bytes: of the whole process; methods: `module:function` methods that may run beside
     FedLean's own, whose modules this process would otherwise never import on a server's word.
     """
@@ -49,6 +58,7 @@ class Worker:
         *,
         client: int | None = None,
         name: str = "",
+        identity: str = "",
         engine: str = "native",
         threads: int = 1,
         memory_limit_bytes: int | None = None,
@@ -58,6 +68,7 @@ class Worker:
         self._data = data
         self._client = client
         self._name = name
+        self._identity = identity
         self._engine_name = engine
         self._threads = threads
         self._limit = memory_limit_bytes
@@ -73,7 +84,7 @@ class Worker:
         try:
             asked = unseal(data, expected=(env.HELLO, env.TASK))
             if asked.kind == env.HELLO:
-                return seal(self._welcome())
+                return seal(self._welcome(asked.fields))
             jobs = [self._job(asked)]
             del asked, data  # the task has copies: a whole model's bytes are free while it trains
             return seal(self._update(jobs.pop()))
@@ -91,13 +102,16 @@ class Worker:
             log.exception("a task failed")
             return _trouble(f"{type(error).__name__}: {error}")
 
-    def _welcome(self) -> Envelope:
-        dataset = self._data.dataset
+    def _welcome(self, hello: Mapping[str, Any]) -> Envelope:
+        held = held_by(self._data)
+        why = hello["refused"] or mismatch(held, Holding.from_fields(hello))
+        if why is not None:
+            log.error("this device cannot take part in run %s: %s", hello["run"], printable(why))
         fields = {
             "client": self._client,
             "num_examples": self._data.num_examples,
-            "input_shape": list(dataset.input_shape),
-            "classes": dataset.classes,
+            **held.to_fields(),
+            "device": (self._identity or kept_identity(self._folder))[:200],
             "name": self._name[:200],
         }
         return Envelope(env.WELCOME, fields)
@@ -119,7 +133,7 @@ class Worker:
         states = HeldStates(run.folder / f"states-{task.client}")
         state, lost = states.read(fields["committed"])
         began = time.perf_counter()
-        batches = self._normalised(fields)
+        batches = self._as_the_run_has_it(fields)
         update, state = client_update(task, batches, self._engine(task.spec), state)
         seconds = time.perf_counter() - began
         run.patterns.keep(update.sub_model.masks)
@@ -173,6 +187,11 @@ class Worker:
                 f"the model takes examples of shape {task.spec.input_shape}, this device holds "
                 f"{dataset.input_shape}"
             )
+        if len(fields["classes"]) > task.spec.output_shape[0]:
+            raise Refused(
+                f"the model has {task.spec.output_shape} outputs for {len(fields['classes'])} "
+                "classes"
+            )
         if self._client is not None and task.client != self._client:
             raise Refused(f"the task is for client {task.client}, this is client {self._client}")
         channels = dataset.input_shape[0]
@@ -181,12 +200,18 @@ class Worker:
         if not all(value > 0 for value in fields["std"]):
             raise Refused(f"std must be positive, got {fields['std']}")
 
-    def _normalised(self, fields: Any) -> ClientData:
-        """With the federation's mean and deviation, which all devices share."""
+    def _as_the_run_has_it(self, fields: Any) -> ClientData:
+        """With the federation's classes, mean and deviation, which all devices share."""
         mean, std = (np.array(fields[name], np.float32) for name in ("mean", "std"))
         held = self._data.dataset
+        try:
+            mapped = held.with_classes(fields["classes"])
+        except ValueError as error:
+            raise Refused(str(error)) from None
         if not (np.array_equal(held.mean, mean) and np.array_equal(held.std, std)):
-            self._data = ClientData(replace(held, mean=mean, std=std), self._data.indices)
+            mapped = replace(mapped, mean=mean, std=std)
+        if mapped is not held:
+            self._data = ClientData(mapped, self._data.indices)
         return self._data
 
 

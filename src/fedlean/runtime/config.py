@@ -1,0 +1,154 @@
+"""What a run was told: its configuration, and `config.json` that holds it (docs/run-folder.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedlean.data.where import absolute
+from fedlean.models.initialise import INIT_SCHEMES
+from fedlean.runtime.checkpoint import write_atomically
+from fedlean.runtime.method import Settings, complete
+
+FORMAT = 1  # of the run folder
+CLIENTS = 10  # where nothing says how many
+_BESIDE = ("format", "environment", "spec", "profile", "data", "notes")  # the run's, not its user's
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything needed to repeat a run."""
+
+    method: str
+    dataset: str = "digits"
+    model: str = "lenet300"
+    inputs: str = "standardised"
+    init: str = "pytorch"
+    partition: str = "iid"
+    clients: int | None = None  # None: 10, or with "natural" one per client id of the data
+    rounds: int = 100
+    seed: int = 0
+    engine: str | None = None  # None: native where it can; a run folder names the one that ran
+    threads: int = 1
+    device: str = "raspberry_pi_4"
+    target_accuracy: tuple[float, ...] = ()
+    eval_every: int = 1
+    eval_examples: int | None = None  # of the test set, during the run; None: all
+    final_eval_examples: int | None = None  # the same after the last round
+    max_update_norm: float | None = None  # of a client's change to the model; more is refused
+    settings: Settings = field(default_factory=dict)
+
+    @property
+    def num_clients(self) -> int:
+        """`clients`, which every run that has begun names."""
+        return self.clients or CLIENTS
+
+
+def write_document(folder: Path, document: dict[str, Any]) -> None:
+    """Writes `config.json`."""
+    write_atomically(folder / "config.json", json.dumps(document, indent=1).encode())
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Raises ValueError when the folder holds no run of this format."""
+    return read_document(folder)[0]
+
+
+def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration, and the whole of `config.json`.
+
+    Raises ValueError when the folder holds no run of this format.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: {path} does not exist")
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict):
+            raise TypeError(f"expected an object, got {type(document).__name__}")
+        if document["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has another format than {FORMAT}: use the version that wrote it"
+            )
+        own = {name: value for name, value in document.items() if name not in _BESIDE}
+        own["target_accuracy"] = tuple(own["target_accuracy"])
+        for name in ("environment", "spec"):
+            if not isinstance(document[name], dict):
+                raise TypeError(f"{name} is a {type(document[name]).__name__}")
+        return _typed(RunConfig(**own)), document
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def differences(config: RunConfig, written: RunConfig) -> list[str]:
+    """Fields in which the run of a folder is another one than `config`; [] for the same.
+
+    A configuration that names no engine takes the run of any, and a natural partition without a
+    number of clients that of any number; of a setting that is left out, the method's default
+    counts.  Folders of data are compared by where they are, not by how they were written.
+    """
+    written = replace(written, clients=written.num_clients)
+    natural = written.clients if config.partition == "natural" else CLIENTS
+    config = replace(
+        config, engine=config.engine or written.engine, clients=config.clients or natural
+    )
+    one, other = (
+        {
+            **vars(each),
+            "settings": complete(each.method, each.settings),
+            "dataset": absolute(each.dataset),
+        }
+        for each in (config, written)
+    )
+    return [name for name in one if one[name] != other[name]]
+
+
+def _typed(config: RunConfig) -> RunConfig:
+    """Raises TypeError naming the first value of another type than declared."""
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        value = getattr(config, name)
+        wanted = typing.get_origin(hint) or hint
+        if isinstance(value, bool) or not isinstance(
+            value, wanted if wanted is not types.UnionType else hint
+        ):
+            raise TypeError(f"{name} is {value!r}")
+    if not all(type(target) in (int, float) for target in config.target_accuracy):
+        raise TypeError(f"target_accuracy is {config.target_accuracy!r}")
+    return config
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError naming the first value that makes no sense; `clients` may be open."""
+    clients = config.num_clients
+    for name in ("clients", "rounds", "threads", "eval_every"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in ("eval_examples", "final_eval_examples"):
+        examples = getattr(config, name)
+        if examples is not None and examples < 1:
+            raise ValueError(f"{name} must be at least 1, got {examples}")
+    if config.max_update_norm is not None and not 0 < config.max_update_norm < math.inf:
+        raise ValueError(f"max_update_norm must be positive, got {config.max_update_norm}")
+    if config.init not in INIT_SCHEMES:
+        raise ValueError(f"init must be one of {', '.join(INIT_SCHEMES)}, got {config.init!r}")
+    for target in config.target_accuracy:
+        if not 0 < target < 1 or not math.isfinite(target):
+            raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
+    if config.clients is None and config.partition == "natural":
+        return  # their number is in the data
+    cohort = config.settings.get("cohort")
+    if isinstance(cohort, int) and not 1 <= cohort <= clients:
+        raise ValueError(
+            f"a cohort of {cohort} cannot be drawn from {clients} clients: "
+            f"choose --cohort from 1 to {clients}"
+        )
+    for name in ("initial_client", "warmup_client"):
+        client = config.settings.get(name)
+        if isinstance(client, int) and not 0 <= client < clients:
+            raise ValueError(f"{name} must be from 0 to {clients - 1}, got {client}")

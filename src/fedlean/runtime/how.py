@@ -1,0 +1,57 @@
+"""How a run is carried out: who are its clients, who watches it, where its data comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedlean.core import FederatedAlgorithm, Server
+from fedlean.data.batches import ClientData
+from fedlean.data.dataset import Dataset
+from fedlean.data.load import load_dataset
+from fedlean.data.partition import partition
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.local import Dispatch, LocalDispatch
+from fedlean.runtime.lock import Lock
+from fedlean.runtime.notices import about_shares
+
+Watch = Callable[[dict[str, Any]], None]  # called with every log entry
+Say = Callable[[str], None]  # called with a line that is worth knowing
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a dispatch is made of."""
+
+    config: RunConfig  # with a number of clients
+    server: Server
+    algorithm: FederatedAlgorithm
+    dataset: Dataset
+    lock: Lock  # on the run folder
+    say: Say
+
+
+Connect = Callable[[Parts], tuple[Dispatch, list[str]]]  # and lines about the clients
+Load = Callable[[str], Dataset]
+
+
+def in_process(parts: Parts) -> tuple[Dispatch, list[str]]:
+    """The clients are in this process and share the data set out among them."""
+    config, dataset = parts.config, parts.dataset
+    shares = partition(config.partition, dataset, config.num_clients, config.seed)
+    data = [ClientData(dataset, indices) for indices in shares]
+    dispatch = LocalDispatch(parts.algorithm.client_update, parts.server.engine, data)
+    return dispatch, about_shares(dataset, shares, config.partition)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a run is carried out; none of it decides its result."""
+
+    watch: Watch = lambda entry: None
+    say: Say = lambda line: None  # gets why the native engine does not serve, and the like
+    connect: Connect = in_process  # makes the dispatch to the clients
+    load: Load = load_dataset  # the data set of a name; a recipe keeps it for its next run
+    checkpoint_seconds: float | None = None  # between two; 0: one after every step; None: see below
+    shared: bool = False  # the folder is shared by servers of a Flower app, see `lock`

@@ -1,0 +1,138 @@
+"""One writer per run folder: who holds it, and whether they are still there.
+
+The lock is an advisory one of the operating system on `FOLDER/run.lock`, so it ends with its
+process, however that ends; the file says in words who that is.  A local run holds the folder alone.
+Servers of a Flower app share it among themselves, since the last one submitted goes on with the run
+and the others find out: an app whose SuperLink was killed may live on for a while, and nobody
+should have to find and end it first.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+NAME = "run.lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # some network mounts
+_READ_BYTES = 4096
+
+
+class Superseded(RuntimeError):
+    """The app was submitted again and another process goes on with the run."""
+
+
+class Lock:
+    """Held until the end of `hold`."""
+
+    def __init__(self, path: Path, file: int, *, shared: bool):
+        self._path, self._file = path, file
+        self._text = _describe(shared)
+
+    def own(self) -> None:
+        """From now on the run is this process's; before, another server of the app may go on."""
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, self._text, 0)
+
+    def is_owned(self) -> bool:
+        return os.pread(self._file, _READ_BYTES, 0) == self._text
+
+    def check(self) -> None:
+        """Raises Superseded once another server of the app owns the folder."""
+        if not self.is_owned():
+            raise Superseded(
+                f"the app was submitted again and goes on with {self._path.parent}: this one ends"
+            )
+
+
+@contextmanager
+def hold(folder: Path, say: Callable[[str], None], *, shared: bool = False) -> Iterator[Lock]:
+    """The run folder is this process's alone; or, if `shared`, of servers of an app's alone.
+
+    A folder that does not exist is made, and goes again if nothing was written there.  `say` gets a
+    line where the file system has no locks.  Raises ValueError naming who holds the folder, or
+    OSError where it cannot be written.
+    """
+    made = _make(folder)
+    path = folder / NAME
+    try:
+        file = _locked(path, say, shared=shared)
+        lock = Lock(path, file, shared=shared)
+        try:
+            if not shared or os.fstat(file).st_size == 0:
+                lock.own()
+            yield lock
+        finally:
+            if lock.is_owned():  # else it is another server's
+                path.unlink(missing_ok=True)
+            os.close(file)
+    finally:
+        with suppress(OSError):  # not empty: the run's
+            for each in reversed(made):
+                each.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes the folder; what did not exist before, the outermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
+    """A file descriptor that has the lock."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if _is_at(file, path):
+                return file
+        except BlockingIOError:
+            holder = _holder(file)
+            os.close(file)
+            raise ValueError(
+                f"{path.parent} is being written by {holder}: wait until it ends, or stop it"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(file)
+                raise
+            say(f"{path.parent} is on a file system without locks: let nobody else write there")
+            return file
+        os.close(file)  # its holder has just ended and removed it
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _describe(shared: bool) -> bytes:
+    holder = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "a Flower app" if shared else "fedlean",
+        "token": uuid.uuid4().hex,
+    }
+    return json.dumps(holder).encode()
+
+
+def _holder(file: int) -> str:
+    """The holder in words; the file is another process's, and may be anything."""
+    try:
+        holder = json.loads(os.pread(file, _READ_BYTES, 0))
+        process, host = int(holder["process"]), str(holder["host"])
+        what = f"{holder['command']}, process {process} on {host} since {holder['since']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
+    return "".join(each if each.isprintable() else "?" for each in what)[:300]

@@ -1,0 +1,56 @@
+"""`summary.json`: what only the end of a run knows (docs/run-folder.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedlean.core import Server, State
+from fedlean.pruning.density import density
+from fedlean.pruning.units import dead_units
+from fedlean.runtime.config import RunConfig
+from fedlean.runtime.runlog import Totals, held_masks
+
+
+def summary_of(
+    config: RunConfig,
+    server: Server,
+    state: State,
+    totals: Totals,
+    final: float,
+    data_changes: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """final: accuracy after the last round; data_changes: those that the user accepted."""
+    targets = {f"{t:g}": totals.targets.get(f"{t:g}") for t in config.target_accuracy}
+    return {
+        "method": config.method,
+        "dataset": config.dataset,
+        "model": config.model,
+        "partition": config.partition,
+        "clients": config.clients,
+        "cohort": config.settings.get("cohort") or config.num_clients,
+        "rounds": state.round,
+        "seed": config.seed,
+        "engine": config.engine,
+        "device": config.device,
+        "arithmetic": server.engine.arithmetic,
+        "final_accuracy": final,
+        "best_accuracy": max(totals.best_accuracy, final),
+        "density": density(held_masks(server.spec, state.masks)),
+        "dead_units": {
+            name: {"outputs": rows, "inputs": columns}
+            for name, (rows, columns) in dead_units(state.masks).items()
+        },
+        "downlink_bytes": totals.downlink_bytes,
+        "uplink_bytes": totals.uplink_bytes,
+        "flops_per_client": totals.flops_per_client,
+        "flops_dense_gradient_per_client": totals.flops_dense_gradient_per_client,
+        "simulated_seconds": totals.simulated_seconds,
+        "measured_seconds": totals.measured_seconds,
+        "wall_seconds": totals.wall_seconds,
+        "peak_memory_bytes": totals.peak_memory_bytes,
+        "time_to_accuracy": targets,
+        "refused_updates": totals.refused_updates,
+        "first_refusals": dict(totals.first_refusals),
+        "data_changes": list(data_changes),
+    }
