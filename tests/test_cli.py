@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from fedlean import cli
 from fedlean.cost import profile
 from fedlean.models import catalog
 from fedlean.runtime import method as methods
+from fedlean.runtime.lock import hold
 
 QUICK = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch", "4"]
 Fails = Callable[..., str]
@@ -411,6 +413,17 @@ def test_paths_are_stored_absolute_and_tildes_expanded(tmp_path, capsys, fails, 
     again = json.loads((folder / "config.json").read_text())
     assert again == {**config, "dataset": str(tmp_path / "moved")}
     assert "continuing after step 1" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(copied, fails):
+    before = content(copied)
+    with hold(copied, print):
+        locked = content(copied)
+        for command in (["resume"], ["run", "fedavg", "--out"]):
+            line = fails(*command, str(copied))
+            assert f"is being written by fedlean, process {os.getpid()} on" in line
+        assert content(copied) == locked
+    assert content(copied) == before
 
 
 def test_one_setting_has_one_door(refuses):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -46,7 +47,17 @@ def _whole(type_: Any, tokens: Sequence[Any]) -> int:
         raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
 
 
+def _place(type_: Any, tokens: Sequence[Any]) -> Path:
+    """A shell leaves the ~ of --out=~/run to us."""
+    del type_
+    try:
+        return Path(tokens[0].value).expanduser()
+    except RuntimeError as error:  # of ~somebody
+        raise ValueError(f"{tokens[0].value!r}: {error}") from None
+
+
 Whole = Annotated[int, Parameter(converter=_whole)]
+Place = Annotated[Path, Parameter(converter=_place)]
 out, err = Console(), Console(stderr=True)
 app = App(
     name="fedlean",
@@ -83,7 +94,7 @@ def run(
     eval_examples: Whole | None = None,
     max_update_norm: float | None = None,
     set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
-    out: Path | None = None,
+    out: Place | None = None,
 ) -> None:
     """Train one model across simulated clients and write a run folder with a report.
 
@@ -156,7 +167,7 @@ def run(
         max_update_norm=max_update_norm,
         settings=settings,
     )
-    folder = out.expanduser() if out else Path("runs") / _folder_name(config)
+    folder = out or Path("runs") / _folder_name(config)
     with watch_run(config, folder) as watch, _report_of_a_failure(folder):
         summary = runs.start(config, folder, How(watch, _say))
     _finish(folder, summary)
@@ -164,7 +175,7 @@ def run(
 
 @app.command
 def resume(
-    folder: Path,
+    folder: Place,
     /,
     *,
     dataset: str | None = None,
@@ -181,7 +192,6 @@ def resume(
     accept_changed_data
         go on although the data is not what the run began with; the run is marked
     """
-    folder = folder.expanduser()
     config = configs.read_config(folder)
     with watch_run(config, folder) as watch, _report_of_a_failure(folder):
         summary = runs.resume(
@@ -192,10 +202,10 @@ def resume(
 
 @app.command
 def compare(
-    folders: Annotated[list[Path], Parameter(consume_multiple=True, negative=())],
+    folders: Annotated[list[Place], Parameter(consume_multiple=True, negative=())],
     /,
     *,
-    out: Path = Path("compare.html"),
+    out: Place = Path("compare.html"),
     target_accuracy: Annotated[
         list[float] | None, Parameter(consume_multiple=True, negative=())
     ] = None,
@@ -211,8 +221,7 @@ def compare(
     target_accuracy
         accuracies to compare at (default: those of the runs)
     """
-    out = out.expanduser()
-    loaded = [read_run(folder.expanduser()) for folder in folders]
+    loaded = [read_run(folder) for folder in folders]
     write_page(out, comparison_page(loaded, target_accuracy or None))
     _print(report_console.cost_table(loaded, target_accuracy or None))
     _print(f"wrote {out}")
@@ -235,7 +244,7 @@ def profile(
     seconds: float = 300.0,
     link: str | None = None,
     serve: str | None = None,
-    out: Path = Path("profile.json"),
+    out: Place = Path("profile.json"),
 ) -> None:
     """Measure this device's time model and link into a profile for --device.
 
@@ -273,12 +282,13 @@ def profile(
         return
     if dataset is not None and (input_shape or classes):
         raise ValueError("--dataset gives the shape and the classes: leave out the other two")
-    out = out.expanduser()
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file")
     if out.suffix == ".html":
         raise ValueError(f"--out {out} is where the page goes: name the profile {out.stem}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=out.parent):  # may be written, found before minutes are spent
+        pass
     request = Request(
         model=model,
         dataset=dataset,
@@ -333,7 +343,7 @@ app.command(flower_app)
 
 
 @flower_app.command(name="new")
-def new_app(folder: Path, /) -> None:
+def new_app(folder: Place, /) -> None:
     """Write a Flower project, ready for 'flwr run'.
 
     Parameters
@@ -341,7 +351,7 @@ def new_app(folder: Path, /) -> None:
     folder
         a new or empty folder
     """
-    for path in write_project(folder.expanduser()):
+    for path in write_project(folder):
         out.print(f"wrote {path}", highlight=False, soft_wrap=True)
     out.print("README.md there says how to run it; pyproject.toml says what runs", highlight=False)
 

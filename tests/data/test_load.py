@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from stored import FORMATS, Stored, leaf
 
-from fedlean.data.load import available, load_dataset
+from fedlean.data.load import absolute, available, load_dataset
 
 ARRAYS = {
     "x": np.arange(8, dtype=np.uint8).reshape(2, 2, 2),
@@ -127,3 +127,19 @@ def test_hidden_folders_are_passed_over(tmp_path: Path):
 def test_what_is_missing_says_what_to_give():
     with pytest.raises(ValueError, match=r"give the path of the folder.*'fedlean datasets' lists"):
         load_dataset("/no/such/folder")
+
+
+def test_a_name_means_the_same_from_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "sets" / "a:b").mkdir(parents=True)
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "sets"))
+    assert absolute("digits") == "digits", "the built-in one, as the loader takes it"
+    assert absolute("sets") == str(tmp_path / "sets") == absolute("~") == absolute("./sets/")
+    assert absolute("sets/a:b") == str(tmp_path / "sets" / "a:b") == absolute("~/a:b")
+    assert absolute("sets:emnist-letters") == f"{tmp_path / 'sets'}:emnist-letters"
+    assert absolute("~:x.npz") == f"{tmp_path / 'sets'}:x.npz" and absolute("sets:") == (
+        f"{tmp_path / 'sets'}:"
+    )
+    for missing in ("", "nowhere", "no:where", "~/nothing"):
+        assert absolute(missing) == missing

@@ -75,7 +75,7 @@ def load_profile(name: str) -> Profile:
     names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")]
     if name in names:
         return _parse(name, (folder / f"{name}.json").read_text())
-    path = Path(name)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
     if path.is_file():
         try:
             return _parse(name, path.read_text(encoding="utf-8-sig"))  # editors write the mark

@@ -63,7 +63,7 @@ def load_source(name_or_folder: str, room: Room = unlimited) -> Source:
     """
     if name_or_folder in BUILT_IN:
         return BUILT_IN[name_or_folder](room)
-    folder, wanted = _split(name_or_folder)
+    folder, wanted = _split(absolute(name_or_folder))
     found = _find(folder, folder.resolve().name) or _find_below(folder)
     if not found:
         raise ValueError(_nothing_found(folder))
@@ -74,6 +74,23 @@ def load_source(name_or_folder: str, room: Room = unlimited) -> Source:
     if wanted is None or fitting:
         raise ValueError(f"{folder} holds {len(found)} data sets; choose one of {choices}")
     raise ValueError(f"{folder} holds no data set named {wanted!r}; expected one of {choices}")
+
+
+def absolute(name: str) -> str:
+    """`name` with its folder as an absolute path, `~` expanded.
+
+    `name` is a folder, FOLDER:NAME, or a built-in data set, which stays as it is; so does what does
+    not exist, for the loader to refuse by the name that was given.
+
+    >>> absolute("digits")
+    'digits'
+    """
+    whole = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
+    if name in BUILT_IN or (name and whole.exists()):
+        return name if name in BUILT_IN else str(whole.resolve())
+    before, colon, wanted = name.rpartition(":")
+    folder = Path(os.path.expanduser(before))  # noqa: PTH111
+    return f"{folder.resolve()}:{wanted}" if colon and before and folder.exists() else name
 
 
 def _split(text: str) -> tuple[Path, str | None]:

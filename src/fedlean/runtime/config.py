@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlean.data.where import absolute
+from fedlean.data.load import absolute
 from fedlean.models.initialise import INIT_SCHEMES
 from fedlean.runtime.checkpoint import write_atomically
 from fedlean.runtime.method import Settings, complete

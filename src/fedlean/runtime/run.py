@@ -8,6 +8,7 @@ same outcome, bit for bit.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,7 @@ from fedlean.cost.profile import (
 )
 from fedlean.data.batches import test_subset
 from fedlean.data.dataset import Dataset, with_inputs
-from fedlean.data.where import absolute
+from fedlean.data.load import absolute
 from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import Engine
 from fedlean.models.catalog import build as build_model
@@ -119,7 +120,8 @@ def _anywhere(config: RunConfig) -> RunConfig:
     config = replace(config, dataset=absolute(config.dataset))
     if not config.settings.get("masks_from"):
         return config
-    masks_from = str(Path(str(config.settings["masks_from"])).expanduser().resolve())
+    given = os.path.expanduser(str(config.settings["masks_from"]))  # noqa: PTH111 - never raises
+    masks_from = str(Path(given).resolve())
     return replace(config, settings={**config.settings, "masks_from": masks_from})
 
 

@@ -150,3 +150,15 @@ def test_its_process_loads_nothing_that_a_device_has_no_room_for():
     loaded = set(done.stdout.split())
     assert not loaded & {"torch", "matplotlib", "rich", "cyclopts", "flwr", "grpc", "sklearn"}
     assert all(name.startswith("flwr.proto") for name in loaded if name.startswith("flwr"))
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch, capfd, tmp_path):
+    def full(*arguments, **rest):
+        raise MemoryError("Unable to allocate 146. MiB")
+
+    monkeypatch.setattr("fedlean.runtime.flower.node.load_share", full)
+    arguments = ["--superlink", "127.0.0.1:9", "--data", "digits", "--insecure"]
+    assert node.main([*arguments, "--state", str(tmp_path)]) == 2
+    said = capfd.readouterr().err
+    assert "fedlean node: out of memory for digits: Unable to allocate 146. MiB" in said
+    assert "Traceback" not in said

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import re
+import shutil
+import subprocess
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
@@ -42,6 +44,17 @@ def test_headers_verify_as_the_superlink_verifies_them(tmp_path):
     public.verify(signature, signed, ec.ECDSA(hashes.SHA256()))
     age = datetime.now(UTC) - datetime.fromisoformat(headers["flwr-timestamp"])
     assert timedelta(0) <= age < timedelta(minutes=1)
+
+
+def test_a_fingerprint_is_that_of_ssh_keygen(tmp_path):
+    make_key(tmp_path / "key")
+    key = read_key(tmp_path / "key")
+    assert re.fullmatch("SHA256:[A-Za-z0-9+/]{43}", key.fingerprint)
+    if shutil.which("ssh-keygen"):
+        (tmp_path / "key").chmod(0o600)
+        command = ["ssh-keygen", "-lf", str(tmp_path / "key")]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert key.fingerprint in shown.split()
 
 
 P384 = ec.generate_private_key(ec.SECP384R1())
