@@ -15,15 +15,14 @@ void check_lanes(int lanes, int pixels, Random& random) {
   const bool accumulate = toss(random), same = toss(random, 0.3);
   const float* const other = same ? x.data() : z.data();
   struct Results {
-    Floats affine, blend, sums, products, squares;
+    Floats affine, blend, sums, products;
   };
-  const Results start = {before, before, u, v, u};
+  const Results start = {before, before, u, v};
   auto run = [&](const Kernels& k, Results& r) {
-    k.affine(x.data(), s.data(), t.data(), r.affine.data(), lanes, pixels, accumulate);
+    k.affine(x.data(), v.data(), s.data(), t.data(), r.affine.data(), lanes, pixels, accumulate);
     k.blend(x.data(), s.data(), other, v.data(), t.data(), u.data(), r.blend.data(), lanes, pixels,
             accumulate);
     k.lane_sums(x.data(), other, s.data(), r.sums.data(), r.products.data(), lanes, pixels);
-    k.lane_squares(x.data(), s.data(), r.squares.data(), lanes, pixels);
   };
   Results want = start;
   run(reference_kernels(), want);
@@ -34,11 +33,11 @@ void check_lanes(int lanes, int pixels, Random& random) {
     check_result(got.blend, want.blend, start.blend, everywhere);
     check_result(got.sums, want.sums, start.sums, everywhere);
     check_result(got.products, want.products, start.products, everywhere);
-    check_result(got.squares, want.squares, start.squares, everywhere);
     Floats in_place = x;
     Floats apart = x;
-    kernels->affine(in_place.data(), s.data(), t.data(), in_place.data(), lanes, pixels, false);
-    kernels->affine(x.data(), s.data(), t.data(), apart.data(), lanes, pixels, false);
+    kernels->affine(in_place.data(), v.data(), s.data(), t.data(), in_place.data(), lanes, pixels,
+                    false);
+    kernels->affine(x.data(), v.data(), s.data(), t.data(), apart.data(), lanes, pixels, false);
     CHECK(in_place.same_bits(apart));
   }
 }
@@ -50,14 +49,43 @@ void check_lanes_by_hand() {
     const float x[8] = {0, 1, 0, 0, 0, 2, 0, 0}, b[8] = {0, 10, 0, 0, 0, 20, 0, 0};
     const float scale[4] = {9, 3, 9, 9}, shift[4] = {9, 4, 9, 9}, half[4] = {9, 0.5f, 9, 9};
     float y[8] = {}, sums[4] = {0, 100}, products[4] = {0, 200}, squares[4] = {0, 300};
-    kernels->affine(x, scale, shift, y, 4, 2, false);
-    CHECK(y[1] == 7 && y[5] == 10);
+    float differences[4] = {0, 400};
+    kernels->affine(x, half, scale, shift, y, 4, 2, false);
+    CHECK(y[1] == 5.5f && y[5] == 8.5f);
     kernels->blend(x, scale, b, half, half, shift, y, 4, 2, true);
-    CHECK(y[1] == 7 + 3 + 4.75f + 4 && y[5] == 10 + 6 + 9.75f + 4);
+    CHECK(y[1] == 5.5f + 3 + 4.75f + 4 && y[5] == 8.5f + 6 + 9.75f + 4);
     kernels->lane_sums(x, b, half, sums, products, 4, 2);
     CHECK(sums[1] == 103 && products[1] == 200 + 9.5f + 39);
-    kernels->lane_squares(x, half, squares, 4, 2);
+    const Images images = {x, 1, 1, 2, 2, 2};
+    kernels->lane_differences(images, half, differences, 4);
+    CHECK(differences[1] == 402);
+    kernels->lane_squares(images, half, squares, 4);
     CHECK(squares[1] == 300 + 0.25f + 2.25f);
+  }
+}
+
+// Where every input is the center nothing is left of it, however large the scale: the differences
+// are 0 and the output is the shift, to the bit.
+void check_constant_lanes(float constant, int lanes, int pixels, Random& random) {
+  check_context = "constant " + std::to_string(constant) + ", lanes " + std::to_string(lanes) +
+                  ", pixels " + std::to_string(pixels);
+  const std::size_t n = std::size_t(lanes) * pixels;
+  const Floats shift = random_floats(lanes, random);
+  Floats x(n), center(lanes), scale = random_floats(lanes, random);
+  for (std::size_t i = 0; i < n; ++i) x[i] = constant;
+  for (int lane = 0; lane < lanes; ++lane) center[lane] = constant, scale[lane] *= 1000;
+  for (const Kernels* kernels : available_kernels()) {
+    Floats y(n), differences(lanes), squares(lanes);
+    for (int lane = 0; lane < lanes; ++lane) differences[lane] = squares[lane] = 0;
+    kernels->affine(x.data(), center.data(), scale.data(), shift.data(), y.data(), lanes, pixels,
+                    false);
+    const Images images = {x.data(), 1, pixels, 1, 1, 0};
+    kernels->lane_differences(images, center.data(), differences.data(), lanes);
+    kernels->lane_squares(images, center.data(), squares.data(), lanes);
+    bool exact = true;
+    for (std::size_t i = 0; i < n; ++i) exact &= y[i] == shift[i % lanes];
+    for (int lane = 0; lane < lanes; ++lane) exact &= differences[lane] == 0 && squares[lane] == 0;
+    CHECK(exact);
   }
 }
 
@@ -88,6 +116,50 @@ void check_sum_channels(int n, Random& random) {
                           channel_step, parts.data() + cut);
     CHECK(sums == parts);
     for (int c = 0; c < channels; ++c) CHECK(std::fabs(sums[c] - want[c]) <= 1e-6 * largest[c]);
+  }
+}
+
+// Differences and squares over images without their halo.
+void check_images(int lanes, int width, Random& random) {
+  const int channels = pick(random, 0, 5), rows = pick(random, 1, 9);
+  const std::size_t row_step = width + pick(random, 0, 3);
+  const std::size_t channel_step = rows * row_step + pick(random, 0, 3);
+  check_context = "images, lanes " + std::to_string(lanes) + ", " + std::to_string(channels) +
+                  " channels of " + std::to_string(rows) + " rows of " + std::to_string(width);
+  const Floats center = random_floats(lanes, random), before = random_floats(lanes, random);
+  Floats x(channels * channel_step * lanes);  // between the rows: NaN
+  for (int c = 0; c < channels; ++c)
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < width * lanes; ++i)
+        x[(c * channel_step + r * row_step) * lanes + i] = float(pick(random, -1000, 1000)) / 512;
+  const Images images = {x.data(), channels, rows, width, row_step, channel_step};
+  Floats want_sums = before, want_squares = before;
+  reference_kernels().lane_differences(images, center.data(), want_sums.data(), lanes);
+  reference_kernels().lane_squares(images, center.data(), want_squares.data(), lanes);
+  for (const Kernels* kernels : available_kernels()) {
+    Floats sums = before, squares = before;
+    kernels->lane_differences(images, center.data(), sums.data(), lanes);
+    kernels->lane_squares(images, center.data(), squares.data(), lanes);
+    check_result(sums, want_sums, before, everywhere, 1);
+    check_result(squares, want_squares, before, everywhere);
+  }
+}
+
+// One running sum of equal terms would drift by more than this.
+void check_equal_terms() {
+  const int side = 64;
+  Floats x(std::size_t(side) * side * 4), center(4);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = 0.3f;
+  for (int lane = 0; lane < 4; ++lane) center[lane] = 0;
+  const Images images = {x.data(), 1, side, side, side, side * side};
+  for (const Kernels* kernels : available_kernels()) {
+    check_context = kernels->name + std::string(": equal terms");
+    float sums[4] = {}, squares[4] = {};
+    kernels->lane_differences(images, center.data(), sums, 4);
+    kernels->lane_squares(images, center.data(), squares, 4);
+    const double count = side * side, term = 0.3f;
+    CHECK_CLOSE(sums[0], count * term, 2e-6 * count * term);
+    CHECK_CLOSE(squares[0], count * term * term, 2e-6 * count * term * term);
   }
 }
 
@@ -185,11 +257,15 @@ int main() {
   using namespace fedlean;
   Random random(5);
   check_lanes_by_hand();
+  check_equal_terms();
   check_pool_by_hand();
   for (int n = 0; n <= 120; n += 4) check_sum_channels(n, random);
   for (int lanes = kLaneStep; lanes <= kPanelLanes; lanes += kLaneStep) {
     for (int pixels = 1; pixels <= 40; ++pixels) {
       check_lanes(lanes, pixels, random);
+      for (float constant : {0.3f, -0.1f, 1e-3f, 1e4f + 0.1f})
+        check_constant_lanes(constant, lanes, pixels, random);
+      check_images(lanes, pixels, random);
       check_interleave(lanes, pixels, random);
       check_fill(lanes, pixels, random);
     }

@@ -28,6 +28,7 @@ ATTEMPTS = 8  # seeds tried for a problem with neither
 ALLOWANCE = 10  # times the largest change that the oracle's own roundings make
 
 Results = dict[str, np.ndarray]
+Start = Callable[[ModelSpec, int], Results]  # parameters of a spec, by a seed
 
 
 def assert_agrees(
@@ -80,15 +81,17 @@ def well_posed(run: Callable[..., tuple[Oracle, Results]]) -> tuple[int, Results
 # One forward and backward
 
 
-def check_gradients(engine: Engine, spec: ModelSpec, *, size: int, masks=None, frozen=()) -> None:
+def check_gradients(
+    engine: Engine, spec: ModelSpec, *, size: int, masks=None, frozen=(), params_of: Start = start
+) -> None:
     """All activations, and the gradients of all coordinates and of the kept ones.
 
     They enter at the output and at one node more, where there is one.
     """
     masks = masks or {}
-    run = partial(_gradients, spec, size, masks, frozen)
+    run = partial(_gradients, spec, size, masks, frozen, params_of)
     seed, want = well_posed(run)
-    params, x, entering = _problem(spec, size, seed)
+    params, (x, entering) = params_of(spec, seed), _problem(spec, size, seed)
     session = opened(engine, spec, params, masks=masks, frozen=frozen, batch_size=size)
     taps = list(spec.by_name)
     out = session.forward(x, taps=taps, training=True)
@@ -114,12 +117,12 @@ def _problem(spec: ModelSpec, size: int, seed: int):
         name: rng.standard_normal((size, *spec.shapes[name])).astype(np.float32)
         for name in dict.fromkeys((nodes[-1], nodes[len(nodes) // 2]))
     }
-    return start(spec, seed), x, entering
+    return x, entering
 
 
-def _gradients(spec, size, masks, frozen, seed, jitter=None) -> tuple[Oracle, Results]:
-    params, x, entering = _problem(spec, size, seed)
-    oracle = Oracle(spec, params, masks, frozen, jitter=jitter)
+def _gradients(spec, size, masks, frozen, params_of, seed, jitter=None) -> tuple[Oracle, Results]:
+    x, entering = _problem(spec, size, seed)
+    oracle = Oracle(spec, params_of(spec, seed), masks, frozen, jitter=jitter)
     values = oracle.forward(x, training=True)
     activations = {name: value.detach().numpy() for name, value in values.items()}
     results = numbered("activation", activations)
@@ -139,19 +142,20 @@ def check_training(
     sgd: SGD = FULL_SGD,
     loss: str = "ce",
     steps: int = 3,
+    params_of: Start = start,
 ) -> Session:
     """Losses, updates, importance sums and running statistics."""
     masks = masks or {}
 
     def run(seed: int, jitter: int | None = None) -> tuple[Oracle, Results]:
-        oracle = Oracle(spec, start(spec, seed), masks, frozen, sgd, loss, jitter)
+        oracle = Oracle(spec, params_of(spec, seed), masks, frozen, sgd, loss, jitter)
         return oracle, _training(oracle, spec, size, seed, steps)
 
     seed, want = well_posed(run)
     session = opened(
         engine,
         spec,
-        start(spec, seed),
+        params_of(spec, seed),
         masks=masks,
         frozen=frozen,
         sgd=sgd,

@@ -113,6 +113,16 @@ def start(spec: ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
     return params
 
 
+def start_with_fresh_norms(spec: ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
+    """`start` but for the norms' biases, which are 0 as training begins with them.
+
+    A ReLU above then stands at its kink wherever the norm's inputs are all one value.
+    """
+    norms = (node.name for node in spec.nodes if isinstance(node.layer, BatchNorm | GroupNorm))
+    params = start(spec, seed)
+    return params | {f"{name}.bias": np.zeros_like(params[f"{name}.bias"]) for name in norms}
+
+
 def batch(spec: ModelSpec, size: int = 5, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """x (size, *input_shape) and labels y (size,)."""
     rng = np.random.default_rng(seed)
@@ -123,6 +133,13 @@ def batch(spec: ModelSpec, size: int = 5, seed: int = 1) -> tuple[np.ndarray, np
 def masks_of(spec: ModelSpec, density: float = 0.5, seed: int = 2) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: rng.random(spec.param_shapes[name]) < density for name in spec.prunable}
+
+
+def with_dead_outputs(masks: dict[str, np.ndarray], share: float, seed: int = 3):
+    """The masks with about this share of the outputs of every layer pruned whole."""
+    rng = np.random.default_rng(seed)
+    alive = {name: rng.random(len(mask)) >= share for name, mask in masks.items()}
+    return {n: mask & alive[n].reshape(-1, *[1] * (mask.ndim - 1)) for n, mask in masks.items()}
 
 
 def opened(

@@ -3,7 +3,8 @@
 It shares nothing with the engines: modules from `to_torch`, masks as products, SGD written out.
 `kink_distance` says how near an activation came to a point where a gradient jumps (0 of a ReLU, a
 tie in a maximum, ±3 of a Hardswish): closer than rounding, float32 and float64 may both be right
-and differ.  `amplification` says how much a norm of nearly equal values enlarged roundings.  With a
+and differ.  `amplification` says how much a norm of nearly equal values enlarged roundings; of
+equal values, as a channel without weights has, it enlarges none and gives exactly its bias.  With a
 `jitter` activations, the gradients that flow through them, sums and updated weights are off by up
 to JITTER, as in float32: what that changes is the problem's conditioning.
 """
@@ -65,21 +66,31 @@ class Oracle:
             self.kink_distance = min(self.kink_distance, kink_distance(module, x))
             scale = norm_scale(module, x)
             if scale is not None:
-                self.amplification = max(self.amplification, (scale * x).abs().max().item())
+                constant = is_constant(module, x)
+                enlarged = torch.where(constant, 0.0, scale * x)
+                self.amplification = max(self.amplification, enlarged.abs().max().item())
                 # of terms that cancel: x less its mean, dL/doutput less its projections
-                gain = module.weight.detach().reshape(-1, *[1] * (x.ndim - 2)) * scale
+                per_channel = (-1, *[1] * (x.ndim - 2))
+                gain = module.weight.detach().reshape(per_channel) * scale
                 output = output + self._rounded(torch.zeros_like(x), gain) * inputs[0]
+                exact = module.bias.detach().reshape(per_channel)
+                output = output + torch.where(constant, exact - output.detach(), 0.0)
             self.values[name] = self._rounded(output)
             return self.values[name]
 
         return hook
 
     def _rounded(self, tensor, magnitude=None):
-        """`tensor` off by up to a few roundings of itself or of `magnitude`."""
+        """`tensor` off by a few roundings of itself, alike where it is equal, or of `magnitude`."""
         if self.noise is None:
             return tensor
-        noise = 2 * torch.rand(tensor.shape, generator=self.noise, dtype=tensor.dtype) - 1
-        return tensor + JITTER * noise * (tensor if magnitude is None else magnitude)
+        if magnitude is not None:
+            return tensor + JITTER * self._noise(tensor.shape) * magnitude
+        values, which = tensor.detach().unique(return_inverse=True)
+        return tensor + JITTER * self._noise(values.shape)[which] * tensor
+
+    def _noise(self, shape):
+        return 2 * torch.rand(shape, generator=self.noise, dtype=torch.float64) - 1
 
     def forward(self, x, *, training):
         """Activations of all nodes, by name, with their graph."""
@@ -184,6 +195,18 @@ def norm_scale(module, x):
     else:
         var = module.running_var.reshape(per_channel)
     return (var + module.eps).rsqrt()
+
+
+def is_constant(module, x):
+    """Where a norm in training takes its moments from equal values only, to be broadcast to x."""
+    if isinstance(module, nn.GroupNorm):
+        values = x.reshape(len(x), module.num_groups, -1)
+        constant = (values == values[:, :, :1]).all(2)
+        constant = constant.repeat_interleave(x.shape[1] // module.num_groups, 1)
+        return constant.reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+    values = x.transpose(0, 1).flatten(1)
+    constant = (values == values[:, :1]).all(1) & module.training
+    return constant.reshape(-1, *[1] * (x.ndim - 2))
 
 
 def kink_distance(module, x) -> float:

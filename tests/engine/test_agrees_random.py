@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from engine.agreement import SIZES, IllPosed, check_gradients, check_training
-from engine.cases import FULL_SGD, LOSSES, masks_of
+from engine.cases import (
+    FULL_SGD,
+    LOSSES,
+    masks_of,
+    start,
+    start_with_fresh_norms,
+    with_dead_outputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +44,10 @@ RUNS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 @st.composite
 def networks(draw: Draw) -> ModelSpec:
-    """Up to MAX_NODES layers, each on any of the activations before it, and a head."""
+    """Up to MAX_NODES layers, each on any of the activations before it, and a head.
+
+    On half of the weighted layers there are a norm and a ReLU.
+    """
     sides = st.integers(1, 9)
     shape: Shape = (draw(st.integers(1, 6)),)
     if draw(st.integers(0, 4)):
@@ -51,10 +61,22 @@ def networks(draw: Draw) -> ModelSpec:
         layer, inputs = draw(st.sampled_from(list(_layers(draw, source, shapes))))
         nodes.append(Node(f"n{i}", layer, inputs))
         shapes[f"n{i}"] = layer.output_shape([shapes[name] for name in inputs])
+        if isinstance(layer, Conv2d | Linear) and draw(st.booleans()):
+            for suffix, above in (("norm", _norm(draw, shapes[f"n{i}"][0])), ("relu", ReLU())):
+                nodes.append(Node(f"n{i}_{suffix}", above, (nodes[-1].name,)))
+                shapes[nodes[-1].name] = shapes[f"n{i}"]
     if len(shapes[nodes[-1].name]) == 3:
         nodes.append(Node("flat", Flatten(), (nodes[-1].name,)))
     nodes.append(Node("head", Linear(draw(st.integers(1, 5))), (nodes[-1].name,)))
     return ModelSpec(shape, tuple(nodes))
+
+
+def _norm(draw: Draw, channels: int) -> Layer:
+    return draw(st.sampled_from([BatchNorm(), GroupNorm(groups=_divisor(draw, channels))]))
+
+
+def _divisor(draw: Draw, channels: int) -> int:
+    return draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
 
 
 def _layers(
@@ -63,7 +85,7 @@ def _layers(
     """What may follow `source`, and what it reads."""
     shape = shapes[source]
     channels, bias = shape[0], draw(st.booleans())
-    groups = draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
+    groups = _divisor(draw, channels)
     alike = [name for name in shapes if shapes[name] == shape]
     more = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
     for layer in (ReLU(), Hardswish(), Hardsigmoid(), BatchNorm(), GroupNorm(groups=groups)):
@@ -94,23 +116,39 @@ DENSITIES = st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.9, 1.0])
 AT_LEAST_THREE = st.sampled_from(SIZES[1:8])  # BatchNorm of two values amplifies roundings
 
 
-@RUNS
-@given(spec=networks(), density=DENSITIES, size=AT_LEAST_THREE, data=st.data())
-def test_gradients(engine, spec, density, size, data):
-    frozen = data.draw(st.sets(st.sampled_from(sorted(spec.param_shapes)), max_size=2))
-    with suppress(IllPosed):
-        check_gradients(engine, spec, size=size, masks=masks_of(spec, density), frozen=frozen)
+DEAD_SHARES = st.sampled_from([0.0, 0.3, 1.0])  # of each layer's outputs
+STARTS = st.sampled_from([start, start_with_fresh_norms])
 
 
 @RUNS
 @given(
     spec=networks(),
     density=DENSITIES,
+    dead=DEAD_SHARES,
     size=AT_LEAST_THREE,
+    params_of=STARTS,
+    data=st.data(),
+)
+def test_gradients(engine, spec, density, dead, size, params_of, data):
+    frozen = data.draw(st.sets(st.sampled_from(sorted(spec.param_shapes)), max_size=2))
+    masks = with_dead_outputs(masks_of(spec, density), dead)
+    with suppress(IllPosed):
+        check_gradients(engine, spec, size=size, masks=masks, frozen=frozen, params_of=params_of)
+
+
+@RUNS
+@given(
+    spec=networks(),
+    density=DENSITIES,
+    dead=DEAD_SHARES,
+    size=AT_LEAST_THREE,
+    params_of=STARTS,
     loss=st.sampled_from(LOSSES),
     sgd=st.sampled_from([SGD(0.3), FULL_SGD]),
 )
-def test_training(engine, spec, density, size, loss, sgd):
-    masks = masks_of(spec, density)
+def test_training(engine, spec, density, dead, size, params_of, loss, sgd):
+    masks = with_dead_outputs(masks_of(spec, density), dead)
     with suppress(IllPosed):
-        check_training(engine, spec, size=size, masks=masks, loss=loss, sgd=sgd)
+        check_training(
+            engine, spec, size=size, masks=masks, loss=loss, sgd=sgd, params_of=params_of
+        )

@@ -85,6 +85,14 @@ struct ColumnArgs {
   float* out[2];
 };
 
+// Channels of a panel without their halo.  All in pixels: `rows` rows of `width`, `row_step` apart,
+// and channels `channel_step` apart.
+struct Images {
+  const float* first;
+  int channels, rows, width;
+  std::size_t row_step, channel_step;
+};
+
 struct Update {  // see fedlean.engine.protocol.SGD
   float lr, momentum, weight_decay, proximal;
 };
@@ -134,9 +142,10 @@ struct Kernels {
   void (*hardsigmoid_backward)(const float* x, const float* grad, float* grad_x, std::size_t n);
   void (*add)(const float* x, float* y, std::size_t n);  // y += x
 
-  // y[lane + i*lanes] (+)= x * scale[lane] + shift[lane] for n pixels
-  void (*affine)(const float* x, const float* scale, const float* shift, float* y, int lanes,
-                 int pixels, bool accumulate);
+  // y[lane + i*lanes] (+)= (x - center[lane]) * scale[lane] + shift[lane] for n pixels; exactly
+  // `shift` where x is `center`
+  void (*affine)(const float* x, const float* center, const float* scale, const float* shift,
+                 float* y, int lanes, int pixels, bool accumulate);
   // y[lane + i*lanes] (+)= a * scale_a[lane] + (b - center[lane]) * scale_b[lane] + shift[lane]
   void (*blend)(const float* a, const float* scale_a, const float* b, const float* center,
                 const float* scale_b, const float* shift, float* y, int lanes, int pixels,
@@ -152,8 +161,10 @@ struct Kernels {
   void (*interleave)(const float* const* rows, float* to, int lanes, int n);
   // to[c*lanes + l] = values[c], or 0 where values is null
   void (*fill_channels)(const float* values, float* to, int lanes, int channels);
-  // squares[lane] += sum_i (x - center[lane])^2
-  void (*lane_squares)(const float* x, const float* center, float* squares, int lanes, int pixels);
+  // sums[lane] += the sum of x - center[lane] over the images
+  void (*lane_differences)(const Images& x, const float* center, float* sums, int lanes);
+  // squares[lane] += the sum of (x - center[lane])^2 over the images
+  void (*lane_squares)(const Images& x, const float* center, float* squares, int lanes);
 
   // One output row of a pooling window without padding: see pooling.cpp for the general case.
   void (*max_pool_row)(const float* in, float* out, std::uint8_t* winner, int lanes, int in_row,

@@ -263,10 +263,11 @@ void add(const float* x, float* y, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) y[i] += x[i];
 }
 
-void affine(const float* x, const float* scale, const float* shift, float* y, int lanes, int pixels,
-            bool accumulate) {
+void affine(const float* x, const float* center, const float* scale, const float* shift, float* y,
+            int lanes, int pixels, bool accumulate) {
   for (std::size_t i = 0; i < std::size_t(pixels) * lanes; ++i) {
-    const double moved = double(x[i]) * scale[i % lanes] + shift[i % lanes];
+    const int lane = int(i % lanes);
+    const double moved = (double(x[i]) - center[lane]) * scale[lane] + shift[lane];
     y[i] = float(accumulate ? y[i] + moved : moved);
   }
 }
@@ -321,15 +322,25 @@ void fill_channels(const float* values, float* to, int lanes, int channels) {
     std::fill_n(to + std::size_t(c) * lanes, lanes, values ? values[c] : 0.0f);
 }
 
-void lane_squares(const float* x, const float* center, float* squares, int lanes, int pixels) {
+// sums[lane] += the sum of term(x - center[lane])
+template <typename F>
+void sum_images(const Images& x, const float* center, float* sums, int lanes, F&& term) {
   for (int lane = 0; lane < lanes; ++lane) {
-    double sum = squares[lane];
-    for (std::size_t i = 0; i < std::size_t(pixels); ++i) {
-      const double distance = double(x[i * lanes + lane]) - center[lane];
-      sum += distance * distance;
-    }
-    squares[lane] = float(sum);
+    double sum = sums[lane];
+    for (int c = 0; c < x.channels; ++c)
+      for (int r = 0; r < x.rows; ++r)
+        for (int i = 0; i < x.width; ++i) {
+          const std::size_t pixel = c * x.channel_step + r * x.row_step + i;
+          sum += term(double(x.first[pixel * lanes + lane]) - center[lane]);
+        }
+    sums[lane] = float(sum);
   }
+}
+void lane_differences(const Images& x, const float* center, float* sums, int lanes) {
+  sum_images(x, center, sums, lanes, [](double d) { return d; });
+}
+void lane_squares(const Images& x, const float* center, float* squares, int lanes) {
+  sum_images(x, center, squares, lanes, [](double d) { return d * d; });
 }
 
 // Of equal pixels the first wins; of NaNs, which win over all others, the last (as in PyTorch).
@@ -401,6 +412,7 @@ const Kernels reference_table = {
     all_finite,
     interleave,
     fill_channels,
+    lane_differences,
     lane_squares,
     max_pool_row,
     max_unpool_row,

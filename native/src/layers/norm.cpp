@@ -1,5 +1,9 @@
 // GroupNorm and BatchNorm: statistics in two passes (mean, then squares around it), then one scale
-// and shift per channel and lane.
+// and shift of x - mean per channel and lane.
+//
+// Where all inputs are one value, as in a channel without weights, 1 / sqrt(eps) would amplify a
+// rounding of the mean, and what is noise would pass a ReLU.  So the mean is summed as differences
+// to one of the inputs: it is then that value exactly, and the output exactly the bias.
 
 #include <cmath>
 #include <cstring>
@@ -15,6 +19,12 @@ struct Lanes {
   operator float*() { return v; }
 };
 
+Lanes filled(float value) {
+  Lanes lanes;
+  for (float& v : lanes.v) v = value;
+  return lanes;
+}
+
 class Norm : public Layer {
 public:
   Norm(const Node& node, const Shape& in) : Layer(node), shape_(in) {}
@@ -26,24 +36,20 @@ public:
 protected:
   int pixels() const { return shape_.height * shape_.width; }
 
-  // f(row of channel c, pixels)
-  template <typename F>
-  static void rows(const View& v, int p, int lanes, int c, F&& f) {
-    for_rows(v, v, p, lanes, c, c + 1,
-             [&](float* row, float*, std::size_t n) { f(row, int(n / lanes)); });
+  // Row y of channel c.
+  static float* row(const View& v, int p, int lanes, int c, int y) {
+    return v.interior(p, lanes) +
+           (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
   }
-  static void add_sums(const Pass& pass, const View& v, int p, int c, Lanes& sums) {
-    const int lanes = pass.lanes(p);
-    Lanes unused, zero;
-    rows(v, p, lanes, c, [&](const float* x, int n) {
-      pass.kernels.lane_sums(x, x, zero, sums, unused, lanes, n);
-    });
-  }
-  static void add_squares(const Pass& pass, const View& v, int p, int c, Lanes& center,
-                          Lanes& squares) {
-    const int lanes = pass.lanes(p);
-    rows(v, p, lanes, c,
-         [&](const float* x, int n) { pass.kernels.lane_squares(x, center, squares, lanes, n); });
+  // The channels [begin, end) of the input.
+  static Images images(const Pass& pass, int p, int begin, int end) {
+    const Layout& in = pass.in[0].layout;
+    return {row(pass.in[0], p, pass.lanes(p), begin, 0),
+            end - begin,
+            in.shape.height,
+            in.shape.width,
+            std::size_t(in.row()),
+            std::size_t(in.plane())};
   }
   // sums += dY, products += dY * (x - center)
   static void add_products(const Pass& pass, int p, int c, Lanes& center, Lanes& sums,
@@ -54,11 +60,12 @@ protected:
                pass.kernels.lane_sums(g, x, center, sums, products, lanes, int(n / lanes));
              });
   }
+  // to (+)= (from - center) * scale + shift, all per lane
   static void scale_channel(const Pass& pass, const View& from, const View& to, int p, int c,
-                            Lanes& scale, Lanes& shift, bool accumulate) {
+                            Lanes& center, Lanes& scale, Lanes& shift, bool accumulate) {
     const int lanes = pass.lanes(p);
     for_rows(from, to, p, lanes, c, c + 1, [&](const float* x, float* y, std::size_t n) {
-      pass.kernels.affine(x, scale, shift, y, lanes, int(n / lanes), accumulate);
+      pass.kernels.affine(x, center, scale, shift, y, lanes, int(n / lanes), accumulate);
     });
   }
   // dX (+)= dY * scale_grad + (x - mean) * scale_in + shift, all per lane
@@ -67,13 +74,10 @@ protected:
     const int lanes = pass.lanes(p);
     const View &grad = pass.grad_out, &in = pass.in[0], &to = pass.grad_in[0];
     const int height = in.layout.shape.height, width = in.layout.shape.width;
-    auto row = [&](const View& v, int y) {
-      return v.interior(p, lanes) +
-             (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
-    };
     for (int y = 0; y < height; ++y)
-      pass.kernels.blend(row(grad, y), scale_grad, row(in, y), mean, scale_in, shift, row(to, y),
-                         lanes, width, pass.accumulate[0]);
+      pass.kernels.blend(row(grad, p, lanes, c, y), scale_grad, row(in, p, lanes, c, y), mean,
+                         scale_in, shift, row(to, p, lanes, c, y), lanes, width,
+                         pass.accumulate[0]);
   }
   // One channel's gradients of scale and shift.
   void take(Pass& pass, int c, float weight_grad, float bias_grad) {
@@ -108,20 +112,18 @@ public:
       for (int group = begin; group < end; ++group) {
         for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
           const int first = group * per_group;
-          Lanes mean, squares, inverse;
-          for (int c = first; c < first + per_group; ++c) add_sums(pass, pass.in[0], p, c, mean);
-          for (float& m : mean.v) m /= count;
-          for (int c = first; c < first + per_group; ++c)
-            add_squares(pass, pass.in[0], p, c, mean, squares);
+          const Images x = images(pass, p, first, first + per_group);
+          Lanes mean = means(pass, x, pass.lanes(p), count), squares, inverse;
+          pass.kernels.lane_squares(x, mean, squares, pass.lanes(p));
           for (int l = 0; l < kPanelLanes; ++l)
             inverse[l] = 1.0f / std::sqrt(squares[l] / count + node.eps);
           for (int c = first; c < first + per_group; ++c) {
             Lanes scale, shift;
             for (int l = 0; l < kPanelLanes; ++l) {
               scale[l] = inverse[l] * weight[c];
-              shift[l] = bias[c] - mean[l] * scale[l];
+              shift[l] = bias[c];
             }
-            scale_channel(pass, pass.in[0], pass.out, p, c, scale, shift, false);
+            scale_channel(pass, pass.in[0], pass.out, p, c, mean, scale, shift, false);
           }
           if (!pass.saved) continue;
           float* const at = saved(pass, group, p);
@@ -166,6 +168,14 @@ public:
   }
 
 private:
+  // Of the `count` values of each lane.
+  static Lanes means(const Pass& pass, const Images& x, int lanes, float count) {
+    Lanes reference, sums, mean;
+    std::memcpy(reference.v, x.first, lanes * sizeof(float));
+    pass.kernels.lane_differences(x, reference, sums, lanes);
+    for (int l = 0; l < lanes; ++l) mean[l] = reference[l] + sums[l] / count;
+    return mean;
+  }
   void input_gradient(Pass& pass, int p, int c, float count, Lanes& mean, Lanes& inverse,
                       Lanes& sum, Lanes& product) {
     Lanes scale_grad, scale_in, shift;
@@ -210,13 +220,9 @@ public:
           pass.saved[2 * c] = mean;
           pass.saved[2 * c + 1] = inverse;
         }
-        Lanes scale, shift;
-        for (int l = 0; l < kPanelLanes; ++l) {
-          scale[l] = inverse * weight[c];
-          shift[l] = bias[c] - mean * scale[l];
-        }
+        Lanes center = filled(mean), scale = filled(inverse * weight[c]), shift = filled(bias[c]);
         for (int p = pass.panel_begin; p < pass.panel_end; ++p)
-          scale_channel(pass, pass.in[0], pass.out, p, c, scale, shift, false);
+          scale_channel(pass, pass.in[0], pass.out, p, c, center, scale, shift, false);
       }
     });
   }
@@ -241,17 +247,18 @@ private:
   void statistics(Pass& pass, int c, float& mean, float& var) {
     const double count = double(pass.batch.examples) * pixels();
     double sum = 0, square = 0;
+    const float reference = *images(pass, pass.panel_begin, c, c + 1).first;
+    Lanes center = filled(reference);
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       Lanes sums;
-      add_sums(pass, pass.in[0], p, c, sums);
+      pass.kernels.lane_differences(images(pass, p, c, c + 1), center, sums, pass.lanes(p));
       for (int l = 0; l < pass.batch.used(p); ++l) sum += sums[l];
     }
-    mean = float(sum / count);
-    Lanes center;
-    for (float& m : center.v) m = mean;
+    mean = float(reference + sum / count);
+    center = filled(mean);
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       Lanes squares;
-      add_squares(pass, pass.in[0], p, c, center, squares);
+      pass.kernels.lane_squares(images(pass, p, c, c + 1), center, squares, pass.lanes(p));
       for (int l = 0; l < pass.batch.used(p); ++l) square += squares[l];
     }
     var = float(square / count);
@@ -262,8 +269,7 @@ private:
   }
 
   static void products_of(const Pass& pass, int c, float mean, float& sum, float& product) {
-    Lanes center;
-    for (float& m : center.v) m = mean;
+    Lanes center = filled(mean);
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       Lanes sums, products;
       add_products(pass, p, c, center, sums, products);
@@ -285,7 +291,8 @@ private:
       if (mixes_examples()) {
         blend_channel(pass, p, c, scale_grad, center, scale_in, shift);
       } else {
-        scale_channel(pass, pass.grad_out, pass.grad_in[0], p, c, scale_grad, shift,
+        Lanes zero;
+        scale_channel(pass, pass.grad_out, pass.grad_in[0], p, c, zero, scale_grad, shift,
                       pass.accumulate[0]);
       }
     }

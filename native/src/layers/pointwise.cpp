@@ -117,7 +117,7 @@ public:
         const float* const gate = pass.in[1].panel(p) + std::size_t(c) * lanes;
         for_rows(pass.in[0], pass.out, p, lanes, c, c + 1,
                  [&](const float* x, float* y, std::size_t n) {
-                   pass.kernels.affine(x, gate, zero, y, lanes, int(n / lanes), false);
+                   pass.kernels.affine(x, zero, gate, zero, y, lanes, int(n / lanes), false);
                  });
       }
     });
@@ -131,7 +131,7 @@ public:
         if (pass.grad_in[0])
           for_rows(pass.grad_out, pass.grad_in[0], p, lanes, c, c + 1,
                    [&](const float* g, float* to, std::size_t n) {
-                     pass.kernels.affine(g, gate, zero, to, lanes, int(n / lanes),
+                     pass.kernels.affine(g, zero, gate, zero, to, lanes, int(n / lanes),
                                          pass.accumulate[0]);
                    });
         if (pass.grad_in[1]) gate_gradient(pass, p, lanes, c);

@@ -195,7 +195,7 @@ public:
       for (int y = 0; y < in_.height; ++y) {
         float* const row = pixel(to, p, lanes, c, y, 0);
         if (!pass.accumulate[0]) std::memset(row, 0, sizeof(float) * lanes * in_.width);
-        pass.kernels.affine(row, zero, shift, row, lanes, in_.width, pass.accumulate[0]);
+        pass.kernels.affine(row, zero, zero, shift, row, lanes, in_.width, pass.accumulate[0]);
       }
     });
   }

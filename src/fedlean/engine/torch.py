@@ -7,6 +7,7 @@ slices (`SubModel.index`), output modules and GPUs, which are refused by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -131,17 +132,13 @@ class TorchSession:
     def params(self, *, packed: bool = False) -> dict[str, np.ndarray]:
         masks = self._patterns() if packed else {}
         held = {name: tensor.detach().numpy() for name, tensor in self._state.items()}
-        return {
-            name: value[masks[name]] if name in masks else value.copy()
-            for name, value in held.items()
-        }
+        return {n: v[masks[n]] if n in masks else v.copy() for n, v in held.items()}
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
         self._check_batch(x, y)
         checks.check_moments(self._spec, len(x), self._frozen)
         self._kept_graph = {}
-        logits = self._run(_tensor(x), training=True)[self._output]
-        loss = self._loss(logits, y)
+        loss = self._loss(self._run(_tensor(x), training=True)[self._output], y)
         gradients = self._gradients([loss], [None])
         if importance:
             self._accumulate(gradients)
@@ -149,12 +146,8 @@ class TorchSession:
         return float(loss.detach())
 
     def importance(self) -> dict[str, np.ndarray]:
-        return {
-            name: self._importance[name].numpy().copy()
-            if name in self._importance
-            else np.zeros(self._spec.param_shapes[name], np.float32)
-            for name in self._trainable
-        }
+        zeros = {name: torch.zeros(self._spec.param_shapes[name]) for name in self._trainable}
+        return {n: total.numpy().copy() for n, total in (zeros | self._importance).items()}
 
     @torch.no_grad()
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
@@ -189,7 +182,7 @@ class TorchSession:
         )
         self._kept_graph = {}
         if not dense:
-            gradients = {name: self._masked(name, g) for name, g in gradients.items()}
+            gradients = {name: g * self._masks.get(name, 1) for name, g in gradients.items()}
         return {name: gradient.numpy() for name, gradient in gradients.items()}
 
     def apply(self, gradients: Params) -> None:
@@ -220,9 +213,6 @@ class TorchSession:
             materialize_grads=True,
         )
         return dict(zip(held, gradients, strict=True))
-
-    def _masked(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * self._masks[name] if name in self._masks else gradient
 
     @torch.no_grad()
     def _accumulate(self, gradients: Tensors) -> None:
@@ -270,10 +260,7 @@ class TorchSession:
         state = self._state if state is None else state
         values = {INPUT: x}
         keep = (keep or set()) | {self._output}
-        readers = dict.fromkeys((INPUT, *self._spec.by_name), 0)
-        for node in self._spec.nodes:
-            for source in node.inputs:
-                readers[source] += 1
+        readers = Counter(source for node in self._spec.nodes for source in node.inputs)
         for node in self._spec.nodes:
             inputs = [values[source] for source in node.inputs]
             moves = training and f"{node.name}.running_mean" not in self._frozen
@@ -368,11 +355,9 @@ def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: boo
     x = inputs[0]
     weight, bias = state.get(f"{node.name}.weight"), state.get(f"{node.name}.bias")
     match node.layer:
-        case L.Linear():
-            assert weight is not None
+        case L.Linear() if weight is not None:
             return F.linear(x, weight, bias)
-        case L.Conv2d(stride=stride, padding=padding, groups=groups):
-            assert weight is not None
+        case L.Conv2d(stride=stride, padding=padding, groups=groups) if weight is not None:
             return F.conv2d(x, weight, bias, stride, padding, 1, groups)
         case L.AvgPool2d(kernel_size=k, stride=stride, padding=padding):
             return F.avg_pool2d(x, k, stride, padding)
@@ -381,10 +366,14 @@ def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: boo
         case L.GlobalAvgPool():
             return x.mean((2, 3))
         case L.GroupNorm(eps=eps, groups=groups):
+            if training:  # as in _moving_batch_norm; evaluation's memory has no room for a copy
+                values = x.reshape(len(x), groups, -1)
+                x = (values - values.detach()[:, :, :1]).reshape(x.shape)
             return torch.group_norm(x, groups, weight, bias, eps)  # F's refuses 1 value per group
         case L.BatchNorm(eps=eps, momentum=momentum):
             mean, var = state[f"{node.name}.running_mean"], state[f"{node.name}.running_var"]
-            return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+            norm = _moving_batch_norm if training else F.batch_norm
+            return norm(x, mean, var, weight, bias, training, momentum, eps)
         case L.ReLU():
             return F.relu(x)
         case L.Hardswish():
@@ -398,3 +387,14 @@ def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: boo
         case L.Scale():
             return x * inputs[1][:, :, None, None]
     raise ValueError(f"layer {node.name!r}: the torch engine lacks {type(node.layer).__name__}")
+
+
+def _moving_batch_norm(x, mean, var, weight, bias, training, momentum, eps) -> torch.Tensor:
+    """Of x (B, C, ...) less one of its values: exactly the bias where they are all equal."""
+    values = x.reshape(*x.shape[:2], -1)
+    one = values.detach()[:1, :, :1]
+    moments = torch.zeros_like(mean), torch.zeros_like(var)
+    out = F.batch_norm(values - one, *moments, weight, bias, training, 1.0, eps)
+    mean.lerp_(moments[0] + one.flatten(), momentum)
+    var.lerp_(moments[1], momentum)
+    return out.reshape(x.shape)
