@@ -85,7 +85,7 @@ def test_round_trip(name: str):
     spec = SPECS[name]
     params, x = random_params(spec), example(spec.input_shape)
     module = to_torch(spec, params)
-    again, copied = from_torch(module, x)
+    again, copied, _ = from_torch(module, x)
     assert structure(again) == structure(spec)
     assert again.input_shape == spec.input_shape
     assert list(copied) == list(params)
@@ -222,7 +222,7 @@ def test_a_user_s_module(excite: type[nn.Module], batch: int):
     x = example((3, 17, 17), 16)
     module(x)  # moves the running statistics
     state = {key: value.clone() for key, value in module.state_dict().items()}
-    spec, params = from_torch(module, x[:batch])
+    spec, params, _ = from_torch(module, x[:batch])
     assert module.training and module.layer1.training  # the user's module is as it was
     assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
     close(spec, params, module, x)
@@ -236,7 +236,7 @@ def test_a_user_s_module(excite: type[nn.Module], batch: int):
 
 
 def test_one_by_one_convolutions_on_pooled_images_become_linear():
-    spec, params = from_torch(UserNet(), example((3, 17, 17)))
+    spec, params, _ = from_torch(UserNet(), example((3, 17, 17)))
     assert spec.by_name["layer1_0_excite_fc1"].layer == L.Linear(4)
     assert params["layer1_0_excite_fc1.weight"].shape == (4, 8)
 
@@ -289,19 +289,19 @@ SPELLINGS = {
 def test_spellings(name: str):
     function, parts = SPELLINGS[name]
     module, x = wrap(function, *parts), example((4, 8, 8))
-    spec, params = from_torch(module, x)
+    spec, params, _ = from_torch(module, x)
     close(spec, params, module, x)
 
 
 def test_dropout_can_be_dropped():
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2))
-    spec, params = from_torch(module, example((4,)), drop_dropout=True)
+    spec, params, _ = from_torch(module, example((4,)), drop_dropout=True)
     assert [node.name for node in spec.nodes] == ["0", "2"]
     close(spec, params, module, example((4,)))
 
 
 def test_half_precision_and_numpy_examples():
     module = nn.Linear(4, 2).double()
-    spec, params = from_torch(module, np.zeros((1, 4)))
+    spec, params, _ = from_torch(module, np.zeros((1, 4)))
     assert params["0.weight"].dtype == np.float32 and module.weight.dtype == torch.float64
     assert spec.num_params == 10

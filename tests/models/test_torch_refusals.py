@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,10 +159,10 @@ def test_in_place_sums_that_tracing_does_not_see():
 
 def test_several_inputs():
     class Two(nn.Module):
-        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-            return F.relu(x)
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.relu(x) + y
 
-    refuse(Two(), IMAGE, "layer 'y'", "several inputs")
+    refuse(Two(), IMAGE, "Two.forward takes several inputs (missing a required argument: 'y')")
 
 
 def test_control_flow_on_values():
@@ -174,3 +176,45 @@ def test_examples_that_do_not_fit():
     refuse(net, (6,), "example_input must be (B, ...), got shape (6,)")
     refuse(net, (0, 7), "example_input must be (B, ...)")
     refuse(nn.Conv2d(1, 4, 3), (1, 8, 8), "layer '0'")  # the batch axis was forgotten
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torch_jit(how: str):
+    with warnings.catch_warnings(action="ignore"):
+        make = {
+            "script": torch.jit.script,
+            "trace": lambda m: torch.jit.trace(m, torch.ones(VECTOR)),
+        }[how]
+        module = nn.Sequential(make(nn.Linear(6, 3)))
+    refuse(module, VECTOR, "layer '0'", "is compiled by torch.jit: pass the nn.Module")
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        (nn.Sequential(nn.Embedding(9, 4), nn.Flatten()), "layer '0' (Embedding)"),
+        (nn.Sequential(nn.EmbeddingBag(9, 4)), "layer '0' (EmbeddingBag)"),
+        (Net(nn.Embedding(9, 4), lambda x, odd: odd(x.long())), "layer 'trunk.odd' (Embedding)"),
+        (
+            Net(nn.Embedding(9, 4), lambda x, odd: F.embedding(x, odd.weight)),
+            "layer 'embedding' (embedding)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+def test_layers_of_ids(module: nn.Module, layer: str, dtype: torch.dtype):
+    with pytest.raises(ValueError) as caught:
+        from_torch(module, torch.ones((2, 5), dtype=dtype))
+    message = f"{layer}: is not supported; a spec reads numbers, not ids: convert the layers after"
+    assert message in str(caught.value)
+
+
+def test_an_example_of_zeros_hides_nothing():
+    def function(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+        kept = y = linear(x)
+        y += x  # torch.fx takes this for y = y + x
+        return kept + y
+
+    module = Net(nn.Linear(6, 6, bias=False), function)
+    with pytest.raises(ValueError, match="Net computes something else than its layers"):
+        from_torch(module, torch.zeros(VECTOR))

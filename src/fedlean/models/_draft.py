@@ -20,6 +20,19 @@ SUPPORTED = (
 )
 
 
+_EMBEDDINGS = ("Embedding", "EmbeddingBag", "embedding", "embedding_bag")
+
+
+def not_supported(kind: str) -> str:
+    """Why a layer or call of this kind is refused, and what would do."""
+    if kind in _EMBEDDINGS:
+        return (
+            "is not supported; a spec reads numbers, not ids: convert the layers after it, and "
+            "make its outputs the example and the data"
+        )
+    return f"is not supported; supported are {SUPPORTED}"
+
+
 class Held(NamedTuple):
     """A value: the spec node that has it, its shape there and its shape in torch (no batch)."""
 

@@ -74,6 +74,15 @@ def batch_norm(m: Any, held: Shape) -> Layer:
     return layers.BatchNorm(eps=float(m.eps), momentum=float(m.momentum))
 
 
+def refuse_mask(layer: Layer, suffix: str) -> None:
+    """ValueError unless a spec can mask the tensor `suffix` of `layer`."""
+    if suffix != "weight" or not isinstance(layer, layers.Linear | layers.Conv2d):
+        raise ValueError(
+            f"{suffix!r} is pruned, but a spec masks weights of Linear and Conv2d only: call "
+            f"torch.nn.utils.prune.remove(layer, {suffix!r}) first"
+        )
+
+
 def _window(m: nn.MaxPool2d | nn.AvgPool2d) -> tuple[int, int | None, int]:
     _only(ceil_mode=m.ceil_mode, to=False)
     kernel, stride = _side(kernel_size=m.kernel_size), _side(stride=m.stride)

@@ -1,19 +1,18 @@
 """PyTorch modules from specs, and specs from PyTorch modules.
 
-The only module of this package that imports torch; nothing in the package imports it in turn.
-`to_torch` gives a module whose state dict has exactly the tensor names of the spec.  `from_torch`
-follows the module with torch.fx (it keeps modules whole, so an error can name the user's layer,
-which torch.export's flattened operators cannot) and refuses, by name, what a spec cannot say.
+With its parts (`_torch_*.py`) the only module of this package that imports torch;
+nothing else in the package imports it in turn.  `to_torch` gives a module whose state dict has
+exactly the tensor names of the spec.  `from_torch` follows the module with torch.fx (it keeps
+modules whole, so an error can name the user's layer, which torch.export's flattened operators
+cannot) and refuses, by name, what a spec cannot say.
 Images of 1x1, (B, C, 1, 1), that follow a global pooling are vectors (C,) in a spec; a 1x1
 convolution on one becomes a Linear.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +22,17 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from fedlean import layers
-from fedlean.core import Params
+from fedlean.core import Masks, Params, SubModel
 from fedlean.layers import Layer, Shape
 from fedlean.models import _torch_layers as convert
-from fedlean.models._draft import SUPPORTED, Draft, Held, only_new_axes
+from fedlean.models._draft import Draft, Held, not_supported, only_new_axes
 from fedlean.models._in_place import refuse_visible_writes
+from fedlean.models._torch_state import checked_copy, read_example, read_tensor
+from fedlean.models._torch_trace import Result, results, trace, where
+from fedlean.models._torch_verify import verify
 from fedlean.models.initialise import check_params, init_params
 from fedlean.spec import INPUT, ModelSpec
+from fedlean.tree import apply_mask
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
@@ -170,87 +173,69 @@ _RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, opera
 _MEANS = {torch.mean, "mean"}
 _SUMS = {operator.add, torch.add, "add"}
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
+_CALLS_OF_TENSORS = _RESHAPES | _MEANS | _SUMS | _PRODUCTS
 
 
 # --- from_torch: the graph ------------------------------------------------------------------------
 
 
+class Converted(NamedTuple):
+    """`engine.open(*converted, ...)` trains what the module would: masked weights stay 0."""
+
+    spec: ModelSpec
+    params: Params  # exactly 0 where masked
+    sub_model: SubModel  # the masks of pruned weights, and the frozen parameters
+
+
+@torch.inference_mode(False)  # which turns gradients on, whatever the caller has set
 def from_torch(
-    module: nn.Module, example_input: torch.Tensor | np.ndarray, *, drop_dropout: bool = False
-) -> tuple[ModelSpec, Params]:
+    module: nn.Module,
+    example_input: torch.Tensor | np.ndarray | Sequence[Any],
+    *,
+    drop_dropout: bool = False,
+) -> Converted:
     """The spec of `module` and a float32 copy of its tensors; `example_input` is (B, ...).
 
     Layers are named after their module path with '.' -> '_'.  A block is a child of the top module;
     outside of those each Linear or Conv2d starts one.  Dropout with p > 0 is refused, since engines
-    have none, unless `drop_dropout`.  The result is compared with `module` on the example.  Raises
-    ValueError that names the layer which cannot be converted.
+    have none, unless `drop_dropout`.
+
+    Weights pruned by torch.nn.utils.prune come back masked, parameters with requires_grad=False
+    frozen.  The statistics of a BatchNorm move in training even if its parameters are frozen, as in
+    PyTorch; `train()` and `eval()` of the user's module are not looked at.  Modules and examples of
+    another precision are converted to float32, integer and boolean examples too.
+
+    The result's outputs and gradients are compared with those of `module`, in float32.  Raises
+    ValueError that names the layer which cannot be converted, and what to do.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    >>> spec, params = from_torch(net, torch.zeros(1, 1, 8, 8))
+    >>> spec, params, sub_model = from_torch(net, torch.zeros(1, 1, 8, 8))
     >>> [node.name for node in spec.nodes], params["1.weight"].shape
     (['0', '1'], (10, 64))
     """
-    original = copy.deepcopy(module).to("cpu", torch.float32).eval()  # the user's stays as it is
-    if type(original) in _MODULES:
-        original = nn.Sequential(original)
-    example = torch.as_tensor(example_input).detach().to("cpu", torch.float32)
-    if example.ndim < 2 or example.numel() == 0:
-        raise ValueError(f"example_input must be (B, ...), got shape {tuple(example.shape)}")
-    if len(example) == 1:  # with one example, code that ignores the batch axis looks right
-        example = torch.cat([example, example])
-    traced = _trace(original)
+    example = read_example(example_input)
+    if type(module) in _MODULES:
+        module = nn.Sequential(module)
+    original, masks = checked_copy(module)
+    traced = trace(original, _MODULES)
     _refuse_visible_writes(traced)
     traced.graph.eliminate_dead_code()
-    conversion = _Conversion(traced, _results(traced, example), drop_dropout)
+    found = results(traced, example, lambda node: _known(traced, node))
+    conversion = _Conversion(traced, found, masks, drop_dropout)
     for node in traced.graph.nodes:
         conversion.visit(node)
     spec = ModelSpec(tuple(example.shape[1:]), tuple(conversion.draft.nodes))
+    sub_model = SubModel(masks=conversion.masks, frozen=frozenset(conversion.frozen))
     params = {name: conversion.tensors[name] for name in spec.tensor_shapes}
-    _verify(original, to_torch(spec, params).eval(), example)
-    return spec, params
+    params = apply_mask(params, sub_model.masks)  # -1·0 is -0
+    verify(original, to_torch(spec, params).eval(), example, conversion.trained)
+    return Converted(spec, params, sub_model)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in _MODULES or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(module: nn.Module) -> fx.GraphModule:
-    try:
-        return fx.GraphModule(module, _Tracer().trace(module))
-    except Exception as error:  # whatever the user's forward raises on symbolic values
-        raise ValueError(
-            f"torch.fx cannot follow {type(module).__name__}.forward: {error}.  Its control flow "
-            "must not depend on the values of tensors"
-        ) from error
-
-
-class _Tensor(NamedTuple):
-    shape: Shape  # with the batch axis
-
-
-def _results(traced: fx.GraphModule, example: torch.Tensor) -> dict[fx.Node, Any]:
-    """What each node gives on the example: a `_Tensor`, or the value itself (sizes, numbers)."""
-    results: dict[fx.Node, Any] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            try:
-                value = super().run_node(n)
-            except Exception as error:
-                label = str(n.target if n.op == "call_module" else n)
-                reason = str(error).partition("\n")[0]  # fx appends a page of advice
-                shape = tuple(example.shape)
-                raise ValueError(
-                    f"layer {label!r} fails on example_input of shape {shape}: {reason}"
-                ) from error
-            tensor = isinstance(value, torch.Tensor)
-            results[n] = _Tensor(tuple(value.shape)) if tensor else value
-            return value
-
-    with torch.no_grad():
-        Recorder(traced).run(example.clone())  # the module may write to its input
-    return results
+def _known(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(traced.get_submodule(str(node.target))) in _MODULES
+    return node.target in _CALLS or node.target in _CALLS_OF_TENSORS
 
 
 def _refuse_visible_writes(traced: fx.GraphModule) -> None:
@@ -271,21 +256,32 @@ def _refuse_visible_writes(traced: fx.GraphModule) -> None:
     refuse_visible_writes(traced.graph.nodes, writes=writes, shares_memory=shares_memory)
 
 
+_BY_POSITION = "is called with keywords: give its inputs by position"
+
+
 class _Conversion:
     """Visits the nodes of a traced module in order; collects the spec's nodes and tensors."""
 
     def __init__(
-        self, traced: fx.GraphModule, results: dict[fx.Node, Any], drop_dropout: bool
+        self,
+        traced: fx.GraphModule,
+        results: dict[fx.Node, Any],
+        user_masks: Masks,  # by the dotted path of the tensor
+        drop_dropout: bool,
     ) -> None:
-        self.traced, self.results, self.drop_dropout = traced, results, drop_dropout
+        self.traced, self.results = traced, results
+        self.user_masks, self.drop_dropout = user_masks, drop_dropout
         self.draft = Draft(path for path, _ in traced.named_modules())
         self.tensors: dict[str, np.ndarray] = {}
+        self.masks: dict[str, np.ndarray] = {}
+        self.frozen: set[str] = set()
+        self.trained: dict[str, torch.Tensor] = {}
         self.held: dict[fx.Node, Held] = {}
         self.batch = 0
         self.seen: set[int] = set()  # ids of the parameters that a layer owns
 
     def visit(self, node: fx.Node) -> None:
-        path, kind = self._where(node)
+        path, kind = where(self.traced, node)
         try:
             if node.op == "placeholder":
                 self._input(node)
@@ -293,30 +289,22 @@ class _Conversion:
                 self._output(node)
             elif node.op == "call_module":
                 self._module(node, path, self.traced.get_submodule(str(node.target)))
-            elif node.op != "get_attr" and isinstance(self.results[node], _Tensor):
+            elif node.op != "get_attr" and isinstance(self.results[node], Result):
                 self._call(node, path)
         except (ValueError, TypeError) as error:
             raise ValueError(f"layer {path!r} ({kind}): {error}") from None
 
-    def _where(self, node: fx.Node) -> tuple[str, str]:
-        """The dotted path by which the user knows a layer, and what it is."""
-        if node.op == "call_module":
-            path = str(node.target)
-            return path, type(self.traced.get_submodule(path)).__name__
-        stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
-        kind = re.sub(r"_\d+$", "", node.name)
-        return f"{stack[-1][0]}.{kind}".lstrip("."), kind
-
     def _input(self, node: fx.Node) -> None:
-        if self.held:
-            raise ValueError("the model takes several inputs, only one is supported")
         self.batch, *shape = self.results[node].shape
         self.held[node] = Held(INPUT, tuple(shape), tuple(shape))
 
     def _output(self, node: fx.Node) -> None:
         if not isinstance(node.args[0], fx.Node):
-            raise ValueError("the model returns several values, only one tensor is supported")
+            kind = type(node.args[0]).__name__
+            raise ValueError(f"the model returns a {kind}, only one tensor is supported")
         held = self._read(node.args[0])
+        if not self.draft.nodes:
+            raise ValueError("the model has no layers")
         if held.shape != held.torch_shape or held.name != self.draft.nodes[-1].name:
             raise ValueError(f"the result of shape {held.torch_shape} is not {held.name!r} itself")
 
@@ -324,7 +312,10 @@ class _Conversion:
         if not isinstance(value, fx.Node):
             raise ValueError(f"only tensors of other layers are supported, got {value!r}")
         if value not in self.held:
-            raise ValueError(f"reads {value.target!s:.80}, which no layer computes")
+            raise ValueError(
+                f"reads {value.target!s:.80}, which no layer computes: a spec has no tensors "
+                "outside of layers"
+            )
         return self.held[value]
 
     def _shape(self, node: fx.Node) -> Shape:
@@ -334,12 +325,10 @@ class _Conversion:
         return shape[1:]
 
     def _module(self, node: fx.Node, path: str, module: nn.Module) -> None:
-        if type(module) not in _MODULES:
-            raise ValueError(f"is not supported; supported are {SUPPORTED}")
         # A call's further arguments are settings, and have gone into `module`.
         inputs = node.args if node.op == "call_module" else node.args[:1]
         if not inputs:
-            raise ValueError("is called with keywords only: give its input by position")
+            raise ValueError(_BY_POSITION)
         sources = [self._read(value).checked() for value in inputs]
         if isinstance(module, _DROPOUTS) and module.p > 0 and not self.drop_dropout:
             raise ValueError(
@@ -355,13 +344,23 @@ class _Conversion:
         for method in ("param_shapes", "buffer_shapes"):
             own = getattr(layer, method, lambda _: {})([source.shape for source in sources])
             for suffix, tensor_shape in own.items():
-                values = getattr(module, suffix).detach().reshape(tensor_shape).numpy()
-                self.tensors[f"{held.name}.{suffix}"] = np.array(values, np.float32)
+                name, tensor = f"{held.name}.{suffix}", getattr(module, suffix)
+                self.tensors[name] = read_tensor(name, tensor, tensor_shape)
+                if tensor.requires_grad:
+                    self.trained[name] = tensor
+                elif method == "param_shapes":
+                    self.frozen.add(name)
+                if (mask := self.user_masks.get(f"{path}.{suffix}")) is not None:
+                    convert.refuse_mask(layer, suffix)
+                    self.masks[name] = mask.reshape(tensor_shape)
 
     def _own(self, module: nn.Module) -> None:
         own = {id(parameter) for parameter in module.parameters()}
         if own & self.seen:
-            raise ValueError("is used twice or shares its parameters, which is not supported")
+            raise ValueError(
+                "is used twice or shares its parameters, which is not supported: give each use a "
+                "layer and parameters of its own"
+            )
         self.seen |= own
 
     def _call(self, node: fx.Node, path: str) -> None:
@@ -369,10 +368,12 @@ class _Conversion:
             args, kwargs = map_arg((node.args[1:], node.kwargs), self.results.__getitem__)
             self._module(node, path, _CALLS[node.target](*args, **kwargs))
             return
-        if node.target not in _RESHAPES | _MEANS | _SUMS | _PRODUCTS or node.kwargs.get("alpha"):
-            raise ValueError(f"is not supported; supported are {SUPPORTED}")
-        binary = node.target in _SUMS | _PRODUCTS
-        sides = [self._read(value) for value in node.args[: 2 if binary else 1]]
+        if node.target not in _CALLS_OF_TENSORS or node.kwargs.get("alpha"):
+            raise ValueError(not_supported(where(self.traced, node)[1]))
+        inputs = 2 if node.target in _SUMS | _PRODUCTS else 1
+        if len(node.args) < inputs:
+            raise ValueError(_BY_POSITION)
+        sides = [self._read(value) for value in node.args[:inputs]]
         shape = self._shape(node)
         if node.target in _RESHAPES:
             if node.target is operator.getitem and not only_new_axes(node.args[1]):
@@ -386,15 +387,3 @@ class _Conversion:
             self.held[node] = self.draft.sum(path, sides, shape)
         else:
             self.held[node] = self.draft.scale(path, sides, shape)
-
-
-def _verify(original: nn.Module, converted: nn.Module, example: torch.Tensor) -> None:
-    """Tracing cannot see everything; `x += y` on a tensor that is read again is such a thing."""
-    with torch.no_grad():
-        expected, got = original(example.clone()), converted(example)
-    if not torch.allclose(expected, got, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise ValueError(
-            f"{type(original).__name__} computes something else than its layers, by up to "
-            f"{(expected - got).abs().max():.3g}: look for in-place arithmetic such as x += y on "
-            "a tensor that another layer reads, and write x = x + y"
-        )
