@@ -404,7 +404,7 @@ def _report_of_a_failure(folder: Path) -> Iterator[None]:
     """Of a run that cannot go on, too, the page shows how far it came and why."""
     try:
         yield
-    except RunFailed:
+    except (RunFailed, ClientError):
         _say(write_report(folder))
         raise
 

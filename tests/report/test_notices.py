@@ -30,7 +30,7 @@ def test_notes_changes_and_refusals_in_order():
         "10 ids are merged",
         "After round 1 the run went on with other data: the labels; the images",
         "Round 1: node 7 cannot take part",
-        "3 updates of 2 clients refused",
+        "3 updates of 2 clients refused; the first, of client 3: round 2: is <b>",
     ]
     page = notices_section(run)
     assert "<td>3</td><td>2</td><td>round 2: is &lt;b&gt;</td>" in page

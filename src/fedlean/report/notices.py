@@ -21,10 +21,11 @@ def notices(run: Run) -> list[str]:
         )
     for row in run.rounds:
         lines += [f"Round {row['round']}: {line}" for line in _list(row.get("notes"))]
-    if refused := sum(map(len, _rejected(run).values())):
-        lines.append(
-            f"{_count(refused, 'update')} of {_count(len(_rejected(run)), 'client')} refused"
-        )
+    if rejected := _rejected(run):
+        updates = _count(sum(map(len, rejected.values())), "update")
+        clients = _count(len(rejected), "client")
+        client, reasons = next(iter(rejected.items()))
+        lines.append(f"{updates} of {clients} refused; the first, of client {client}: {reasons[0]}")
     return lines
 
 

@@ -20,7 +20,7 @@ h2{font-size:1.15rem;margin:2.4rem 0 .6rem}
 p{max-width:46rem;margin:.5rem 0}
 .kicker{color:var(--muted);font-size:.9rem;margin:0}
 .lead p{font-size:1.12rem;overflow-wrap:anywhere}
-.note{border-left:3px solid var(--s1);padding-left:.8rem}
+.note{border-left:3px solid var(--s1);padding-left:.8rem;list-style:none}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(135px,1fr));gap:.6rem;
 margin:1.3rem 0 0}
 .tiles div{background:var(--panel);border-radius:6px;padding:.55rem .8rem}

@@ -86,20 +86,24 @@ def run_rounds(
             empty_steps=progress.empty_steps + 1 if empty else 0,
             refused_steps=progress.refused_steps + 1 if refused else 0,
         )
+        failure = _failure(progress, record)
+        record.notes += [failure] if failure else []
         after_step(progress, record, algorithm.done(state))
-        if refused and progress.refused_steps >= REFUSED_STEPS:
-            raise RunFailed(_all_refused(record))
-        if progress.empty_steps >= EMPTY_STEPS:
-            raise RunFailed(_unanswered(record))
+        if failure:
+            raise RunFailed(failure)
     return progress
 
 
-def _all_refused(record: StepRecord) -> str:
-    client, reason = next(iter(record.rejected.items()))
-    return (
-        f"every update of {REFUSED_STEPS} rounds in a row was refused, the last of them in round "
-        f"{record.tasks[0].round} (client {client}: {reason[:MAX_REASON]}): {remedy(reason)}"
-    )
+def _failure(progress: Progress, record: StepRecord) -> str | None:
+    """Why the run cannot go on after this step, if it cannot."""
+    if progress.refused_steps >= REFUSED_STEPS:
+        client, reason = next(iter(record.rejected.items()))
+        return (
+            f"every update of {REFUSED_STEPS} rounds in a row was refused, the last of them in "
+            f"round {record.tasks[0].round} (client {client}: {reason[:MAX_REASON]}): "
+            f"{remedy(reason)}"
+        )
+    return _unanswered(record) if progress.empty_steps >= EMPTY_STEPS else None
 
 
 def _unanswered(record: StepRecord) -> str:
