@@ -31,6 +31,7 @@ from fedlean.runtime import run as runs
 from fedlean.runtime.flower.project import write_project
 from fedlean.runtime.how import How
 from fedlean.runtime.local import ClientError
+from fedlean.runtime.lock import Superseded
 from fedlean.runtime.outofmemory import OutOfMemory
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
@@ -405,7 +406,7 @@ def _report_of_a_failure(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RunFailed, ClientError):
-        _say(write_report(folder))
+        write_report(folder)
         raise
 
 
@@ -427,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(" ".join(str(error).split()) + " (see fedlean --help)")
-    except (ValueError, RunFailed, ClientError, OutOfMemory, OSError) as error:
+    except (ValueError, RunFailed, ClientError, Superseded, OutOfMemory, OSError) as error:
         _fail(" ".join(str(error).split()))
     except MemoryError as error:
         _fail(f"out of memory: {error or 'a small piece more did not fit'}")

@@ -47,7 +47,11 @@ def test_the_same_numbers_of_any_dtype(dtype: str, labels: list[int]):
     assert names == tuple(map(str, expected))
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+    )
+)
 def test_text_means_itself(labels: list[str]):
     names, y = classes_of(np.array(["a", *labels]))
     assert [names[each] for each in y] == ["a", *labels]

@@ -122,9 +122,8 @@ def test_reads_what_a_run_leaves(tmp_path):
     kept = stored["fc1.weight.mask"].astype(bool)
     assert not kept.all()
     settings = {"masks_from": str(tmp_path / "pruned"), "lr": 1e-9}
-    start(
-        RunConfig("fixed_mask", rounds=1, clients=3, settings=settings), tmp_path / "ticket", print
-    )
+    config = RunConfig("fixed_mask", rounds=1, clients=3, settings=settings)
+    start(config, tmp_path / "ticket", How())
     again = load_file(tmp_path / "ticket" / "model.safetensors")
     assert np.array_equal(again["fc1.weight.mask"], stored["fc1.weight.mask"])
     spec = config_spec(tmp_path / "ticket")

@@ -171,14 +171,14 @@ def test_masks_of_a_finished_run(tmp_path):
     summary = start(
         RunConfig("ntk_zo", model="lenet300", rounds=1, clients=2, settings=settings),
         tmp_path / "zo",
-        lambda entry: None,
+        How(),
     )
     assert summary["density"] == pytest.approx(0.1, abs=1e-3)
     trained = {**settings, "masks_weights": "trained", "lr": 1e-9}
     after = start(
         RunConfig("ntk_zo", model="lenet300", rounds=1, clients=2, settings=trained),
         tmp_path / "on",
-        lambda entry: None,
+        How(),
     )
     before = (tmp_path / "pruned" / "summary.json").read_text()
     assert f'"final_accuracy": {after["final_accuracy"]}' in before

@@ -40,4 +40,4 @@ def test_notes_changes_and_refusals_in_order():
 def test_of_many_clients_the_worst_are_shown():
     rows = [{"round": 1, "rejected": list(range(50)), "refused": {}}]
     page = notices_section(run_of(rows))
-    assert page.count("no reason given") == 20 and "the first 20 of 50" in page
+    assert page.count("<td>round 1: no reason given") == 20 and "the first 20 of 50" in page

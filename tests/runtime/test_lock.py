@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,9 +86,41 @@ def test_of_servers_of_an_app_the_last_that_takes_it_owns_the_folder(tmp_path):
             first.check()  # the second may still find that it cannot go on
             second.own()
             second.check()
-            with pytest.raises(Superseded, match="submitted again"):
+            with pytest.raises(Superseded, match="another process has taken it over"):
                 first.check()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_whose_folder_was_removed_leaves_its_successor_alone(tmp_path):
+    folder = tmp_path / "run"
+    with hold(folder, print) as first:
+        shutil.rmtree(folder)
+        with pytest.raises(Superseded, match="was removed; this one ends"):
+            first.check()
+        successor = holder(folder)
+        try:
+            with pytest.raises(Superseded, match="another process has taken it over"):
+                first.check()
+        except BaseException:
+            successor.kill()
+            raise
+    try:
+        with pytest.raises(ValueError, match=str(successor.pid)), hold(folder, print):
+            pass
+    finally:
+        successor.kill()
+        successor.wait()
+        successor.stdout.close()  # type: ignore[union-attr]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_and_leaves_nothing(tmp_path):
+    refused = pytest.raises(ValueError, match=r"cannot be written .*: name another folder")
+    with refused, hold(tmp_path / "a" / "b" / ("x" * 300), print):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with refused, hold(tmp_path / "link", print):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_noise_in_the_file_is_another_process(tmp_path):

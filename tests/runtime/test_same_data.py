@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from fedlean import cli
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.how import How
+from fedlean.runtime.lock import Superseded
 from fedlean.runtime.run import resume, start
 
 RNG = np.random.Generator(np.random.Philox(3))
@@ -114,3 +116,32 @@ def test_a_folder_of_an_early_version_learns_its_data(interrupted, tmp_path):
     (interrupted / "config.json").write_text(json.dumps(document))
     assert resume(interrupted, How())["rounds"] == 6
     assert json.loads((interrupted / "config.json").read_text())["data"] == data
+
+
+DAMAGED = [{}, "x", [], 3, {"fingerprint": 3}, {"fingerprint": {"x_train": 4}}, {"fingerprint": []}]
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=str)
+def test_damaged_words_about_the_data_are_said_to_be(data, interrupted):
+    document = json.loads((interrupted / "config.json").read_text())
+    (interrupted / "config.json").write_text(json.dumps({**document, "data": data}))
+    with pytest.raises(ValueError, match=r"config\.json is damaged: data: |the data changed"):
+        resume(interrupted, How())
+
+
+def test_a_finished_run_keeps_its_result_whatever_is_accepted(interrupted, tmp_path):
+    done = resume(interrupted, How())
+    written(tmp_path / "data", y=RNG.permutation(Y))
+    again = resume(interrupted, How(), accept_changed_data=True)
+    assert again["final_accuracy"] == done["final_accuracy"]
+
+
+def test_a_run_whose_folder_is_removed_ends_and_writes_nothing_more(tmp_path):
+    def remove(entry):
+        if entry["round"] == 2:
+            shutil.rmtree(tmp_path / "run")
+
+    config = RunConfig("fedavg", str(written(tmp_path / "data")), clients=3, rounds=6)
+    with pytest.raises(Superseded, match="was removed; this one ends"):
+        start(config, tmp_path / "run", How(remove, checkpoint_seconds=0.0))
+    assert not (tmp_path / "run").exists()

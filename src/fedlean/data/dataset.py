@@ -172,6 +172,12 @@ class Dataset:
                 f"data set {self.name!r}: std {self.std.tolist()} and scale {self.scale} must be"
                 " positive; use 1 where a channel is constant"
             )
+        smallest = float(self.std.min()) * self.scale
+        if not 1 / np.finfo(np.float32).max < smallest:
+            raise ValueError(
+                f"data set {self.name!r}: pixels spread over {smallest:g} only, which float32"
+                " cannot scale to 1; store them in a larger unit"
+            )
 
     def _check_clients(self) -> None:
         ids, count = self.clients, len(self.y_train)
@@ -217,7 +223,10 @@ def _check_images(what: str, x: np.ndarray) -> None:
             " height, width); convert it first"
         )
     if x.dtype == np.float32 and not all(np.isfinite(chunk).all() for chunk in _chunks(x)):
-        raise ValueError(f"{what} holds NaN or infinity, expected finite pixels; clean the data")
+        raise ValueError(
+            f"{what} holds NaN or infinity, or values beyond float32's 3.4e38, expected finite"
+            " pixels; clean the data"
+        )
 
 
 def _check_some(what: str, x: np.ndarray) -> None:
@@ -261,7 +270,7 @@ def _check_unit(dataset: Dataset, part: str, found: tuple[float, float]) -> None
     low, high = found
     if not 0 <= low <= high <= 1:
         raise ValueError(
-            f"data set {dataset.name!r}: inputs 'unit' with {part} pixels in {low:g}..{high:g},"
+            f"data set {dataset.name!r}: inputs 'unit' with {part} pixels in {low:.9g}..{high:.9g},"
             " expected 0..1; store the pixels as bytes or divided by their largest value, or give"
             " --inputs standardised"
         )

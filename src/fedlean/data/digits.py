@@ -30,7 +30,7 @@ def load_digits() -> Dataset:
     """
     try:
         from sklearn.datasets import load_digits as sklearn_digits
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ValueError(
             "data set 'digits' needs scikit-learn, which is not installed;"
             " pip install 'fedlean[sim]'"

@@ -55,7 +55,7 @@ def keep_largest(params: Params, masks: Masks, density: float, names: Iterable[s
         used = np.flatnonzero(mask)
         sizes = np.abs(weights.ravel()[used])
         if used.size and np.isnan(sizes.max()):
-            raise ValueError(f"params[{name!r}] holds NaN: training diverged, try a lower lr")
+            raise ValueError(f"params[{name!r}] holds NaN: the training diverged")
         kept = np.zeros(weights.shape, dtype=bool)
         kept.flat[used[largest(sizes, kept_count(weights.size, density))]] = True
         result[name] = kept

@@ -42,7 +42,7 @@ def removable(params: Params, masks: Masks, fraction: float, names: Iterable[str
                 f"mask of {name!r} must be bool {weights.shape}, got {mask.dtype} {mask.shape}"
             )
         if weights.size and np.isnan(weights.min()):
-            raise ValueError(f"params[{name!r}] holds NaN: training diverged, try a lower lr")
+            raise ValueError(f"params[{name!r}] holds NaN: the training diverged")
         count = floor(fraction * np.count_nonzero(mask))
         result[name] = smallest_magnitudes(weights, count, mask) | ~mask
     return result

@@ -65,12 +65,17 @@ def refusal(
 
 
 def remedy(reason: str) -> str:
-    """What to do about a refusal that `refusal` gave the `reason` for."""
-    if "not finite" in reason:
+    """What to do about a refusal that `refusal` gave the `reason` for, or an error of a client."""
+    if diverged(reason):
         return "training diverges: try a lower --lr"
     if reason.startswith("moved the model"):
         return "try a lower --lr, or a higher --max-update-norm"
     return "the clients answer other tasks than they get: do they run this version of FedLean?"
+
+
+def diverged(reason: str) -> bool:
+    """Whether it speaks of numbers that are none."""
+    return any(word in reason for word in ("finite", "NaN", "infinity"))
 
 
 def _other_structure(held: SubModel, task: ClientTask) -> str | None:

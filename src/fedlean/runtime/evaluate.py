@@ -51,5 +51,6 @@ def evaluator(
 
 
 def _cross_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(y)), y]
+    with np.errstate(invalid="ignore", over="ignore"):  # a diverged model has no finite loss
+        shifted = logits - logits.max(1, keepdims=True)
+        return np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(y)), y]

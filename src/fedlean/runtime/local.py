@@ -14,6 +14,7 @@ from typing import Protocol
 from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate, Device
 from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import Engine
+from fedlean.runtime.checks import diverged, remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.outofmemory import OutOfMemory, memory_for
 from fedlean.tree import kept_counts
@@ -101,9 +102,9 @@ class LocalDispatch:
             except OutOfMemory:
                 raise
             except Exception as error:
-                raise ClientError(
-                    f"{_what(task)}, seed {task.seed}: {type(error).__name__}: {error}"
-                ) from error
+                line = f"{_what(task)}, seed {task.seed}: {type(error).__name__}: {error}"
+                hint = f"; {remedy(line)}" if diverged(line) else ""
+                raise ClientError(line + hint) from error
             self._pending[task.client] = state
             self._seconds[task.client] = time.perf_counter() - began
             yield update

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,10 +24,11 @@ from pathlib import Path
 NAME = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # some network mounts
 _READ_BYTES = 4096
+MOMENTS, MOMENT_SECONDS = 20, 0.01
 
 
 class Superseded(RuntimeError):
-    """The app was submitted again and another process goes on with the run."""
+    """Another process goes on with the run, or its folder was removed."""
 
 
 class Lock:
@@ -42,14 +44,17 @@ class Lock:
         os.pwrite(self._file, self._text, 0)
 
     def is_owned(self) -> bool:
-        return os.pread(self._file, _READ_BYTES, 0) == self._text
+        written = os.pread(self._file, _READ_BYTES, 0) == self._text
+        return written and _is_at(self._file, self._path)
 
     def check(self) -> None:
-        """Raises Superseded once another server of the app owns the folder."""
-        if not self.is_owned():
-            raise Superseded(
-                f"the app was submitted again and goes on with {self._path.parent}: this one ends"
-            )
+        """Raises Superseded once the folder is another's, or gone: nothing may be written there."""
+        if self.is_owned():
+            return
+        raise Superseded(
+            f"{self._path.parent} is no longer this run's: another process has taken it over or it "
+            "was removed; this one ends"
+        )
 
 
 @contextmanager
@@ -57,13 +62,19 @@ def hold(folder: Path, say: Callable[[str], None], *, shared: bool = False) -> I
     """The run folder is this process's alone; or, if `shared`, of servers of an app's alone.
 
     A folder that does not exist is made, and goes again if nothing was written there.  `say` gets a
-    line where the file system has no locks.  Raises ValueError naming who holds the folder, or
-    OSError where it cannot be written.
+    line where the file system has no locks.  Raises ValueError naming who holds the folder, or why
+    it cannot be written.
     """
-    made = _make(folder)
+    made = [each for each in (folder, *folder.parents) if not _exists(each)]
     path = folder / NAME
     try:
-        file = _locked(path, say, shared=shared)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _locked(path, say, shared=shared)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be written ({error.strerror}): name another folder, or make room"
+            ) from None
         lock = Lock(path, file, shared=shared)
         try:
             if not shared or os.fstat(file).st_size == 0:
@@ -75,15 +86,13 @@ def hold(folder: Path, say: Callable[[str], None], *, shared: bool = False) -> I
             os.close(file)
     finally:
         with suppress(OSError):  # not empty: the run's
-            for each in reversed(made):
-                each.rmdir()
+            for each in made:
+                if _exists(each):
+                    each.rmdir()
 
 
-def _make(folder: Path) -> list[Path]:
-    """Makes the folder; what did not exist before, the outermost first."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path's raises for a name that is too long
 
 
 def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
@@ -96,9 +105,14 @@ def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
                 return file
         except BlockingIOError:
             holder = _holder(file)
+            for _ in range(MOMENTS):
+                if holder is None:  # it has just come, and not written yet who it is
+                    time.sleep(MOMENT_SECONDS)
+                    holder = _holder(file)
             os.close(file)
             raise ValueError(
-                f"{path.parent} is being written by {holder}: wait until it ends, or stop it"
+                f"{path.parent} is being written by {holder or 'another process'}: wait until it "
+                "ends, or stop it"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -127,12 +141,12 @@ def _describe(shared: bool) -> bytes:
     return json.dumps(holder).encode()
 
 
-def _holder(file: int) -> str:
-    """The holder in words; the file is another process's, and may be anything."""
+def _holder(file: int) -> str | None:
+    """The holder in words, None where it does not say; the file may hold anything."""
     try:
         holder = json.loads(os.pread(file, _READ_BYTES, 0))
         process, host = int(holder["process"]), str(holder["host"])
         what = f"{holder['command']}, process {process} on {host} since {holder['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "another process"
+        return None
     return "".join(each if each.isprintable() else "?" for each in what)[:300]

@@ -61,10 +61,10 @@ from fedlean.runtime.method import complete
 from fedlean.runtime.notices import about_masks, about_model
 from fedlean.runtime.outofmemory import memory_for
 from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
-from fedlean.runtime.runlog import RunLog, Totals, log_entry
+from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
 from fedlean.runtime.samedata import about_data, held_against
 from fedlean.runtime.summary import summary_of
-from fedlean.runtime.together import check_together
+from fedlean.runtime.together import check_classes, check_together
 from fedlean.spec import ModelSpec
 
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
@@ -82,6 +82,7 @@ class _Run:
     algorithm: FederatedAlgorithm
     dispatch: Dispatch
     how: How
+    lock: Lock
     evaluate: Evaluate
     notes: list[str]  # what was said at the start
     data_changes: list[dict[str, Any]] = field(default_factory=list)  # that were accepted
@@ -149,13 +150,17 @@ def resume(
         config, document = read_document(folder)
         config = replace(config, dataset=absolute(dataset or config.dataset))
         tree, lines = _newest_checkpoint(folder)
-        loaded = _load(config, how, f"fedlean resume {folder} --dataset FOLDER")
+        elsewhere, accept = f"fedlean resume {folder} --dataset FOLDER", "--accept-changed-data"
+        if how.shared:
+            elsewhere, accept = "dataset='FOLDER' of the app", "accept-changed-data=true of the app"
+        loaded = _load(config, how, elsewhere)
         data = held_against(
             document.get("data"),
             loaded,
-            folder=folder,
             round=tree["state"]["round"] if tree else 0,
             accept_changed=accept_changed_data,
+            advice=f"bring it back (if it has moved: {elsewhere}), or go on with what there is and "
+            f"have the run marked: {accept}",
         )
         run = _prepare(config, folder, loaded, _recorded_profile(folder, document), how, lock)
         run = replace(run, data_changes=data.get("changes", []))
@@ -245,6 +250,7 @@ def _prepare(
     """Everything that can be wrong is found here, before anything is written or trained."""
     config = replace(config, clients=config.clients or _clients(config, dataset))
     check(config)
+    check_classes(dataset)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     check_together(spec, dataset, config.model)
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
@@ -263,7 +269,7 @@ def _prepare(
     for line in said:
         how.say(line)
     evaluate = evaluator(spec, engine, dataset, during, final)
-    return _Run(config, folder, dataset, server, algorithm, dispatch, how, evaluate, said)
+    return _Run(config, folder, dataset, server, algorithm, dispatch, how, lock, evaluate, said)
 
 
 def _load(config: RunConfig, how: How, elsewhere: str = "") -> Dataset:
@@ -288,6 +294,7 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str,
     book = _Book(totals, progress.state.params, _pause_seconds(run.how, 0.0))
 
     def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
+        run.lock.check()
         state = progress.state
         book.totals = book.totals.after(record, config.num_clients)
         due = state.round % config.eval_every == 0 or last
@@ -328,6 +335,7 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str,
         )
     finally:
         log.close()
+    run.lock.check()
     return _finish(run, progress, book)
 
 
@@ -382,8 +390,8 @@ def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
     tensors = {name: np.ascontiguousarray(value) for name, value in state.params.items()}
     masks = {f"{name}.mask": mask.astype(np.uint8) for name, mask in state.masks.items()}
     write_atomically(run.folder / "model.safetensors", save({**tensors, **masks}))
-    final = book.last_entry["accuracy"] if book.last_entry else None
-    if final is None:  # resumed after the last step
+    final = book.last_entry["accuracy"] if book.last_entry else last_accuracy(run.folder)
+    if final is None:
         final = run.evaluate(state.params, state.masks, True).accuracy
     summary = summary_of(config, run.server, state, totals, final, run.data_changes)
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())

@@ -135,6 +135,12 @@ def log_entry(
     }
 
 
+def last_accuracy(folder: Path) -> float | None:
+    """Of the last step in the run's log; None where it was not evaluated, or there is none."""
+    lines = (folder / "rounds.jsonl").read_bytes().splitlines()
+    return json.loads(lines[-1])["accuracy"] if lines else None
+
+
 class RunLog:
     """Appends to `rounds.jsonl`; a resumed run cuts it back to its checkpoint first."""
 

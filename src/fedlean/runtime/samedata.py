@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fedlean.data.dataset import Dataset
@@ -15,28 +14,25 @@ def about_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def held_against(
-    known: dict[str, Any] | None,
-    dataset: Dataset,
-    *,
-    folder: Path,
-    round: int,
-    accept_changed: bool,
+    known: Any, dataset: Dataset, *, round: int, accept_changed: bool, advice: str
 ) -> dict[str, Any]:
     """`about_data` of a run that goes on after `round`, with its history of changes.
 
-    known: of the run so far; early runs have none.  folder: the run's.  Raises ValueError naming
-    what changed, unless that is accepted.
+    known: what `config.json` has; early runs have none.  Raises ValueError naming what changed,
+    with `advice`, unless that is accepted.
     """
     if known is None:
         return about_data(dataset)
-    changed = changed_parts(known["fingerprint"], fingerprint(dataset))
+    try:
+        changed = changed_parts(known["fingerprint"], fingerprint(dataset))
+        history = [*known.get("changes", []), {"after_round": round, "changed": changed}]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"config.json is damaged: data: {type(error).__name__}: {error}; take it out to go on "
+            "without comparing the data"
+        ) from None
     if not changed:
         return known
     if not accept_changed:
-        raise ValueError(
-            f"the data changed since the run began: {'; '.join(changed)}; bring it back (if it has "
-            f"moved: fedlean resume {folder} --dataset FOLDER), or go on with what there is and "
-            "have the run marked: --accept-changed-data"
-        )
-    history = [*known.get("changes", []), {"after_round": round, "changed": changed}]
+        raise ValueError(f"the data changed since the run began: {'; '.join(changed)}; {advice}")
     return {**about_data(dataset), "changes": history}

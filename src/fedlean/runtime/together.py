@@ -6,6 +6,15 @@ from fedlean.data.dataset import Dataset
 from fedlean.spec import ModelSpec
 
 
+def check_classes(dataset: Dataset) -> None:
+    """Raises ValueError for a data set with nothing to tell apart."""
+    if dataset.classes < 2:
+        raise ValueError(
+            f"data set {dataset.name!r} has one class only, {dataset.class_names[0]!r}: a model "
+            "tells at least two apart; check its labels"
+        )
+
+
 def check_together(spec: ModelSpec, dataset: Dataset, model: str) -> None:
     """The model takes the data's examples and gives one number for each of its classes.
 

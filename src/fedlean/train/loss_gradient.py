@@ -21,7 +21,11 @@ def loss_and_gradient(logits: np.ndarray, y: np.ndarray, loss: Loss) -> tuple[fl
     >>> round(value, 4), gradient.tolist()
     (0.6931, [[0.5, -0.5]])
     """
-    z = logits.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # a diverged model has no finite loss
+        return _value_and_gradient(logits.astype(np.float64), y, loss)
+
+
+def _value_and_gradient(z: np.ndarray, y: np.ndarray, loss: Loss) -> tuple[float, np.ndarray]:
     one_hot = np.zeros_like(z)
     one_hot[np.arange(len(y)), y] = 1
     if loss == "ce":

@@ -70,7 +70,7 @@ def test_the_last_one_submitted_owns_the_folder(tmp_path):
             return super().send(letters, seconds=seconds)
 
     devices = Twice(tmp_path / "nodes")
-    with pytest.raises(Superseded, match="submitted again and goes on"):
+    with pytest.raises(Superseded, match="another process has taken it over"):
         serve(devices, settings(out))
     assert devices.again and devices.again["rounds"] == 3
     entries = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
