@@ -143,6 +143,12 @@ def test_a_task_names_the_classes_so_that_a_fresh_process_maps_them_too(tmp_path
     assert trouble.fields["final"] and "'a', 'b', 'c'" in trouble.fields["reason"]
 
 
+def test_class_names_that_cannot_be_sent_are_found_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "MAX_JSON_BYTES", 60)
+    with pytest.raises(ValueError, match=r"fields take .* bytes, the limit is 60"):
+        remote(Loopback(tmp_path))
+
+
 # Numbers
 
 

@@ -86,7 +86,10 @@ class RemoteDispatch:
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
     ):
-        """`check` is called before a step and before its updates are used, and may raise."""
+        """`check` is called before a step and before its updates are used, and may raise.
+
+        Raises ValueError where the names of the classes are too long to be sent.
+        """
         self._check = check
         self._run = uuid.uuid4().hex  # by which devices file what they keep
         self._method = method
@@ -95,6 +98,9 @@ class RemoteDispatch:
         self._say = say
         self._exchange = Exchange(post, poll_seconds=terms.poll_seconds, say=say)
         expected = expected_by(dataset)
+        seal(
+            Envelope(env.HELLO, expected.to_fields())
+        )  # raises here rather than in the first round
         self._roster = Roster(self._exchange, expected=expected, clients=clients, say=say)
         self._store = ClientStore()  # the runtime's own, set by `begin`
         self._step = 0
