@@ -123,6 +123,17 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
+def test_a_server_that_leaves_does_not_take_the_lock_of_the_next_with_it(tmp_path):
+    """The next one has come, and has not yet made sure that it can go on."""
+    first = hold(tmp_path, print, shared=True)
+    first.__enter__()
+    with hold(tmp_path, print, shared=True) as second:
+        first.__exit__(None, None, None)
+        second.own()
+        second.check()
+    assert not list(tmp_path.iterdir())
+
+
 def test_noise_in_the_file_is_another_process(tmp_path):
     process = holder(tmp_path)
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 NAME = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # some network mounts
 _READ_BYTES = 4096
-MOMENTS, MOMENT_SECONDS = 20, 0.01
+MOMENTS, MOMENT_SECONDS = 10, 0.02
 
 
 class Superseded(RuntimeError):
@@ -81,7 +81,7 @@ def hold(folder: Path, say: Callable[[str], None], *, shared: bool = False) -> I
                 lock.own()
             yield lock
         finally:
-            if lock.is_owned():  # else it is another server's
+            if _is_at(file, path) and _is_last(file):
                 path.unlink(missing_ok=True)
             os.close(file)
     finally:
@@ -97,6 +97,7 @@ def _exists(path: Path) -> bool:
 
 def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
     """A file descriptor that has the lock."""
+    tries = MOMENTS
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -104,23 +105,32 @@ def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
             if _is_at(file, path):
                 return file
         except BlockingIOError:
-            holder = _holder(file)
-            for _ in range(MOMENTS):
-                if holder is None:  # it has just come, and not written yet who it is
-                    time.sleep(MOMENT_SECONDS)
-                    holder = _holder(file)
-            os.close(file)
-            raise ValueError(
-                f"{path.parent} is being written by {holder or 'another process'}: wait until it "
-                "ends, or stop it"
-            ) from None
+            tries -= 1
+            if not tries:
+                holder = _holder(file)
+                os.close(file)
+                raise ValueError(
+                    f"{path.parent} is being written by {holder}: wait until it ends, or stop it"
+                ) from None
+            time.sleep(MOMENT_SECONDS)  # it may be leaving, or not have written yet who it is
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(file)
                 raise
             say(f"{path.parent} is on a file system without locks: let nobody else write there")
             return file
-        os.close(file)  # its holder has just ended and removed it
+        os.close(file)  # it was held, or its holder has just ended and removed it
+
+
+def _is_last(file: int) -> bool:
+    """Nobody else has the lock: of servers that share it, another may be about to own it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 def _is_at(file: int, path: Path) -> bool:
@@ -141,12 +151,12 @@ def _describe(shared: bool) -> bytes:
     return json.dumps(holder).encode()
 
 
-def _holder(file: int) -> str | None:
-    """The holder in words, None where it does not say; the file may hold anything."""
+def _holder(file: int) -> str:
+    """The holder in words; the file is another process's, and may hold anything."""
     try:
         holder = json.loads(os.pread(file, _READ_BYTES, 0))
         process, host = int(holder["process"]), str(holder["host"])
         what = f"{holder['command']}, process {process} on {host} since {holder['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        return "another process"
     return "".join(each if each.isprintable() else "?" for each in what)[:300]
