@@ -12,7 +12,7 @@ from fedlean.data.stratify import stratified_sample
 
 SPLIT_SEED = 0  # fixed: runs with different seeds must be tested on the same examples
 TEST_SHARE = 0.2
-SKLEARN_BYTES = 100_000_000  # resident once it is imported: 84 MB of scikit-learn 1.7 with SciPy
+SKLEARN_BYTES = 100_000_000  # counted for scikit-learn and SciPy, once imported
 
 
 def digits_source(room: Room = unlimited) -> Source:

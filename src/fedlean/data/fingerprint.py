@@ -16,7 +16,7 @@ import numpy as np
 from fedlean.data.dataset import Dataset
 from fedlean.data.labels import listed
 
-SAMPLED_BYTES = 16_000_000  # about 20 ms of BLAKE2b
+SAMPLED_BYTES = 16_000_000  # digested of one part at most
 PIECES = 4000  # of a sample, spread evenly
 DIGEST_BYTES = 16
 MEANING = {
@@ -31,7 +31,7 @@ MEANING = {
 def fingerprint(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """One entry per array of the data set (shape, dtype, digest), and `classes` (names, scale).
 
-    Values that JSON holds unchanged.  Takes less than 0.1 s, however large the data set is.
+    Values that JSON holds unchanged.  The time it takes is bounded, however large the data set is.
     """
     arrays = {part: getattr(dataset, part) for part in MEANING}
     entries = {part: _entry(array) for part, array in arrays.items() if array is not None}
