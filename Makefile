@@ -39,7 +39,8 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
 # The C++ tests: as the wheel is built, with address and undefined-behaviour checks, and under
-# qemu-aarch64 where it and g++-aarch64-linux-gnu are installed.
+# qemu-aarch64 where it and g++-aarch64-linux-gnu are installed.  Under those checks also random and
+# extreme models and calls of the compiled module (tests/native/fuzz.py).
 native-test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/native -rA
 

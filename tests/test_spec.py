@@ -191,10 +191,61 @@ def test_bad_settings_name_the_layer(layer: Layer, shape: tuple[int, ...]):
         single(layer, shape)
 
 
-def test_activations_have_a_limit_too():
-    """A spec from a stranger must not make an engine allocate without end."""
-    with pytest.raises(ValueError, match=r"'odd'.*too large"):
-        single(Conv2d(8, 1, padding=1 << 30), IMAGE)
+HUGE = 1 << 30
+TOO_LARGE = [
+    (Conv2d(2, 3, stride=HUGE, padding=HUGE), IMAGE, "stride must be .* at most 1024"),
+    (Conv2d(2, 3, padding=HUGE), IMAGE, "padding must be an integer from 0 to 1024"),
+    (Conv2d(2, 3, padding=1025), IMAGE, "padding must be an integer from 0 to 1024"),
+    (Conv2d(2, 1025, padding=1025), IMAGE, "kernel_size must be .* at most 1024"),
+    (Conv2d(2, 3, stride=1025), IMAGE, "stride must be .* at most 1024"),
+    (MaxPool2d(2, stride=HUGE), IMAGE, "stride must be .* at most 1024"),
+    (AvgPool2d(HUGE, padding=HUGE // 2), IMAGE, "kernel_size must be .* at most 1024"),
+    (Conv2d(2, 1024, padding=1024), (31, 64, 64), "its input is too large: 138276864 elements"),
+    (Conv2d(1 << 22, 1), IMAGE, r"output of shape \(4194304, 6, 6\) is too large"),
+    (Conv2d(513, 1024, padding=512), IMAGE, r"weight of shape .* is too large"),
+    (Linear(1 << 27), VECTOR, "output of shape .* is too large: at most 134217727 elements"),
+    (Linear((1 << 27) - 1), (17,), "weight of shape .* is too large: at most 2147483648 elements"),
+    (BatchNorm(eps=1e-21), IMAGE, "eps must be a positive float from 1e-20 to 1000"),
+    (GroupNorm(eps=1001.0), IMAGE, "eps must be a positive float from 1e-20 to 1000"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"), TOO_LARGE, ids=lambda value: f"{value!s:.60}"
+)
+def test_settings_and_sizes_have_limits(layer: Layer, shape: tuple[int, ...], message: str):
+    """A spec from a stranger must not make an engine overflow or allocate without end."""
+    with pytest.raises(ValueError, match=rf"layer 'odd' \({type(layer).__name__}\): {message}"):
+        single(layer, shape)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (Conv2d(2, 1, padding=2), IMAGE),
+        (Conv2d(2, 3, stride=1024, padding=3), IMAGE),
+        (Conv2d(2, 1024, padding=512), (1, 8, 8)),
+        (AvgPool2d(1024), (3, 1024, 1024)),
+        (MaxPool2d(1, stride=2), (64, 1, 1)),
+        (Linear(25088), (4096,)),
+        (BatchNorm(eps=1e-20, momentum=0.0), IMAGE),
+        (Flatten(), (3, 6688, 6688)),
+    ],
+    ids=repr,
+)
+def test_what_is_trained_is_within_the_limits(layer: Layer, shape: tuple[int, ...]):
+    assert single(layer, shape)
+
+
+def test_specs_have_limits():
+    with pytest.raises(ValueError, match="at most 4096 layers, got 4097"):
+        sequential(VECTOR, [(f"n{i}", ReLU()) for i in range(4097)])
+    assert sequential(VECTOR, [(f"n{i}", ReLU()) for i in range(4096)])
+    with pytest.raises(ValueError, match="layer 'odd' reads 257 inputs, at most 256"):
+        ModelSpec(IMAGE, (Node("odd", Add(), (INPUT,) * 257),))
+    for shape in ((1 << 27,), (1,) * 9, (1 << 14, 1 << 14)):
+        with pytest.raises(ValueError, match=r"input_shape .* is too large: at most 8 axes"):
+            single(ReLU(), shape)
 
 
 @pytest.mark.parametrize("layer", [ReLU(), Hardswish(), Hardsigmoid(), Flatten(), BatchNorm()])

@@ -2,15 +2,6 @@
 
 namespace fedlean {
 
-namespace {
-
-template <typename T>
-bool aligned(const In<T>& array) {
-  return reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0;
-}
-
-}  // namespace
-
 void expect_size(const char* what, std::size_t got, std::size_t expected) {
   if (got != expected)
     throw std::invalid_argument(std::string(what) + " has " + std::to_string(got) +
@@ -22,10 +13,15 @@ Loss loss_of(const std::string& name) {
   return name == "ce" ? Loss::kCrossEntropy : Loss::kBinaryCrossEntropy;
 }
 
+int batch_size_of(int batch_size) {
+  if (batch_size < 1 || batch_size > kMostExamples)
+    throw std::invalid_argument("batch_size must be from 1 to " + std::to_string(kMostExamples));
+  return batch_size;
+}
+
 std::vector<TensorOptions> tensors_of(const Network& network,
                                       const std::vector<std::vector<bool>>& trainable,
                                       const std::vector<std::vector<std::int64_t>>& kept) {
-  if (network.nodes.empty()) throw std::invalid_argument("a network needs a layer");
   expect_size("trainable", trainable.size(), network.nodes.size());
   expect_size("kept", kept.size(), network.nodes.size());
   std::vector<TensorOptions> tensors(network.nodes.size());
@@ -40,8 +36,8 @@ std::vector<TensorOptions> tensors_of(const Network& network,
   return tensors;
 }
 
-Guard::Guard(std::shared_ptr<Engine> engine, const Model& model, int batch_size, int input_rank)
-    : engine_(std::move(engine)), model_(model), batch_size_(batch_size), input_rank_(input_rank) {
+Guard::Guard(std::shared_ptr<Engine> engine, const Model& model, int batch_size)
+    : engine_(std::move(engine)), model_(model), batch_size_(batch_size) {
   for (int i = 0; i < int(model.network.nodes.size()); ++i) {
     bool empty = true;
     for (int slot = 0; slot < kSlots; ++slot)
@@ -50,22 +46,28 @@ Guard::Guard(std::shared_ptr<Engine> engine, const Model& model, int batch_size,
   }
 }
 
-void Guard::check_masks(int node, const std::vector<nb::object>& masks,
-                        const std::uint8_t* pointers[kSlots], std::vector<In<bool>>& held) const {
+Guard::Masks Guard::copied(int node, const std::vector<nb::object>& masks) const {
   check(node, 0);
-  if (built_[node]) throw std::invalid_argument("a node is built once");
   expect_size("masks", masks.size(), kSlots);
+  Masks copies;
   for (int s = 0; s < kSlots; ++s) {
     const std::int64_t planned = model_.tensors[node].kept[s];
     if (masks[s].is_none() != (planned < 0))
       throw std::invalid_argument("masks are not those that were planned");
     if (masks[s].is_none()) continue;
-    held.push_back(nb::cast<In<bool>>(masks[s]));
-    expect_size("mask", held.back().size(), model_.tensor_size(node, Slot(s)));
-    pointers[s] = reinterpret_cast<const std::uint8_t*>(held.back().data());
-    if (std::int64_t(count_kept(pointers[s], held.back().size())) != planned)
+    In<bool> mask;
+    if (!nb::try_cast(masks[s], mask, false))
+      throw std::invalid_argument("a mask must be a C-contiguous array of bool");
+    expect_size("mask", mask.size(), model_.tensor_size(node, Slot(s)));
+    const auto* const bytes = reinterpret_cast<const std::uint8_t*>(mask.data());
+    std::vector<std::uint8_t>& copy = copies.of[s];
+    copy.resize(mask.size());
+    // Who makes an array of bool from other bytes may have more in it than 0 and 1.
+    for (std::size_t i = 0; i < copy.size(); ++i) copy[i] = bytes[i] != 0;
+    if (std::int64_t(count_kept(copy.data(), copy.size())) != planned)
       throw std::invalid_argument("mask keeps another number of coordinates than was planned");
   }
+  return copies;
 }
 
 void Guard::check(int node, int slot) const {
@@ -91,30 +93,34 @@ std::size_t Guard::size(int node, int slot, bool packed) const {
 }
 
 // Everything that fedlean.engine.checks.check_batch refuses; that one words the errors.
-int Guard::check_batch(const In<float>& x, const In<std::int64_t>* y) const {
+Examples Guard::check_batch(const In<float>& x, const In<std::int64_t>* y) const {
   for (int i = 0; i < int(built_.size()); ++i) check_built(i);
-  const Network& network = model_.network;
-  const Shape& shape = network.input;
+  const Shape& shape = model_.network.input;
   const std::size_t examples = x.ndim() ? x.shape(0) : 0;
   if (examples == 0 || examples > std::size_t(batch_size_))
     throw std::invalid_argument("x must have 1 to batch_size examples");
-  const bool image = x.ndim() == 4 && int(x.shape(1)) == shape.channels &&
-                     int(x.shape(2)) == shape.height && int(x.shape(3)) == shape.width;
-  const bool vector =
-      x.ndim() == 2 && shape.height * shape.width == 1 && int(x.shape(1)) == shape.channels;
-  if (!(input_rank_ == 3 ? image : vector)) throw std::invalid_argument("x has another shape");
-  if (!aligned(x) || (y && !aligned(*y))) throw std::invalid_argument("an array is not aligned");
+  const int sides[] = {shape.channels, shape.height, shape.width};
+  bool fits = x.ndim() == std::size_t(shape.rank) + 1;
+  for (int axis = 0; fits && axis < shape.rank; ++axis)
+    fits = x.shape(axis + 1) == std::size_t(sides[axis]);
+  if (!fits) throw std::invalid_argument("x has another shape");
+  expect_array("x", x, examples * shape.size());
   if (!engine_->kernels.all_finite(x.data(), x.size()))
     throw std::invalid_argument("x holds NaN or infinity");
-  if (!y) return int(examples);
-  if (y->ndim() != 1 || y->size() != examples) throw std::invalid_argument("y has another shape");
-  if (network.nodes.back().shape.height * network.nodes.back().shape.width != 1)
-    throw std::invalid_argument("a loss needs one logit per class");
-  const std::int64_t classes = network.nodes.back().shape.channels;
-  for (std::size_t i = 0; i < examples; ++i)
-    if (y->data()[i] < 0 || y->data()[i] >= classes)
+  if (!y) return {int(examples), {}};
+  return {int(examples), labels_of(*y, examples)};
+}
+
+std::vector<std::int64_t> Guard::labels_of(const In<std::int64_t>& y, std::size_t examples) const {
+  if (y.ndim() != 1) throw std::invalid_argument("y has another shape");
+  expect_array("y", y, examples);
+  const Shape& output = model_.network.nodes.back().shape;
+  if (output.rank != 1) throw std::invalid_argument("a loss needs one logit per class");
+  std::vector<std::int64_t> labels(y.data(), y.data() + examples);
+  for (std::int64_t label : labels)
+    if (label < 0 || label >= output.channels)
       throw std::invalid_argument("y has a label out of range");
-  return int(examples);
+  return labels;
 }
 
 }  // namespace fedlean

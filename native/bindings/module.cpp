@@ -31,19 +31,22 @@ Kind kind_of(const std::string& name) {
 Shape shape_of(const std::vector<int>& s) {
   if (s.empty() || s.size() == 2 || s.size() > 3)
     throw std::invalid_argument("shapes are (C, H, W) or (F,)");
-  return s.size() == 1 ? Shape{s[0], 1, 1} : Shape{s[0], s[1], s[2]};
+  return s.size() == 1 ? Shape{s[0], 1, 1, 1} : Shape{s[0], s[1], s[2], 3};
 }
 
 // Session with the sizes of what Python passes checked.
 class Bound {
 public:
-  Bound(std::shared_ptr<Engine> engine, const Network& network, const Options& options,
-        int input_rank)
+  Bound(std::shared_ptr<Engine> engine, const Network& network, const Options& options)
       : session_(engine, network, options),
-        guard_(std::move(engine), session_.model(), options.batch_size, input_rank) {}
+        guard_(std::move(engine), session_.model(), options.batch_size) {}
 
-  std::size_t planned_bytes(bool importance) const { return session_.planned_bytes(importance); }
-  std::size_t held_bytes() const { return session_.held_bytes(); }
+  std::size_t planned_bytes(bool importance) const {
+    return guard_.alone([&] { return session_.planned_bytes(importance); });
+  }
+  std::size_t held_bytes() const {
+    return guard_.alone([&] { return session_.held_bytes(); });
+  }
 
   void build(int node, const std::vector<nb::object>& masks) {
     guard_.build(node, masks, [&](auto pointers) { session_.build(node, pointers); });
@@ -55,51 +58,56 @@ public:
     });
   }
   void load(int node, int slot, In<float> values, bool packed, bool reference) {
-    guard_.check_built(node);
-    expect_size("tensor", values.size(), guard_.size(node, slot, packed));
-    guard_.alone([&] { session_.load(node, Slot(slot), values.data(), packed, reference); });
+    expect_array("tensor", values, guard_.size(node, slot, packed));
+    guard_.alone([&] {
+      guard_.check_built(node);
+      session_.load(node, Slot(slot), values.data(), packed, reference);
+    });
   }
   void read(int node, int slot, Out<float> values, bool packed) const {
-    guard_.check_built(node);
-    expect_size("tensor", values.size(), guard_.size(node, slot, packed));
-    guard_.alone([&] { session_.model().read(node, Slot(slot), values.data(), packed); });
+    expect_array("tensor", values, guard_.size(node, slot, packed));
+    guard_.alone([&] {
+      guard_.check_built(node);
+      session_.model().read(node, Slot(slot), values.data(), packed);
+    });
   }
 
   // Of a tensor that was built with a mask.
   void read_mask(int node, int slot, Out<bool> kept) const {
-    guard_.check_masked(node, slot);
-    expect_size("mask", kept.size(), guard_.size(node, slot, false));
+    expect_array("mask", kept, guard_.size(node, slot, false));
     guard_.alone([&] {
+      guard_.check_masked(node, slot);
       session_.model().read_mask(node, Slot(slot), reinterpret_cast<std::uint8_t*>(kept.data()));
     });
   }
 
   double step(In<float> x, In<std::int64_t> y, bool importance) {
-    const int examples = guard_.check_batch(x, &y);
     return guard_.alone([&] {
+      const Examples examples = guard_.check_batch(x, &y);
       tapped_.clear();
-      return session_.step(x.data(), y.data(), examples, importance);
+      return session_.step(x.data(), examples.labels.data(), examples.count, importance);
     });
   }
   double loss(In<float> x, In<std::int64_t> y) {
-    const int examples = guard_.check_batch(x, &y);
     return guard_.alone([&] {
+      const Examples examples = guard_.check_batch(x, &y);
       tapped_.clear();
-      return session_.loss(x.data(), y.data(), examples);
+      return session_.loss(x.data(), examples.labels.data(), examples.count);
     });
   }
   void squares(int node, int slot, Out<float> values) const {
-    expect_size("tensor", values.size(), guard_.size(node, slot, false));
+    expect_array("tensor", values, guard_.size(node, slot, false));
     guard_.alone([&] { session_.squares(node, Slot(slot), values.data()); });
   }
 
   void forward(In<float> x, const std::vector<int>& nodes, bool training) {
-    const int examples = guard_.check_batch(x, nullptr);
     for (int node : nodes) guard_.check(node, 0);
     guard_.alone([&] {
+      const int examples = guard_.check_batch(x, nullptr).count;
       tapped_.clear();
       session_.forward(x.data(), examples, nodes, training);
       examples_ = examples;
+      training_ = training;
       tapped_ = nodes;
       tapped_.push_back(int(guard_.network().nodes.size()) - 1);
     });
@@ -107,8 +115,7 @@ public:
   void activation(int node, Out<float> values) const {
     guard_.alone([&] {
       check_tapped(node);
-      expect_size("activation", values.size(),
-                  guard_.network().nodes[node].shape.size() * examples_);
+      expect_array("activation", values, size_of(node));
       session_.activation(node, values.data());
     });
   }
@@ -116,41 +123,51 @@ public:
                 bool dense) {
     expect_size("gradients", gradients.size(), nodes.size());
     guard_.alone([&] {
+      if (!training_) throw std::invalid_argument("the last forward was not for training");
       std::vector<const float*> pointers;
       for (std::size_t i = 0; i < nodes.size(); ++i) {
         check_tapped(nodes[i]);
-        expect_size("gradient", gradients[i].size(),
-                    guard_.network().nodes[nodes[i]].shape.size() * examples_);
+        expect_array("gradient", gradients[i], size_of(nodes[i]));
         pointers.push_back(gradients[i].data());
       }
+      if (tapped_.empty()) throw std::invalid_argument("there was no forward");
       tapped_.clear();
       session_.backward(nodes, pointers, dense);
     });
   }
   void gradient(int node, int slot, Out<float> values, bool dense) const {
-    expect_size("gradient", values.size(), guard_.size(node, slot, false));
-    if (!session_.has_gradient(node, Slot(slot), dense))
-      throw std::invalid_argument("there is no gradient: call backward first");
-    guard_.alone([&] { session_.gradient(node, Slot(slot), values.data(), dense); });
+    expect_array("gradient", values, guard_.size(node, slot, false));
+    guard_.alone([&] {
+      guard_.check_built(node);
+      if (!session_.has_gradient(node, Slot(slot), dense))
+        throw std::invalid_argument("there is no gradient: call backward first");
+      session_.gradient(node, Slot(slot), values.data(), dense);
+    });
   }
   void drop_gradients() {
     guard_.alone([&] { session_.drop_gradients(); });
   }
   void set_gradient(int node, int slot, In<float> values) {
-    guard_.check_built(node);
-    expect_size("gradient", values.size(), guard_.size(node, slot, false));
-    guard_.alone([&] { session_.set_gradient(node, Slot(slot), values.data()); });
+    expect_array("gradient", values, guard_.size(node, slot, false));
+    check_trainable(node, slot);
+    guard_.alone([&] {
+      guard_.check_built(node);
+      session_.set_gradient(node, Slot(slot), values.data());
+    });
   }
   void apply(const std::vector<int>& nodes, const std::vector<int>& slots) {
     expect_size("slots", slots.size(), nodes.size());
-    std::vector<std::pair<int, Slot>> tensors;
-    for (std::size_t i = 0; i < nodes.size(); ++i) {
-      guard_.check(nodes[i], slots[i]);
-      if (!session_.has_gradient(nodes[i], Slot(slots[i]), false))
-        throw std::invalid_argument("there is no gradient: call set_gradient first");
-      tensors.push_back({nodes[i], Slot(slots[i])});
-    }
-    guard_.alone([&] { session_.apply(tensors); });
+    for (std::size_t i = 0; i < nodes.size(); ++i) check_trainable(nodes[i], slots[i]);
+    guard_.alone([&] {
+      std::vector<std::pair<int, Slot>> tensors;
+      for (std::size_t i = 0; i < nodes.size(); ++i) {
+        guard_.check_built(nodes[i]);
+        if (!session_.has_gradient(nodes[i], Slot(slots[i]), false))
+          throw std::invalid_argument("there is no gradient: call set_gradient first");
+        tensors.push_back({nodes[i], Slot(slots[i])});
+      }
+      session_.apply(tensors);
+    });
   }
 
 private:
@@ -159,11 +176,21 @@ private:
       if (tapped == node) return;
     throw std::invalid_argument("node was not tapped by the last forward");
   }
+  std::size_t size_of(int tapped) const {
+    return guard_.network().nodes[tapped].shape.size() * examples_;
+  }
+  // A weight or a bias: the optimiser moves nothing else.
+  void check_trainable(int node, int slot) const {
+    guard_.check(node, slot);
+    if (slot > kBias || !session_.model().tensors[node].trainable[slot])
+      throw std::invalid_argument("the tensor is not trained");
+  }
 
   Session session_;
   Guard guard_;
   std::vector<int> tapped_;
   int examples_ = 0;
+  bool training_ = false;
 };
 
 }  // namespace
@@ -172,28 +199,35 @@ NB_MODULE(_native, m) {
   m.doc() = "FedLean's sparse training engine; see fedlean.engine.native.";
 
   nb::class_<Engine>(m, "Engine")
-      .def(nb::init<int>(), nb::arg("threads"))
+      .def(
+          "__init__",
+          [](Engine* self, int threads) {
+            if (threads < 1 || threads > kMostThreads)
+              throw std::invalid_argument("threads must be from 1 to " +
+                                          std::to_string(kMostThreads));
+            new (self) Engine(threads);
+          },
+          nb::arg("threads"))
       .def_prop_ro("instruction_set", [](const Engine& e) { return e.kernels.name; })
       .def_prop_ro("threads", [](const Engine& e) { return e.pool.threads(); });
 
   nb::class_<Network>(m, "Network")
       .def("__init__",
            [](Network* self, const std::vector<int>& input) {
-             new (self) Network{shape_of(input), {}};
+             const Shape shape = shape_of(input);
+             check_input(shape);
+             new (self) Network{shape, {}};
            })
       .def(
           "add",
           [](Network& self, const std::string& name, const std::string& kind,
              const std::vector<int>& inputs, const std::vector<int>& shape, int kernel, int stride,
              int padding, int groups, bool bias, float eps, float momentum) {
-            for (int input : inputs)
-              if (input < kModelInput || input >= int(self.nodes.size()))
-                throw std::invalid_argument("inputs must be earlier nodes");
-            if (inputs.empty()) throw std::invalid_argument("a node needs an input");
-            if (kernel < 1 || stride < 1 || groups < 1 || padding < 0)
-              throw std::invalid_argument("kernel, stride and groups must be at least 1");
-            self.nodes.push_back({name, kind_of(kind), inputs, shape_of(shape), kernel, stride,
-                                  padding, groups, bias, eps, momentum});
+            const Node node = {name,   kind_of(kind), inputs,  shape_of(shape),
+                               kernel, stride,        padding, groups,
+                               bias,   eps,           momentum};
+            check_node(self, node);
+            self.nodes.push_back(node);
           },
           nb::arg("name"), nb::arg("kind"), nb::arg("inputs"), nb::arg("shape"), nb::kw_only(),
           nb::arg("kernel") = 1, nb::arg("stride") = 1, nb::arg("padding") = 0,
@@ -205,20 +239,18 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Bound* self, std::shared_ptr<Engine> engine, const Network& network, int batch_size,
              const std::string& loss, float lr, float momentum, float weight_decay, float proximal,
-             float clip_norm, int input_rank, const std::vector<std::vector<bool>>& trainable,
+             float clip_norm, const std::vector<std::vector<bool>>& trainable,
              const std::vector<std::vector<std::int64_t>>& kept) {
-            if (batch_size < 1) throw std::invalid_argument("batch_size must be at least 1");
-            const Options options = {batch_size,
+            const Options options = {batch_size_of(batch_size),
                                      loss_of(loss),
                                      {lr, momentum, weight_decay, proximal},
                                      clip_norm,
                                      tensors_of(network, trainable, kept)};
-            new (self) Bound(std::move(engine), network, options, input_rank);
+            new (self) Bound(std::move(engine), network, options);
           },
           nb::arg("engine"), nb::arg("network"), nb::kw_only(), nb::arg("batch_size"),
           nb::arg("loss"), nb::arg("lr"), nb::arg("momentum"), nb::arg("weight_decay"),
-          nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("input_rank"), nb::arg("trainable"),
-          nb::arg("kept"))
+          nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("trainable"), nb::arg("kept"))
       .def("planned_bytes", &Bound::planned_bytes, nb::arg("importance") = false)
       .def("held_bytes", &Bound::held_bytes)
       .def("build", &Bound::build)
@@ -237,7 +269,8 @@ NB_MODULE(_native, m) {
       .def("forward", &Bound::forward, nb::arg("x").noconvert(), nb::arg("nodes"),
            nb::arg("training"))
       .def("activation", &Bound::activation, nb::arg("node"), nb::arg("values").noconvert())
-      .def("backward", &Bound::backward, nb::arg("nodes"), nb::arg("gradients"), nb::arg("dense"))
+      .def("backward", &Bound::backward, nb::arg("nodes"), nb::arg("gradients").noconvert(),
+           nb::arg("dense"))
       .def("gradient", &Bound::gradient, nb::arg("node"), nb::arg("slot"),
            nb::arg("values").noconvert(), nb::arg("dense"))
       .def("drop_gradients", &Bound::drop_gradients)

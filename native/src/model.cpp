@@ -5,6 +5,8 @@
 #include <cstring>
 #include <new>
 
+#include "fedlean/limits.h"
+
 namespace fedlean {
 
 namespace {
@@ -39,6 +41,12 @@ std::unique_ptr<Layer> make_layer(const Network& network, const Structure& struc
   }
 }
 
+const std::vector<TensorOptions>& checked(const Network& network,
+                                          const std::vector<TensorOptions>& tensors) {
+  check_tensors(network, tensors);
+  return tensors;
+}
+
 std::vector<bool> trained(const std::vector<TensorOptions>& tensors, bool backward) {
   std::vector<bool> nodes;
   for (const TensorOptions& t : tensors)
@@ -49,7 +57,10 @@ std::vector<bool> trained(const std::vector<TensorOptions>& tensors, bool backwa
 }  // namespace
 
 Model::Model(const Network& network, const std::vector<TensorOptions>& tensors, bool backward)
-    : network(network), tensors(tensors), structure(network, trained(tensors, backward)) {
+    : network(network),
+      tensors(checked(network, tensors)),
+      structure(network, trained(tensors, backward)) {
+  check_images(network, structure);
   for (std::size_t i = 0; i < network.nodes.size(); ++i) {
     layers.push_back(make_layer(network, structure, int(i), tensors[i]));
     for (int slot = 0; slot < kSlots; ++slot)

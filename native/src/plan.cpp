@@ -1,15 +1,19 @@
 #include "fedlean/plan.h"
 
 #include <algorithm>
+#include <new>
 #include <numeric>
 
 namespace fedlean {
 
 namespace {
 constexpr std::size_t kAlign = 16;  // floats: one cache line
-}
+// No machine has 256 GiB for one array, and sums of so many stay in 64 bits.
+constexpr std::size_t kMostFloats = std::size_t(1) << 36;
+}  // namespace
 
 int Plan::add(std::size_t floats, int first, int last) {
+  if (floats > kMostFloats) throw std::bad_alloc();
   arrays_.push_back({(floats + kAlign - 1) / kAlign * kAlign, first, last, 0});
   return int(arrays_.size()) - 1;
 }

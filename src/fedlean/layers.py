@@ -3,14 +3,22 @@
 Shapes exclude the batch axis: (C, H, W) for images, (F,) for vectors.  A layer says its output
 shape, its parameters and its multiply-adds per example; it never computes.  Adding a layer is one
 class here and one case in each engine.
+
+A spec may come from a stranger, and engines count in 32 bits.  So settings have limits, far beyond
+what is trained on a device: windows, strides and padding of at most 1024, eps from 1e-20 to 1000,
+and fewer than 2^27 elements of one example, counted with the padding (512 MiB of float32).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import inf, prod
+from math import prod
 
 Shape = tuple[int, ...]
+
+MAX_WINDOW = 1024  # kernel_size, stride and padding
+MAX_ACTIVATION_ELEMENTS = (1 << 27) - 1  # of one example, zeros around it included
+MIN_EPS, MAX_EPS = 1e-20, 1e3  # eps^-1.5, which gradients are multiplied by, is finite in float32
 
 
 def _one(inputs: list[Shape]) -> Shape:
@@ -44,14 +52,18 @@ def check_settings(layer: Layer) -> None:
         if name == "bias":
             valid, wanted = isinstance(value, bool), "True or False"
         elif name == "eps":
-            valid, wanted = isinstance(value, float) and 0 < value < inf, "a positive float"
+            valid = isinstance(value, float) and MIN_EPS <= value <= MAX_EPS
+            wanted = f"a positive float from {MIN_EPS:g} to {MAX_EPS:g}"
         elif name == "momentum":
             valid, wanted = isinstance(value, float) and 0 <= value <= 1, "a float in [0, 1]"
         elif name == "padding":
-            valid, wanted = whole >= 0, "an integer of at least 0"
-        else:
+            valid, wanted = 0 <= whole <= MAX_WINDOW, f"an integer from 0 to {MAX_WINDOW}"
+        elif name in ("kernel_size", "stride"):
             optional = value is None and setting.default is None
-            valid, wanted = optional or whole > 0, "a positive integer"
+            valid = optional or 1 <= whole <= MAX_WINDOW
+            wanted = f"a positive integer of at most {MAX_WINDOW}"
+        else:
+            valid, wanted = whole > 0, "a positive integer"
         if not valid:
             raise ValueError(f"{name} must be {wanted}, got {value!r:.40}")
 
@@ -93,6 +105,11 @@ class Conv2d:
                 f"{self.out_channels} out"
             )
         k, s, p = self.kernel_size, self.stride, self.padding
+        if (padded := c * (h + 2 * p) * (w + 2 * p)) > MAX_ACTIVATION_ELEMENTS:
+            raise ValueError(
+                f"its input is too large: {padded} elements with padding {p}, at most "
+                f"{MAX_ACTIVATION_ELEMENTS}"
+            )
         return (self.out_channels, _window(h, k, s, p), _window(w, k, s, p))
 
     def param_shapes(self, inputs: list[Shape]) -> dict[str, Shape]:

@@ -15,10 +15,21 @@ from functools import cached_property
 from math import prod
 from typing import Any, get_args
 
-from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear, Shape, check_settings
+from fedlean.layers import (
+    MAX_ACTIVATION_ELEMENTS,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    Layer,
+    Linear,
+    Shape,
+    check_settings,
+)
 
 INPUT = "input"  # the name by which nodes refer to the model's input
-MAX_TENSOR_ELEMENTS = 1 << 31  # larger layers are a mistake or an attack
+# Larger models are a mistake or an attack.
+MAX_TENSOR_ELEMENTS = 1 << 31  # of one parameter
+MAX_NODES, MAX_INPUTS, MAX_AXES = 4096, 256, 8  # of a spec, of a node, of its input
 LAYERS: dict[str, type] = {layer.__name__: layer for layer in get_args(Layer)}
 
 
@@ -37,7 +48,9 @@ class Node:
 class ModelSpec:
     """A network from `input_shape` (without batch) through `nodes`; the last node is the output.
 
-    Raises ValueError naming the layer when names clash, an input is unknown or shapes do not fit.
+    Raises ValueError naming the layer when names clash, an input is unknown, shapes do not fit or
+    a setting is beyond its limit (see `fedlean.layers`): at most 4096 layers of at most 256 inputs,
+    2^31 elements per parameter and fewer than 2^27 per activation of one example.
 
     >>> from fedlean.layers import Flatten, Linear
     >>> spec = sequential((1, 8, 8), [("flat", Flatten()), ("fc", Linear(10))])
@@ -51,13 +64,18 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.nodes:
             raise ValueError("a ModelSpec needs at least one layer, got none")
+        if len(self.nodes) > MAX_NODES:
+            raise ValueError(f"a ModelSpec has at most {MAX_NODES} layers, got {len(self.nodes)}")
         if not self.input_shape or any(
             not isinstance(side, int) or isinstance(side, bool) or side < 1
             for side in self.input_shape
         ):
             raise ValueError(f"input_shape must be positive integers, got {self.input_shape}")
-        if prod(self.input_shape) > MAX_TENSOR_ELEMENTS:
-            raise ValueError(f"input_shape {self.input_shape} is too large")
+        if len(self.input_shape) > MAX_AXES or prod(self.input_shape) > MAX_ACTIVATION_ELEMENTS:
+            raise ValueError(
+                f"input_shape {self.input_shape!s:.80} is too large: at most {MAX_AXES} axes and "
+                f"{MAX_ACTIVATION_ELEMENTS} elements"
+            )
         _ = self._inferred  # validates
 
     @cached_property
@@ -70,6 +88,10 @@ class ModelSpec:
             if not node.name or "." in node.name or node.name in shapes:
                 raise ValueError(
                     f"layer name {node.name!r} must be non-empty, unique and without '.'"
+                )
+            if len(node.inputs) > MAX_INPUTS:
+                raise ValueError(
+                    f"layer {node.name!r} reads {len(node.inputs)} inputs, at most {MAX_INPUTS}"
                 )
             for source in node.inputs:
                 if source not in shapes:
@@ -84,8 +106,11 @@ class ModelSpec:
                 own = getattr(node.layer, "param_shapes", lambda _: {})(inputs)
                 held = getattr(node.layer, "buffer_shapes", lambda _: {})(inputs)
                 for suffix, shape in {"output": shapes[node.name], **own, **held}.items():
-                    if prod(shape) > MAX_TENSOR_ELEMENTS:
-                        raise ValueError(f"{suffix} of shape {shape} is too large")
+                    most = MAX_ACTIVATION_ELEMENTS if suffix == "output" else MAX_TENSOR_ELEMENTS
+                    if prod(shape) > most:
+                        raise ValueError(
+                            f"{suffix} of shape {shape} is too large: at most {most} elements"
+                        )
             except ValueError as error:
                 kind = type(node.layer).__name__
                 raise ValueError(f"layer {node.name!r} ({kind}): {error}") from None

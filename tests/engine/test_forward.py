@@ -259,9 +259,12 @@ def test_bad_taps(engine):
 
 def test_bad_sessions(engine):
     for settings, message in (
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1 to 1048576, got 0"),
         ({"loss": "mse"}, "loss must be 'ce' or 'bce', got 'mse'"),
-        ({"directions_at_once": 0}, "directions_at_once must be an integer of at least 1, got 0"),
+        (
+            {"directions_at_once": 0},
+            "directions_at_once must be an integer from 1 to 1048576, got 0",
+        ),
         ({"directions_at_once": 1.0}, "directions_at_once must be an integer"),
         ({"frozen": {"nowhere"}}, "frozen 'nowhere' is no tensor of the model"),
         ({"masks": {"fc1.weight": np.ones((2, 2), bool)}}, "mask 'fc1.weight' has shape (2, 2)"),

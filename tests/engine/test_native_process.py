@@ -136,7 +136,7 @@ def test_the_module_refuses_wrong_calls():
         network.add("c", "Conv2d", [-1], [2, 1, 1], groups=0)
     network.add("fc", "Linear", [-1], [2], bias=False)
     settings = {"batch_size": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "proximal": 0.0}
-    rest = {"clip_norm": 0.0, "input_rank": 1, "trainable": [[True, False, False, False]]}
+    rest = {"clip_norm": 0.0, "trainable": [[True, False, False, False]]}
     with pytest.raises(ValueError):
         _native.Session(_native.Engine(1), network, loss="zzz", kept=[[-1] * 4], **settings, **rest)
     session = _native.Session(

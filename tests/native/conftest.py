@@ -31,21 +31,41 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def built(name: str, *options: str) -> Path:
+    """The build folder, build/native/NAME.
+
+    It is kept, so that the next run compiles only what changed; it is configured afresh each time,
+    so that another compiler or CMake does no harm.
+    """
+    cmake = tool("cmake")
+    folder = ROOT / "build" / "native" / name
+    run(cmake, "--fresh", "-S", ROOT, "-B", folder, "-DFEDLEAN_TESTS=ON", *options)
+    run(cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1))
+    return folder
+
+
 @pytest.fixture
 def build_and_test() -> Callable[..., Path]:
-    """`build_and_test(name, *options)` returns the build folder, build/native/NAME.
-
-    The folder is kept, so that the next run compiles only what changed; it is configured afresh
-    each time, so that another compiler or CMake does no harm.
-    """
+    """`build_and_test(name, *options)` returns the build folder after its tests passed."""
 
     def build_and_test(name: str, *options: str) -> Path:
-        cmake, ctest = tool("cmake"), tool("ctest")
-        folder = ROOT / "build" / "native" / name
+        ctest, folder = tool("ctest"), built(name, *options)
         jobs = str(os.cpu_count() or 1)
-        run(cmake, "--fresh", "-S", ROOT, "-B", folder, "-DFEDLEAN_TESTS=ON", *options)
-        run(cmake, "--build", folder, "--parallel", jobs)
         run(ctest, "--test-dir", folder, "--output-on-failure", "--no-tests=error", "-j", jobs)
         return folder
 
     return build_and_test
+
+
+@pytest.fixture
+def build_module() -> Callable[..., Path]:
+    """`build_module(name, *options)` returns the compiled fedlean._native of such a build."""
+
+    def build_module(name: str, *options: str) -> Path:
+        nanobind = pytest.importorskip("nanobind", reason="nanobind is not installed")
+        where = (f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={nanobind.cmake_dir()}")
+        folder = built(name, "-DFEDLEAN_BINDINGS=ON", *where, *options)
+        (module,) = (folder / "native" / "bindings").glob("_native*.so")
+        return module
+
+    return build_module

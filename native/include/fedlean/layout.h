@@ -18,9 +18,10 @@ constexpr int kLaneStep = 4;  // a panel's lanes are a multiple: one 128-bit vec
 
 struct Shape {
   int channels = 0, height = 1, width = 1;
+  int rank = 3;  // 3 of an image; 1 of a vector, around which no zeros are ever kept
   std::size_t size() const { return std::size_t(channels) * height * width; }
   bool operator==(const Shape& o) const {
-    return channels == o.channels && height == o.height && width == o.width;
+    return channels == o.channels && height == o.height && width == o.width && rank == o.rank;
   }
 };
 

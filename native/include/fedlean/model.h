@@ -17,7 +17,9 @@ struct TensorOptions {
 
 class Model {
 public:
-  // `backward`: with the patterns that gradients need.  `tensors` are per node.
+  // `backward`: with the patterns that gradients need.  `tensors` are per node.  The network's
+  // nodes have passed check_node (limits.h); throws std::invalid_argument where the rest does not
+  // fit.
   Model(const Network& network, const std::vector<TensorOptions>& tensors, bool backward);
 
   // Bytes of all tensors, masks and patterns, from shapes and counts alone; and those held now.

@@ -10,6 +10,7 @@ namespace fedlean {
 class Plan {
 public:
   // An array of `floats`, alive from time `first` to time `last`, both included; returns its id.
+  // Throws std::bad_alloc where there cannot be so many.
   int add(std::size_t floats, int first, int last);
   // Lengthens a lifetime.
   void extend(int id, int first, int last);

@@ -20,13 +20,18 @@ from fedlean.engine.directions import Kind
 from fedlean.layers import BatchNorm, Shape
 from fedlean.spec import ModelSpec
 
+MAX_BATCH_SIZE = 1 << 20  # engines count examples, and their products with lanes, in 32 bits
+MAX_DIRECTIONS_AT_ONCE = 1 << 20
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check_settings(batch_size: int, loss: str) -> None:
-    """ValueError unless batch_size is an integer >= 1 and loss 'ce' or 'bce'."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    """ValueError unless batch_size is an integer of 1 to MAX_BATCH_SIZE and loss 'ce' or 'bce'."""
+    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not whole or not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise ValueError(
+            f"batch_size must be an integer from 1 to {MAX_BATCH_SIZE}, got {batch_size!r:.40}"
+        )
     if loss not in ("ce", "bce"):
         raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
 
@@ -122,10 +127,11 @@ def check_moments(spec: ModelSpec, examples: int, frozen: Iterable[str]) -> None
 
 
 def check_directions_at_once(directions_at_once: int) -> None:
-    """ValueError unless an integer >= 1."""
-    if not _is_integer(directions_at_once) or directions_at_once < 1:
+    """ValueError unless an integer of 1 to MAX_DIRECTIONS_AT_ONCE."""
+    if not _is_integer(directions_at_once) or not 1 <= directions_at_once <= MAX_DIRECTIONS_AT_ONCE:
         raise ValueError(
-            f"directions_at_once must be an integer of at least 1, got {directions_at_once!r}"
+            f"directions_at_once must be an integer from 1 to {MAX_DIRECTIONS_AT_ONCE}, "
+            f"got {directions_at_once!r:.40}"
         )
 
 

@@ -48,7 +48,6 @@ class NativeTensors:
     def options(self) -> dict[str, Any]:
         """What a native session is told about them when it is made."""
         return {
-            "input_rank": len(self.spec.input_shape),
             "trainable": self._per_slot(lambda name: name not in self.frozen, False),
             "kept": self._per_slot(self._pruned_to, -1),
         }
