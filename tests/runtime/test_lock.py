@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,49 @@ def test_noise_in_the_file_is_another_process(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]
+
+
+def _socket(path: Path, _: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda path, victim: path.symlink_to(victim),
+        lambda path, victim: path.symlink_to(victim.parent / "nowhere"),
+        lambda path, victim: path.hardlink_to(victim),
+        lambda path, victim: path.mkdir(),
+        lambda path, victim: os.mkfifo(path),
+        _socket,
+    ],
+    ids=["link", "link to nothing", "hard link", "folder", "pipe", "socket"],
+)
+def test_what_others_put_in_its_place_is_neither_followed_nor_emptied(
+    tmp_path, monkeypatch, put, shared
+):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    folder.mkdir()
+    monkeypatch.chdir(folder)  # a socket's name must be short
+    put(Path(NAME), victim)
+    refused = pytest.raises(ValueError, match=f"{folder / NAME} is no file of its own.*remove it")
+    with refused, hold(folder, print, shared=shared):
+        pass
+    assert victim.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "victim"]
+    assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+def test_a_link_in_its_place_takes_the_folder_from_its_holder(tmp_path):
+    with hold(tmp_path / "run", print) as lock:
+        (tmp_path / "run" / NAME).rename(tmp_path / "elsewhere")
+        (tmp_path / "run" / NAME).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(Superseded):
+            lock.check()
+    assert (tmp_path / "elsewhere").exists() and (tmp_path / "run" / NAME).is_symlink()
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
+from fedlean.data.labels import MAX_CLASSES
 from fedlean.data.load import load_dataset
+from fedlean.engine.checks import MAX_BATCH_SIZE
 from fedlean.engine.open import engine_for
 from fedlean.measure.cases import plan
 from fedlean.measure.link import measure_link
@@ -15,6 +18,13 @@ from fedlean.measure.visit import Setting
 from fedlean.models.catalog import build
 from fedlean.spec import ModelSpec
 
+_MOST = {  # a round of more steps would take longer than any budget
+    "batch_size": MAX_BATCH_SIZE,
+    "local_steps": 1000,
+    "threads": 1024,
+    "repeats": 10_000,
+    "classes": MAX_CLASSES,
+}
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
@@ -41,10 +51,13 @@ def measure_device(request: Request, name: str, tell: Tell) -> Measurement:
     Raises ValueError naming what of the request is wrong or too much, OSError when the link's far
     end does not answer.
     """
-    for field in ("batch_size", "local_steps", "threads", "repeats", "classes"):
-        if getattr(request, field) < 1:
-            raise ValueError(f"{field} must be at least 1, got {getattr(request, field)}")
-    if not request.seconds > 0:
+    for field, most in _MOST.items():
+        value = getattr(request, field)
+        if value < 1:
+            raise ValueError(f"{field} must be at least 1, got {value!r:.40}")
+        if value > most:
+            raise ValueError(f"{field} must be at most {most}, got {value!r:.40}")
+    if not 0 < request.seconds < inf:
         raise ValueError(f"seconds must be positive, got {request.seconds:g}")
     spec = _spec(request)
     cases = plan(spec, request.densities)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -89,9 +89,11 @@ def write(path: Path, result: Measurement) -> None:
         "left_out": list(result.survey.left_out),
         "points": [_point(point) for point in result.survey.points],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a name that nobody can have put a link at, in a folder that others may write
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        with temporary.open("x") as file:
+            file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from pathlib import Path
 
 NAME = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # some network mounts
+# of what is no file: a link, a folder, a socket or a device without its driver
+_NO_FILE = {errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 _READ_BYTES = 4096
 MOMENTS, MOMENT_SECONDS = 10, 0.02
 
@@ -99,7 +102,7 @@ def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
     """A file descriptor that has the lock."""
     tries = MOMENTS
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = _opened(path)
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if _is_at(file, path):
@@ -122,6 +125,29 @@ def _locked(path: Path, say: Callable[[str], None], *, shared: bool) -> int:
         os.close(file)  # it was held, or its holder has just ended and removed it
 
 
+def _opened(path: Path) -> int:
+    """A file of this folder's own, which may be emptied and overwritten.  Raises ValueError.
+
+    Where others may write the folder, one of them could have put a link there to a file that is
+    this user's, or a pipe that nobody reads.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        file = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+    else:
+        about = os.fstat(file)
+        if stat.S_ISREG(about.st_mode) and about.st_nlink <= 1:  # 0: its holder has just left
+            return file
+        os.close(file)
+    raise ValueError(
+        f"{path} is no file of its own, as a run's lock is, but a link or something else that was "
+        "put there: see who did, and remove it"
+    )
+
+
 def _is_last(file: int) -> bool:
     """Nobody else has the lock: of servers that share it, another may be about to own it."""
     try:
@@ -135,7 +161,7 @@ def _is_last(file: int) -> bool:
 
 def _is_at(file: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file), path.stat())
+        return os.path.samestat(os.fstat(file), path.lstat())
     except FileNotFoundError:
         return False
 

@@ -48,10 +48,13 @@ def make_key(path: Path) -> bytes:
     )
 
 
-def make_certificates(folder: Path) -> None:
-    """ca.crt, server.pem and server.key, good for HOST and localhost for a day."""
+def make_certificates(folder: Path, *, name: str = "localhost", hours: float = 24) -> None:
+    """ca.crt, server.pem and server.key, good for HOST and `name` for `hours` from now.
+
+    Where those are negative the server's has expired; the authority's never has.
+    """
     authority_key, authority = _certificate("test authority", None)
-    server_key, server = _certificate("test server", (authority_key, authority))
+    server_key, server = _certificate("test server", (authority_key, authority), name, hours)
     pem = serialization.Encoding.PEM
     (folder / "ca.crt").write_bytes(authority.public_bytes(pem))
     (folder / "server.pem").write_bytes(server.public_bytes(pem))
@@ -62,20 +65,25 @@ def make_certificates(folder: Path) -> None:
     )
 
 
-def _certificate(name: str, signer: tuple[Any, x509.Certificate] | None) -> tuple[Any, Any]:
+def _certificate(
+    name: str,
+    signer: tuple[Any, x509.Certificate] | None,
+    host: str = "localhost",
+    hours: float = 24,
+) -> tuple[Any, Any]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     signing_key, issuer = (key, subject) if signer is None else (signer[0], signer[1].subject)
-    addresses = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
+    addresses = [x509.DNSName(host), x509.IPAddress(ipaddress.ip_address(HOST))]
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(hours=hours))
         .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
     )

@@ -60,9 +60,11 @@ def test_sizes(text, count):
     [
         ([], "no root certificates"),
         (["--insecure", "--data", "/nowhere"], "/nowhere"),
-        (["--tls-ca", "/nowhere/ca.crt"], "there is no such file"),
+        (["--insecure", "--tls-ca", "/nowhere/ca.crt"], "there is no such file"),
         (["--key", "/nowhere/node.key"], "there is no key file"),
         (["--insecure", "--poll", "0"], "--poll must be positive"),
+        (["--insecure", "--max-task-seconds", "0"], "--max-task-seconds must be a positive number"),
+        (["--insecure", "--max-task-seconds", "nan"], "of seconds, got nan"),
         (["--superlink", "https://h:1", "--insecure"], "https://h:1 and --insecure contradict"),
         (["--superlink", "http://h:1"], "http:// has no TLS: give https://h:1 with --tls-ca"),
         (["--superlink", "grpc://h:1", "--insecure"], "grpc:// is not spoken here"),
@@ -91,6 +93,15 @@ def test_a_full_disk_is_found_at_the_start(tmp_path, capfd, monkeypatch):
     error = capfd.readouterr().err
     assert f"--state: {tmp_path}" in error and "cannot be written (No space left" in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_link_in_the_state_folder_is_not_followed(tmp_path):
+    folder, victim = tmp_path / "state", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    (folder / "trial").symlink_to(victim)
+    node._check_writable(folder)
+    assert victim.read_text() == "precious" and (folder / "trial").is_symlink()
 
 
 def test_a_folder_that_can_be_written_is_left_empty(tmp_path):

@@ -206,7 +206,7 @@ def test_an_ipv6_superlink_stands_in_brackets():
         (b"HTTP/1.1 502 Bad\x1b gateway\r\n\r\n", True, "HTTP 502 Bad. gateway"),
         (b"HTTP/1.1 429 Later\r\n\r\n", True, "HTTP 429 Later"),
         (b"", True, "RemoteDisconnected"),
-        (b"SSH-2.0-OpenSSH\r\n", True, "BadStatusLine"),
+        (b"SSH-2.0-OpenSSH\r\n", False, "answers with 'SSH-2.0-OpenSSH.*no HTTP"),
     ],
 )
 def test_a_proxy_that_gives_no_tunnel(answer, retry, says):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import shutil
+import ssl
+import stat
 import subprocess
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
@@ -16,12 +19,13 @@ if find_spec("flwr") is None:
     pytest.skip("flwr is not installed", allow_module_level=True)
 
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from runtime.flower.stock import make_certificates, make_key
 
-from fedlean.runtime.flower.channel import trust
+from fedlean.runtime.flower import identity
 from fedlean.runtime.flower.identity import new_key, read_key
 from fedlean.runtime.flower.superlink import SuperLink
+from fedlean.runtime.flower.trust import trust
 
 OPENSSH = serialization.PrivateFormat.OpenSSH
 PLAIN = serialization.NoEncryption()
@@ -63,12 +67,22 @@ P384 = ec.generate_private_key(ec.SECP384R1())
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no private key in OpenSSH format"),
+        (b"", "is empty"),
+        (b"\n", "is empty"),
         (b"nonsense", "no private key in OpenSSH format"),
         (pem(P384)[:200], "no private key in OpenSSH format"),
-        (pem(P384, serialization.PrivateFormat.PKCS8), "no private key in OpenSSH format"),
+        (pem(P384, serialization.PrivateFormat.PKCS8), "convert it with: ssh-keygen -p"),
+        (pem(P384, serialization.PrivateFormat.TraditionalOpenSSL), "convert it with: ssh-keygen"),
+        (
+            P384.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            ),
+            "holds a public key; its private half",
+        ),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n", "holds a certificate"),
         (b"ecdsa-sha2-nistp384 AAAA", "holds a public key"),
         (pem(ed25519.Ed25519PrivateKey.generate()), "is not an ECDSA key"),
+        (pem(rsa.generate_private_key(65537, 2048)), "is not an ECDSA key"),
     ],
 )
 def test_keys_that_are_refused(tmp_path, content, says):
@@ -96,13 +110,76 @@ def test_a_key_that_is_not_there(tmp_path):
         read_key(tmp_path)
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o620, 0o610, 0o604, 0o602, 0o601, 0o644, 0o777])
+def test_a_key_that_others_can_read_or_change(tmp_path, mode):
+    path, link = tmp_path / "key", tmp_path / "link"
+    make_key(path)
+    link.symlink_to(path)
+    path.chmod(mode)
+    for each in (path, link):
+        said = rf"{each} can be read or changed by others \(mode {mode:04o}\): chmod 600 {each};"
+        with pytest.raises(ValueError, match=said) as caught:
+            read_key(each)
+        assert "\n" not in str(caught.value)
+    for private in (0o600, 0o400, 0o700):
+        path.chmod(private)
+        read_key(link)
+
+
+def test_the_owner_of_a_key(tmp_path, monkeypatch):
+    path = tmp_path / "key"
+    make_key(path)
+    mine, fstat = os.geteuid(), os.fstat
+
+    def owned_by(user: int, mode: int) -> None:
+        def about(file: int) -> os.stat_result:
+            found = fstat(file)
+            return os.stat_result((stat.S_IFREG | mode, *found[1:4], user, *found[5:10]))
+
+        monkeypatch.setattr(identity.os, "fstat", about)
+
+    monkeypatch.setattr(identity.os, "geteuid", lambda: mine + 1)
+    owned_by(mine + 2, 0o600)
+    with pytest.raises(ValueError, match=rf"another user \(number {mine + 2}\).*chown {mine + 1}"):
+        read_key(path)
+    owned_by(mine + 1, 0o640)
+    with pytest.raises(ValueError, match="chmod 600"):
+        read_key(path)
+    owned_by(0, 0o440)  # as systemd's credentials are: of root, read through a group
+    read_key(path)
+    for mode in (0o460, 0o444):
+        owned_by(0, mode)
+        with pytest.raises(ValueError, match="chmod 600"):
+            read_key(path)
+    monkeypatch.setattr(identity.os, "geteuid", lambda: 0)
+    owned_by(0, 0o440)
+    with pytest.raises(ValueError, match="chmod 600"):
+        read_key(path)
+
+
 def test_certificates(tmp_path):
     make_certificates(tmp_path)
     trust(tmp_path / "ca.crt")
-    (tmp_path / "other").write_text("no certificate")
-    for path in (tmp_path / "other", tmp_path / "missing"):
-        with pytest.raises(ValueError, match=f"no root certificates in {path}"):
-            trust(path)
+    der = ssl.PEM_cert_to_DER_cert((tmp_path / "ca.crt").read_text())
+    make_key(tmp_path / "node.key")
+    wrong = {
+        "other": (b"no certificate", "expected the PEM file"),
+        "broken": (b"-----BEGIN CERTIFICATE-----\nAAAA\n", "expected the PEM file"),
+        "empty": (b"", "it is empty; expected the PEM file"),
+        "key": ((tmp_path / "server.key").read_bytes(), "it holds a private key"),
+        "ssh key": ((tmp_path / "node.key").read_bytes(), "it holds a private key"),
+        "der": (der, f"openssl x509 -inform DER -in {tmp_path}/der -out {tmp_path}/der.pem"),
+    }
+    for name, (content, _) in wrong.items():
+        (tmp_path / name).write_bytes(content)
+    wrong["missing"] = (b"", "there is no such file; expected the PEM file")
+    wrong["."] = (b"", "it is a folder; name the file in it")
+    for name, (_, says) in wrong.items():
+        with pytest.raises(
+            ValueError, match=f"no root certificates in {tmp_path / name}"
+        ) as caught:
+            trust(tmp_path / name)
+        assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 WINDOWS = [

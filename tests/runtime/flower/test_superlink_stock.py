@@ -16,7 +16,7 @@ import pytest
 if find_spec("flwr") is None:
     pytest.skip("flwr is not installed", allow_module_level=True)
 
-from runtime.flower.stock import StockSuperLink, make_certificates, make_key
+from runtime.flower.stock import COMMANDS, StockSuperLink, make_certificates, make_key
 from runtime.flower.tunnel import ConnectProxy
 
 from fedlean.runtime.flower import heartbeat
@@ -110,6 +110,22 @@ def test_a_second_node_with_the_same_key_waits(superlink, key):
         second.close()
 
 
+def test_without_tls_it_is_told_what_to_give(superlink):
+    link = SuperLink(
+        superlink.address,
+        key=None,
+        root_certificates=None,
+        insecure=True,
+        limit_bytes=LIMIT,
+        say=str,
+        patience_seconds=10,
+    )
+    with pytest.raises(LinkError, match="speaks TLS: give --tls-ca") as caught:
+        link.activate()
+    assert not caught.value.retry
+    link.close()
+
+
 def test_a_key_of_its_own_is_refused_where_nodes_are_registered(superlink):
     link = SuperLink(
         superlink.address,
@@ -188,3 +204,27 @@ def test_outlives_a_restart(superlink, key):
         assert link.pull() is None
         assert superlink.nodes()[node_id] == "online"
     assert superlink.nodes()[node_id] == "offline"
+
+
+def test_a_run_that_is_stopped_is_noticed_while_the_node_works(superlink, key, monkeypatch):
+    """The SuperLink gives out nothing of a run that is over."""
+    monkeypatch.setattr(heartbeat, "delays", lambda first=0.0, last=0.0: delays(0.2, 0.2))
+    path, _ = key
+    flwr = [str(COMMANDS / "flwr")]
+    with closing(linked(superlink, path)) as link:
+        link.activate()
+        command = [*flwr, "run", str(APP), "test", "-c", "sizes=9"]
+        subprocess.run(command, env=superlink.environment, check=True, capture_output=True)
+        end = time.monotonic() + 60
+        while (incoming := link.pull()) is None:
+            assert time.monotonic() < end, "no message"
+            time.sleep(0.1)
+        over = link.watch(incoming)
+        time.sleep(1.0)
+        assert not over()
+        command = [*flwr, "stop", str(incoming.run_id), "test"]
+        subprocess.run(command, env=superlink.environment, check=True, capture_output=True)
+        end = time.monotonic() + 10
+        while not over():
+            assert time.monotonic() < end, "not noticed"
+            time.sleep(0.1)

@@ -10,19 +10,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from pathlib import Path
+from http.client import (
+    BadStatusLine,
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    RemoteDisconnected,
+)
 
 from fedlean.runtime.flower.address import Address
-from fedlean.runtime.flower.identity import PrivateKey, without_bom
+from fedlean.runtime.flower.identity import PrivateKey
 from fedlean.runtime.flower.objects import Buffer
 from fedlean.runtime.flower.proxy import Proxy
+from fedlean.runtime.flower.stranger import PROBE_SECONDS, why_not_wait
+from fedlean.runtime.flower.trust import not_trusted
 
 _PIECE_BYTES = 1 << 16  # of one send or receive, each of which has the whole timeout
 _ERROR_BYTES = 1 << 14
+_FIRST_SECONDS = 10.0  # of a first TLS handshake, before somebody asks what else the port speaks
 _IDLE_SECONDS = 3.0  # a SuperLink hangs up on a connection that is idle for 5
 _CLOCK_SECONDS = 5.0  # the least difference of two clocks that a Date, in whole seconds, shows
 _SLOWEST_BYTES_PER_S = 256  # an answer that trickles in more slowly is given up
+_NO_SUPERLINK = (404, 405, 501, 505)  # statuses of a server that knows no such call
+_WRONG_VERSION = 1001  # flwr's ApiErrorCode
 _HEADERS = {
     "Content-Type": "application/protobuf",
     "Accept": "application/protobuf",
@@ -68,25 +78,6 @@ def delays(first: float = 0.5, last: float = 30.0) -> Iterator[float]:
         first = min(2 * first, last)
 
 
-def trust(root_certificates: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer, certificates and host names checked.  Raises ValueError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        raw = root_certificates.read_bytes()
-        pem = without_bom(raw, root_certificates)
-        if pem == raw:
-            context.load_verify_locations(cafile=root_certificates)
-        else:  # OpenSSL before 3 passes over the first; what is not ASCII is remarks
-            context.load_verify_locations(cadata=pem.decode("ascii", "ignore"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no root certificates in {root_certificates} ({error}): expected the PEM file of "
-            "the authority that signed the SuperLink's certificate"
-        ) from None
-    return context
-
-
 class Channel:
     """Answers are views of one buffer, good until the next request.  For one thread."""
 
@@ -100,16 +91,16 @@ class Channel:
         *,
         timeout_seconds: float,
     ) -> None:
-        host, port = address.host, address.port
-        if context is None:
-            self._http = HTTPConnection(host, port, timeout=timeout_seconds)
-        else:
-            self._http = HTTPSConnection(host, port, timeout=timeout_seconds, context=context)
+        # it gets its sockets from here, with TLS where there is a context
+        self._http = HTTPConnection(address.host, address.port, timeout=timeout_seconds)
         self._address, self._proxy, self._context = address, proxy, context
         self._where = str(address)
         self._key, self._version, self._timeout = key, version, timeout_seconds
         self._answer = bytearray()
         self._used = 0.0  # the monotonic second of the last answer
+        # a SuperLink has answered at this address: from then on whatever is wrong there will pass
+        self.met = False
+        self._reached = False  # the last connection was taken, by whomever
         self.failures = 0  # requests that may or may not have reached the SuperLink
         self.clock_ahead_seconds = 0.0  # this device's clock against the SuperLink's; small: 0
 
@@ -133,6 +124,8 @@ class Channel:
         except (OSError, HTTPException) as error:
             self.failures += 1
             self._http.close()
+            if self._reached and not self.met:
+                self._examine(error)
             via = f"through {self._proxy}: " if self._proxy else ""
             raise Away(f"{via}{type(error).__name__}: {plain(error)}") from None
         except BaseException:
@@ -151,47 +144,67 @@ class Channel:
         if response.status != 200:
             self._refuse(response, path)
         answer = self._read(response, limit_bytes)
+        self.met = True
         self._used = time.monotonic()
         return answer
 
     def _connect(self) -> None:
-        via = f" through {self._proxy}" if self._proxy else ""
+        self._reached = False
+        connected = self._http.sock = self._reach(self._timeout)
+        self._reached = True
+        if self._context is None:
+            return
+        if not self.met:
+            connected.settimeout(min(_FIRST_SECONDS, self._timeout))
         try:
-            if self._proxy is None:
-                self._http.connect()
-            else:
-                self._http.sock = self._tunnel(self._proxy)
+            host = self._address.host
+            secured = self._context.wrap_socket(connected, server_hostname=host)
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             raise
         except ssl.SSLCertVerificationError as error:
-            raise LinkError(
-                f"the certificate of {self._where}{via} is not to be trusted: "
-                f"{error.verify_message}",
-                retry=False,
-            ) from None
+            why = not_trusted(error)
+            raise LinkError(f"the certificate of {self._here()} {why}", retry=False) from None
         except ssl.SSLError as error:
+            if not self.met:
+                self._examine(error)
             raise LinkError(
-                f"no TLS with {self._where}{via} ({error.reason}): is it a SuperLink, with TLS?",
+                f"no TLS with {self._here()} ({error.reason}): is it a SuperLink, with TLS?",
                 retry=False,
             ) from None
+        secured.settimeout(self._timeout)
+        self._http.sock = secured
 
-    def _tunnel(self, proxy: Proxy) -> socket.socket:
-        """A connection to the SuperLink; TLS goes through the proxy to the SuperLink's own end.
-
-        Not http.client's set_tunnel, which leaves IPv6 hosts without brackets and tells a proxy's
-        answers apart in prose only.
-        """
-        ends = (proxy.address.host, proxy.address.port)
-        connected = socket.create_connection(ends, self._http.timeout)
+    def _reach(self, seconds: float) -> socket.socket:
+        """A connection to the SuperLink's port, without TLS."""
+        proxy = self._proxy
+        to = self._address if proxy is None else proxy.address
+        connected = socket.create_connection((to.host, to.port), seconds)
         try:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _ask_for_tunnel(connected, proxy, self._where)
-            if self._context is None:
-                return connected
-            return self._context.wrap_socket(connected, server_hostname=self._address.host)
+            if proxy is not None:
+                # Not http.client's set_tunnel, which leaves IPv6 hosts without brackets and tells a
+                # proxy's answers apart in prose only.
+                _ask_for_tunnel(connected, proxy, self._where, met=self.met)
         except BaseException:
             connected.close()
             raise
+        return connected
+
+    def _examine(self, error: Exception) -> None:
+        """Raises LinkError where the port is none that a SuperLink could be waited for at."""
+
+        def reach() -> socket.socket:
+            try:
+                return self._reach(PROBE_SECONDS)
+            except (LinkError, HTTPException) as refused:  # the proxy's
+                raise ConnectionError(str(refused)) from None
+
+        why = why_not_wait(error, reach, self._address.host, tls=self._context is not None)
+        if why is not None:
+            raise LinkError(f"{self._here()} {plain(why, 400)}", retry=False) from None
+
+    def _here(self) -> str:
+        return f"{self._where} through {self._proxy}" if self._proxy else self._where
 
     def _read(self, response: HTTPResponse, limit_bytes: int) -> memoryview:
         length = response.length  # None where it comes in chunks
@@ -229,13 +242,26 @@ class Channel:
         text = f"{self._where} answered {path.rpartition('/')[2]} with HTTP {status}"
         text += f" [code {code}]" if code is not None else ""
         text += f": {plain(detail)}" if detail else ""
-        if status >= 500 or status in (408, 429):
+        passing = status >= 500 or status in (408, 429)
+        if passing and (self.met or status not in _NO_SUPERLINK):
             raise Away(text)
+        if status == 400 and self._context is None and not self.met:
+            self._examine(HTTPException(text))  # of a TLS port
+        text += self._remedy(status, code, response.getheader("Location", ""))
         if status == 401:
             text += "; is this node's key registered there (flwr supernode register KEY.pub)?"
             if self.clock_ahead_seconds:
                 text += f" And {clock_line(self.clock_ahead_seconds)}"
         raise LinkError(text, retry=False, status=status, code=code)
+
+    def _remedy(self, status: int, code: int | None, location: str) -> str:
+        if code == _WRONG_VERSION:
+            return f"; this node has flwr {self._version}: install the SuperLink's version here"
+        if status in _NO_SUPERLINK:
+            return f"; is it a SuperLink, and of flwr {self._version}, as this node?"
+        if 300 <= status < 400 and location:
+            return f"; it leads to {plain(location)}: give that host and port, with its TLS"
+        return ""
 
     def forget(self) -> None:
         """Gives the last answer's memory back."""
@@ -253,8 +279,8 @@ class Channel:
         self._http.close()
 
 
-def _ask_for_tunnel(connected: socket.socket, proxy: Proxy, where: str) -> None:
-    """Raises Away where another try may help, else LinkError."""
+def _ask_for_tunnel(connected: socket.socket, proxy: Proxy, where: str, *, met: bool) -> None:
+    """Raises Away where another try may help, else LinkError.  met: it gave tunnels before."""
     headers = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
     if proxy.authorization is not None:
         headers.append(f"Proxy-Authorization: {proxy.authorization}")
@@ -262,6 +288,16 @@ def _ask_for_tunnel(connected: socket.socket, proxy: Proxy, where: str) -> None:
     response = HTTPResponse(connected, method="CONNECT")
     try:
         response.begin()
+    except RemoteDisconnected:
+        raise
+    except BadStatusLine as error:
+        if met:
+            raise
+        raise LinkError(
+            f"{proxy} answers with {plain(error, 60)!r}, which is no HTTP: is it a proxy, and "
+            "one without TLS of its own?",
+            retry=False,
+        ) from None
     finally:
         response.close()  # its reader; the connection stays
     status = response.status

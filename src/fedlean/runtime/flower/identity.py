@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import os
+import stat
 from base64 import b64decode, b64encode
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -55,13 +57,7 @@ def read_key(path: Path) -> PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization.ssh import load_ssh_private_key
 
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_FILE_BYTES)
-    except FileNotFoundError:
-        raise ValueError(f"there is no key file {path}: {_MAKE}") from None
-    except OSError as error:
-        raise ValueError(f"the key file {path} cannot be read: {error.strerror}") from None
+    raw, about = _read(path)
     raw = without_bom(raw, path)
     try:
         key = load_ssh_private_key(raw, None)
@@ -71,12 +67,58 @@ def read_key(path: Path) -> PrivateKey:
             f"remove it with: ssh-keygen -p -N '' -f {path}"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
-        public = raw.startswith((b"ecdsa-", b"ssh-"))
-        what = "a public key" if public else "no private key in OpenSSH format"
-        raise ValueError(f"{path} holds {what}; {_MAKE}") from None
+        raise ValueError(f"{path} {_instead(raw, path)}{_MAKE}") from None
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError(f"the key in {path} is not an ECDSA key, which Flower expects; {_MAKE}")
+    _check_private(about, path)
     return PrivateKey(key)
+
+
+def _read(path: Path) -> tuple[bytes, os.stat_result]:
+    """The file's bytes and what the system says of that same file, links followed."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_FILE_BYTES), os.fstat(file.fileno())
+    except FileNotFoundError:
+        raise ValueError(f"there is no key file {path}: {_MAKE}") from None
+    except OSError as error:
+        raise ValueError(f"the key file {path} cannot be read: {error.strerror}") from None
+
+
+def _instead(raw: bytes, path: Path) -> str:
+    """What a file holds that is no private key in OpenSSH format, and a remedy of its own."""
+    if not raw.strip():
+        return "is empty, so it holds no private key in OpenSSH format; "
+    if raw.startswith((b"ecdsa-", b"ssh-")) or b"PUBLIC KEY-----" in raw:
+        return "holds a public key; its private half is the file without .pub, or "
+    if b"CERTIFICATE-----" in raw:
+        return "holds a certificate, and no private key in OpenSSH format; "
+    if b"PRIVATE KEY-----" in raw and b"OPENSSH" not in raw:
+        return (
+            "holds no private key in OpenSSH format; if it is an ECDSA key, convert it with: "
+            f"ssh-keygen -p -N '' -f {path}; else "
+        )
+    return "holds no private key in OpenSSH format; "
+
+
+def _check_private(about: os.stat_result, path: Path) -> None:
+    """Raises ValueError where others may read or replace the key.
+
+    Root may own it, for a service that reads it through its group, as systemd's credentials do.
+    File systems without modes are not excepted: on them everybody may read it.
+    """
+    mode, user = stat.S_IMODE(about.st_mode), os.geteuid()
+    if about.st_uid not in (0, user):
+        raise ValueError(
+            f"the key in {path} belongs to another user (number {about.st_uid}), who may read and "
+            f"replace it: make it this user's (chown {user} {path})"
+        )
+    by_group = stat.S_IRGRP if about.st_uid == 0 != user else 0
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~by_group:
+        raise ValueError(
+            f"the key in {path} can be read or changed by others (mode {mode:04o}): chmod 600 "
+            f"{path}; where that has no effect, as on a FAT card, keep it on another file system"
+        )
 
 
 def without_bom(raw: bytes, path: Path) -> bytes:

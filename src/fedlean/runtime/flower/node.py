@@ -10,12 +10,14 @@ import ctypes
 import hashlib
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -23,9 +25,10 @@ from typing import NoReturn
 from fedlean.runtime.flower.address import parse_address
 from fedlean.runtime.flower.identity import PrivateKey, read_key
 from fedlean.runtime.flower.proxy import proxy_for
+from fedlean.runtime.flower.stopping import ends_soon
 from fedlean.runtime.flower.superlink import Incoming, LinkError, SuperLink
 from fedlean.runtime.remote.share import Share, load_share
-from fedlean.runtime.remote.worker import Worker, message_limit_bytes
+from fedlean.runtime.remote.worker import MAX_TASK_SECONDS, Worker, message_limit_bytes
 
 log = logging.getLogger("fedlean")
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -77,6 +80,14 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="of the native engine (default: 1)")
     add("--poll", type=float, default=1.0, metavar="SECONDS", help="between looks for messages (1)")
     add(
+        "--max-task-seconds",
+        type=float,
+        default=MAX_TASK_SECONDS,
+        metavar="SECONDS",
+        help=f"after which a task is given up ({MAX_TASK_SECONDS:g}); the server's deadline may "
+        "be shorter",
+    )
+    add(
         "--allow-method",
         action="append",
         default=[],
@@ -105,8 +116,9 @@ def main(arguments: Sequence[str]) -> int:
     except Stopped:
         return INTERRUPTED
     try:
-        link.activate()
-        serve(link, worker, poll_seconds=options.poll)
+        with ends_soon(link.close):
+            link.activate()
+            serve(link, worker, poll_seconds=options.poll)
     except Stopped:
         return 0
     except LinkError as error:
@@ -125,8 +137,6 @@ def _fail(error: Exception | str) -> int:
 def connection(options: argparse.Namespace) -> SuperLink:
     """Raises ValueError for what is missing or unreadable."""
     key: PrivateKey | None = read_key(options.key) if options.key else None
-    if options.tls_ca is not None and not options.tls_ca.is_file():
-        raise ValueError(f"--tls-ca {options.tls_ca}: there is no such file")
     proxy = proxy_for(parse_address(options.superlink), tls=options.tls_ca is not None)
     if proxy is not None:
         log.info("through %s", proxy)
@@ -147,6 +157,11 @@ def device(options: argparse.Namespace, identity: str = "") -> Worker:
     Raises ValueError for data that cannot be read or does not fit, and impossible numbers."""
     if options.poll <= 0:
         raise ValueError(f"--poll must be positive, got {options.poll:g}")
+    if not 0 < options.max_task_seconds < 1e7:
+        raise ValueError(
+            f"--max-task-seconds must be a positive number of seconds, got "
+            f"{options.max_task_seconds:g}"
+        )
     index, clients = options.client or (None, 1)
     dealt = None if options.whole else index
     share = Share(dealt, clients, options.partition, options.seed)
@@ -161,6 +176,7 @@ def device(options: argparse.Namespace, identity: str = "") -> Worker:
         threads=options.threads,
         memory_limit_bytes=options.memory_limit,
         methods=options.allow_method,
+        max_task_seconds=options.max_task_seconds,
     )
 
 
@@ -172,8 +188,13 @@ def serve(link: SuperLink, worker: Worker, *, poll_seconds: float) -> NoReturn:
         if incoming is not None:
             # Whoever still refers to a content keeps a whole model in memory.
             contents, incoming = [incoming.content], replace(incoming, content=b"")
+            answer = partial(
+                worker.answer,
+                age_seconds=link.age_seconds(incoming),
+                withdrawn=link.watch(incoming),
+            )
             try:
-                link.push(incoming, worker.answer(contents.pop()))
+                link.push(incoming, answer(contents.pop()))
             except LinkError as error:  # this reply is lost; the server asks again
                 log.warning("%s", error)
             last = time.monotonic()
@@ -216,11 +237,11 @@ def _folder_name(options: argparse.Namespace) -> str:
 
 def _check_writable(folder: Path) -> None:
     """Raises ValueError: a node that finds this out later has trained in vain, task after task."""
-    trial = folder / "trial"
+    trial = folder / f"trial-{secrets.token_hex(8)}"  # where nobody can have put a link
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with trial.open("wb") as file:
+            with trial.open("xb") as file:
                 file.write(bytes(_TRIAL_BYTES))
                 file.flush()
                 os.fsync(file.fileno())

@@ -7,6 +7,7 @@ calls the same endpoints from the process that trains.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from fedlean.runtime.flower.channel import (
     clock_line,
     delays,
     plain,
-    trust,
 )
 from fedlean.runtime.flower.heartbeat import CALL_SECONDS, INTERVAL_SECONDS, Heartbeat, Presence
 from fedlean.runtime.flower.identity import PrivateKey, new_key
@@ -36,12 +36,15 @@ from fedlean.runtime.flower.receiving import (
     Incoming,
     Late,
     described,
+    is_over,
     receive,
 )
 from fedlean.runtime.flower.replying import reply
+from fedlean.runtime.flower.trust import trust
 
 __all__ = ["Incoming", "LinkError", "SuperLink"]
 
+_CLOCK_SLACK_SECONDS = 6.0  # of two clocks, by which a message may seem older than it is
 _LIST_BYTES = 1 << 22  # of a pulled message's description, a foreign one's too
 
 # flwr's ApiErrorCode, and the code of a message's Error that stands for any reason.
@@ -91,12 +94,15 @@ class SuperLink:
         self._presence = Presence(self._address, say)
         main, side = channel(timeout_seconds), channel(min(CALL_SECONDS, timeout_seconds))
         self._calls = Calls(main, self._protos, self._presence, patience_seconds)
+        side.met = True  # it is used once the main one has met the SuperLink
         self._side_calls = Calls(side, self._protos, None, 0)
         self._heartbeat: Heartbeat | None = None
         self._node = self._protos.node.Node()
         # messages announced and not uploaded yet, with their trees and when they were announced:
         # a sender that died must not keep the node from others
         self._aside: deque[tuple[Incoming, Any, float]] = deque()
+        self._empty = time.monotonic()  # when the SuperLink last had nothing for this node
+        self._watched: tuple[Incoming, threading.Event] | None = None
 
     def activate(self) -> int:
         """This node's id.  Raises LinkError where it is not let in.
@@ -133,6 +139,10 @@ class SuperLink:
                 )
             waited = True
             time.sleep(seconds)
+        if not answer.node_id:  # as of an empty answer, which any server may give
+            raise LinkError(
+                f"{self._address} gave this node no number: is it a SuperLink?", retry=False
+            )
         self._node = self._protos.node.Node(node_id=answer.node_id)
         self._say(f"connected to SuperLink {self._address} as node {answer.node_id}")
         if ahead := self._calls.channel.clock_ahead_seconds:
@@ -156,6 +166,7 @@ class SuperLink:
             self.activate()  # after a restart without memory; raises where the key is refused
             answer = self._pull_messages()
         if not answer.messages_list:
+            self._empty = time.monotonic()
             return self._received(*self._aside.popleft()) if self._aside else None
         if len(answer.messages_list) != 1 or len(answer.message_object_trees) != 1:
             raise LinkError("a pull was answered with more than one message", retry=True)
@@ -189,11 +200,31 @@ class SuperLink:
         finally:
             self._calls.channel.forget()
 
+    def age_seconds(self, incoming: Incoming) -> float:
+        """For how long the message has been on its way here, at least.
+
+        Not from the clocks alone: nobody promises that the server app's is right.
+        """
+        now = time.time() - self._calls.channel.clock_ahead_seconds
+        by_clock = now - incoming.created_at - _CLOCK_SLACK_SECONDS
+        return max(0.0, min(by_clock, time.monotonic() - self._empty))
+
+    def watch(self, incoming: Incoming) -> Callable[[], bool]:
+        """A function that says whether the message's run is over, until it is answered.
+
+        The SuperLink is asked beside each heartbeat.  That a run goes on and does not want this
+        one reply any more it cannot be asked: the message's own deadline is for that.
+        """
+        over = threading.Event()
+        self._watched = incoming, over
+        return over.is_set
+
     def push(self, incoming: Incoming, content: bytes) -> None:
         """Returns once the SuperLink holds the reply.  Raises LinkError.
 
         Where its `retry` is False this reply is lost: its run is over, or it came too late.
         """
+        self._watched = None
         reply(self._calls, incoming, pack_content(memoryview(content).cast("B")))
 
     def push_error(self, incoming: Incoming, code: int, reason: str) -> None:
@@ -247,7 +278,12 @@ class SuperLink:
             node=self._node, heartbeat_interval=INTERVAL_SECONDS
         )
         answer_type = heartbeat.SendNodeHeartbeatResponse
-        return self._side_calls.ask("send-node-heartbeat", request, answer_type).success
+        success = self._side_calls.ask("send-node-heartbeat", request, answer_type).success
+        if self._watched is not None:
+            incoming, over = self._watched
+            if is_over(self._side_calls, incoming):
+                over.set()
+        return success
 
     def _pull_messages(self) -> Any:
         fleet = self._protos.fleet
