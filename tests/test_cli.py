@@ -377,11 +377,11 @@ def test_a_run_that_diverges_says_so_at_once_and_ends(fails, tmp_path, capsys):
     assert stopped.value.code == 2
     refused = [line for line in said if "10 of 10 updates refused" in line]
     assert len(refused) == 3 and all("try a lower --lr" in line for line in refused)
-    assert "every update of 3 rounds in a row was refused" in said[-1]
+    assert "every update was refused 3 times in a row" in said[-1]
     assert said[-1].endswith("try a lower --lr")
     page = (folder / "report.html").read_text()
-    assert "30 updates of 10 clients refused; the first, of client 0: round 2: sent" in page
-    assert "every update of 3 rounds in a row was refused" in page
+    assert "30 updates of 10 clients refused; the first, of client 0: round 1: is suspected" in page
+    assert "every update was refused 3 times in a row" in page
 
 
 def test_layers_without_a_kept_weight_are_named(tmp_path, capsys):
@@ -741,7 +741,7 @@ def own(tmp_path, monkeypatch) -> str:
     return "own_methods_of_a_test"
 
 
-def test_a_method_of_ones_own(own, tmp_path):
+def test_a_method_of_ones_own(own, fails, tmp_path):
     few = ["--clients", "2", "--rounds", "1"]
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     cli.main(["run", f"{own}:gentle", *few, "--set", "strength=4", "--out", str(mine)])
@@ -753,7 +753,8 @@ def test_a_method_of_ones_own(own, tmp_path):
     config = json.loads((mine / "config.json").read_text())
     assert config["method"] == f"{own}:gentle"
     assert config["settings"]["strength"] == 4
-    cli.main(["resume", str(mine)])
+    assert "--method own_methods_of_a_test:gentle" in fails("resume", str(mine))
+    cli.main(["resume", str(mine), "--method", "own_methods_of_a_test:gentle"])
 
 
 def test_settings_of_ones_own_method(own, refuses):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
+from rich.text import Text
 
 import fedlean
 from fedlean.cost import profile as profiles
@@ -21,6 +22,7 @@ from fedlean.measure.device import Request, measure_device
 from fedlean.measure.probe import parse_address
 from fedlean.measure.result import write as write_profile
 from fedlean.models import catalog
+from fedlean.printable import printable
 from fedlean.report import console as report_console
 from fedlean.report import profile_page as report_profile
 from fedlean.report.page import comparison_page, write_page, write_report
@@ -35,8 +37,10 @@ from fedlean.runtime.lock import Superseded
 from fedlean.runtime.outofmemory import OutOfMemory
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
+from fedlean.runtime.trust import Named, read_trusted
 
 BAD_INPUT, INTERRUPTED = 2, 130
+MAX_USAGE = 400  # characters of what is wrong with the options
 
 
 def _whole(type_: Any, tokens: Sequence[Any]) -> int:
@@ -45,7 +49,7 @@ def _whole(type_: Any, tokens: Sequence[Any]) -> int:
     try:
         return int(tokens[0].value)
     except ValueError:
-        raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
+        raise ValueError(f"expected a whole number, got {tokens[0].value!r:.40}") from None
 
 
 def _place(type_: Any, tokens: Sequence[Any]) -> Path:
@@ -57,6 +61,16 @@ def _place(type_: Any, tokens: Sequence[Any]) -> Path:
         raise ValueError(f"{tokens[0].value!r}: {error}") from None
 
 
+def _norm(type_: Any, tokens: Sequence[Any]) -> float:
+    """0 is what `off` is called in a configuration."""
+    del type_
+    try:
+        return 0.0 if tokens[0].value == "off" else float(tokens[0].value)
+    except ValueError:
+        raise ValueError("expected a number or off") from None
+
+
+Norm = Annotated[float, Parameter(converter=_norm)]
 Whole = Annotated[int, Parameter(converter=_whole)]
 Place = Annotated[Path, Parameter(converter=_place)]
 out, err = Console(), Console(stderr=True)
@@ -93,7 +107,7 @@ def run(
     ] = None,
     eval_every: Whole = 1,
     eval_examples: Whole | None = None,
-    max_update_norm: float | None = None,
+    max_update_norm: Norm | None = None,
     set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Place | None = None,
 ) -> None:
@@ -140,7 +154,8 @@ def run(
     eval_examples
         test examples used during the run (default: all; the last round takes all)
     max_update_norm
-        refuse a client's update that moves the model by more (Euclidean norm; default: no bound)
+        refuse an update that moves the model by more (Euclidean norm), or off (default: 20 times
+        the clients' median)
     set
         further hyper-parameters of the method, key=value
     out
@@ -181,6 +196,9 @@ def resume(
     *,
     dataset: str | None = None,
     accept_changed_data: Annotated[bool, Parameter(negative=())] = False,
+    method: str | None = None,
+    model: str | None = None,
+    trust: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Continue an interrupted run, bit for bit.
 
@@ -192,11 +210,22 @@ def resume(
         where its data set is now, if it has moved
     accept_changed_data
         go on although the data is not what the run began with; the run is marked
+    method
+        the run's method, needed where that is code of your own (package.module:function)
+    model
+        the run's model, needed where that is code of your own
+    trust
+        run whatever code the folder names, without naming it
     """
-    config = configs.read_config(folder)
+    named = Named(method, model, trust)
+    config, _ = read_trusted(folder, named)
     with watch_run(config, folder) as watch, _report_of_a_failure(folder):
         summary = runs.resume(
-            folder, How(watch, _say), dataset=dataset, accept_changed_data=accept_changed_data
+            folder,
+            How(watch, _say),
+            dataset=dataset,
+            accept_changed_data=accept_changed_data,
+            named=named,
         )
     _finish(folder, summary)
 
@@ -307,7 +336,9 @@ def profile(
         result = measure_device(
             request,
             out.stem,
-            lambda what, done, planned: status.update(f"{done} of {planned}: {what}"),
+            lambda what, done, planned: status.update(
+                Text(printable(f"{done} of {planned}: {what}"))
+            ),
         )
     write_profile(out, result)
     for table in report_profile.profile_tables(result):
@@ -353,8 +384,8 @@ def new_app(folder: Place, /) -> None:
         a new or empty folder
     """
     for path in write_project(folder):
-        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    out.print("README.md there says how to run it; pyproject.toml says what runs", highlight=False)
+        _print(f"wrote {path}")
+    _print("README.md there says how to run it; pyproject.toml says what runs")
 
 
 @app.command(name="methods")
@@ -388,10 +419,13 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 
 
 def _print(what: Any) -> None:
+    """A line, or a table, whose cells are printable already."""
+    what = printable(what) if isinstance(what, str) else what
     out.print(what, highlight=False, markup=False, emoji=False, soft_wrap=isinstance(what, str))
 
 
 def _say(line: str) -> None:
+    line = printable(line)
     err.print(line, style="yellow", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -427,7 +461,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _fail(" ".join(str(error).split()) + " (see fedlean --help)")
+        said = " ".join(str(error).split())  # it may repeat all of a value of any length
+        _fail(f"{said[:MAX_USAGE]} (see fedlean --help)")
     except (ValueError, RunFailed, ClientError, Superseded, OutOfMemory, OSError) as error:
         _fail(" ".join(str(error).split()))
     except MemoryError as error:
@@ -438,7 +473,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(line: str) -> None:
-    err.print(f"fedlean: {line}", highlight=False, markup=False, soft_wrap=True)
+    line = printable(f"fedlean: {line}")
+    err.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
     sys.exit(BAD_INPUT)
 
 

@@ -37,6 +37,7 @@ from fedlean.runtime.how import How
 from fedlean.runtime.method import Settings, complete
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import resume, start
+from fedlean.runtime.trust import Named
 
 SMOKE_ROUNDS = 3
 SMOKE_EXAMPLES = 200
@@ -278,7 +279,7 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
 
         how = How(watch, say, load=_loaded)
         if begun:
-            resume(folder, how)
+            resume(folder, how, named=Named(config.method, config.model))
         else:
             start(config, folder, how)
     write_page(folder / "report.html", run_page(read_run(folder)))

@@ -147,6 +147,47 @@ def test_bad_number_names_the_field(tmp_path, field, value):
     assert field in refused(written(tmp_path, document(**{field: value})))
 
 
+@pytest.mark.parametrize("value", [1e-320, 1e-31, 1e31, 1e308])
+@pytest.mark.parametrize("field", NUMBERS)
+def test_a_rate_that_makes_seconds_infinite_names_the_field(tmp_path, field, value):
+    path = written(tmp_path, document(**{field: value}))
+    if field.startswith("sparse_") and value < 1:  # costs: next to none
+        assert getattr(load_profile(path), field) == value
+    else:
+        assert f"{field} must be from 1e-30 to 1e+30" in refused(path)
+
+
+def test_seconds_that_were_measured_to_be_beyond_a_float(tmp_path):
+    layers = {"fc1.weight": {"seconds_per_weight": 0, "full_seconds": None, "r_squared": 1}}
+    operation = {"constant_seconds": 1.0, "dense_seconds": None, "layers": layers}
+    measured = {
+        "model": "mlp",
+        "spec_hash": "0",
+        "batch_size": 1,
+        "session": operation,
+        "step": operation,
+        "forward": operation,
+        "importance_seconds": 0.0,
+        "dense_importance_seconds": 0.0,
+        "conditions": {},
+    }
+    load_profile(written(tmp_path, document(measured=measured)))
+    for change, said in (
+        ({"step": {**operation, "constant_seconds": 1e308}}, "measured.step.constant_seconds"),
+        ({"importance_seconds": float("nan")}, "measured.importance_seconds"),
+        ({"batch_size": 10**400}, "measured.batch_size"),
+        ({"conditions": {"date": float("inf")}}, "measured.conditions"),
+    ):
+        assert said in refused(written(tmp_path, document(measured={**measured, **change})))
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 10**6, '{"a":' * 10**6, "9" * 5000, '{"name": "a", "name": "b"}']
+)
+def test_what_no_writer_of_profiles_writes(tmp_path, content):
+    refused(written(tmp_path, content))
+
+
 @pytest.mark.parametrize("field", NUMBERS)
 def test_only_sparse_costs_may_be_zero(tmp_path, field):
     path = written(tmp_path, document(**{field: 0}))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ BAD = [
     (bad(y=[[1]]), r"y has \[1\], expected"),
     (bad(y=[1.5]), "labels hold 1.5, expected whole numbers or text"),
     (bad(y=["a"]), "1 labels that are text and 1 numbers"),
+    (bad(x=[[10**400] * 9]), "int too large to convert to float"),
+    (bad(x=[[float("inf")] * 9]), "expected pixels in 0..1"),
+    (bad(x=[[[[0.5]]] * 9]), "square"),
+    (bad(y=[10**400]), "labels must be classes"),
+    (bad(y=[float("nan")]), "labels hold nan"),
+    (bad(y=[float("inf")]), "labels hold inf"),
+    (bad(num_samples=[10**400]), "entries of x and y, expected lists of 1000"),
+    ('{"users": [], "users": []}', "the key 'users' twice"),
+    (json.dumps(bad()).replace("0.00392156862745098", "1" * 5000), "4300 digits"),
+    (json.dumps(bad(y=["NEST"])).replace('"NEST"', "[" * 600 + "]" * 600), "y has .*, expected"),
+    (
+        json.dumps(bad(x="NEST")).replace('"NEST"', "[" * 600 + "]" * 600),
+        "not rows of numbers|square",
+    ),
     (content({"u": []}), "no examples, expected at least 1.*preprocess.sh"),
 ]
 
@@ -111,6 +126,14 @@ def test_damaged_files_are_named(tmp_path: Path, value: Any, message: str):
     write_json(tmp_path / "train/a.json", value)
     write_json(tmp_path / "test/a.json", content(TEST))
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{message}"):
+        leaf_source("a", tmp_path).dataset()
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path):
+    write_json(tmp_path / "test/a.json", content(TEST))
+    (tmp_path / "train").mkdir()
+    os.mkfifo(tmp_path / "train/a.json")
+    with pytest.raises(ValueError, match=r"a\.json: not readable as JSON \(it is not a file\)"):
         leaf_source("a", tmp_path).dataset()
 
 

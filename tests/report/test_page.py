@@ -1,6 +1,7 @@
 """The pages: self-contained, escaped, deterministic, complete, small."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -204,6 +205,16 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
         write_page(path, "two")
     assert path.read_bytes() == "one é ?".encode()
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_link_beside_the_page_is_not_followed(tmp_path):
+    """In a folder that others may write, one of them may know this process's number."""
+    victim, link = tmp_path / "victim", tmp_path / f".report.html.{os.getpid()}.tmp"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    write_page(tmp_path / "report.html", "page")
+    assert victim.read_text() == "precious" and link.is_symlink()
+    assert not (tmp_path / "report.html").is_symlink()
 
 
 def test_a_comparison_of_nothing():

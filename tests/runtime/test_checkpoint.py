@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import tempfile
@@ -15,6 +16,7 @@ from federation import params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors.numpy import save
 
 from fedlean.core import SubModel
 from fedlean.methods.prunefl import State
@@ -280,7 +282,7 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, step, befo
 
         def open_half(self, mode="r", **rest):
             file = opened(self, mode, **rest)
-            return Half(file) if "w" in mode else file
+            return Half(file) if mode[0] in "wx" else file
 
         monkeypatch.setattr(Path, "open", open_half)
     with pytest.raises(OSError, match="No space left"):
@@ -321,3 +323,117 @@ def test_a_failing_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
         write(tmp_path, 3)
     assert [path.suffix for path in calls] == [".safetensors", ".json"]  # the digest comes last
     assert "cut short" in falls_back_to(tmp_path, 2)
+
+
+# Files of others
+
+
+def test_any_flipped_bit_of_either_file_falls_back(tmp_path):
+    write(tmp_path, 1, 2)
+    for path in (newest(tmp_path), newest(tmp_path).with_suffix(".json")):
+        whole = path.read_bytes()
+        for at in range(len(whole)):
+            for bit in (0, 5, 7):
+                path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+                assert "using the one before" in falls_back_to(tmp_path, 1)
+        path.write_bytes(whole)
+    assert load_checkpoint(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("kinds", [("safetensors",), ("json",), ("safetensors", "json")])
+def test_exchanged_files_are_unusable(tmp_path, kinds):
+    """Also where both are: a checkpoint is of the step in its name."""
+    write(tmp_path, 1, 2)
+    for kind in kinds:
+        one, two = (tmp_path / f"0000000{step}.{kind}" for step in (1, 2))
+        one.rename(tmp_path / "aside")
+        two.rename(one)
+        (tmp_path / "aside").rename(two)
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_later_number_does_not_make_it_the_newest(tmp_path):
+    """An old state under another name, with a sidecar to match, is still of its own step."""
+    write(tmp_path, 1, 2)
+    for kind in ("safetensors", "json"):
+        copied = (tmp_path / f"00000001.{kind}").read_bytes()
+        (tmp_path / f"00000009.{kind}").write_bytes(copied.replace(b'"step": 1', b'"step": 9'))
+    tree, (line,) = load_checkpoint(tmp_path)
+    assert tree["step"] == 2 and "it is of step 1" in line
+
+
+@pytest.mark.parametrize(
+    "sidecar", [b"[" * 500, b"[" * 10**6, b"\xff" * 10, b'{"step": 2, "step": 2}']
+)
+def test_a_sidecar_of_others(tmp_path, sidecar):
+    write(tmp_path, 1, 2)
+    newest(tmp_path).with_suffix(".json").write_bytes(sidecar)
+    falls_back_to(tmp_path, 1)
+
+
+def of_a_tree(folder: Path, step: int, metadata: dict[str, str]) -> None:
+    """A checkpoint whose digest is right, whatever it says."""
+    data = save({"0/w": np.zeros(3, np.float32)}, metadata=metadata)
+    (folder / f"{step:08d}.safetensors").write_bytes(data)
+    (folder / f"{step:08d}.json").write_bytes(checkpoint._sidecar(step, data))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"tree": "[" * 10**5},
+        {"tree": '{"map":' * 300 + "{}" + "}" * 300},
+        {"tree": '{"map": {"a": {"map": 3}}}'},
+        {"tree": '{"map": {"a": {"array": "none", "scalar": false}}}'},
+        {"tree": '{"value": 3}'},
+        {"tree": "null"},
+        {"tree": '{"map": {}}', "step": "7"},
+    ],
+)
+def test_a_digest_that_is_right_over_a_tree_that_is_not(tmp_path, metadata):
+    write(tmp_path, 1)
+    of_a_tree(tmp_path, 2, metadata)
+    assert "00000002" in falls_back_to(tmp_path, 1)
+
+
+def test_checkpoints_of_early_versions_do_not_say_their_step(tmp_path):
+    tree = {"map": {"w": {"array": "0/w", "scalar": False}}}
+    of_a_tree(tmp_path, 2, {"tree": json.dumps(tree)})
+    assert identical(load_checkpoint(tmp_path)[0], {"w": np.zeros(3, np.float32)})
+
+
+def test_other_files_and_folders_are_left_alone(tmp_path):
+    write(tmp_path, 1, 2)
+    for name in ("notes.json", "notes.txt", "7.safetensors", "00000001"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "00000001.json.d").mkdir()
+    write(tmp_path, 3)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"notes.json", "notes.txt", "7.safetensors", "00000001", "00000001.json.d"} <= left
+    assert "00000001.safetensors" not in left
+    tree, skipped = load_checkpoint(tmp_path)
+    assert tree["step"] == 3 and all("not the number of a step" in line for line in skipped)
+
+
+def test_a_link_in_place_of_the_folder_is_not_cleaned_up(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere, 1, 2)
+    (tmp_path / "checkpoint").symlink_to(elsewhere)
+    before = sorted(elsewhere.iterdir())
+    with pytest.raises(ValueError, match="is a link, expected a folder of the run's own"):
+        write(tmp_path / "checkpoint", 3)
+    with pytest.raises(ValueError, match="is a link, expected a folder of the run's own"):
+        load_checkpoint(tmp_path / "checkpoint")
+    assert sorted(elsewhere.iterdir()) == before
+
+
+def test_the_command_that_begins_anew(tmp_path):
+    write(tmp_path / "my run/checkpoint", 1)
+    newest(tmp_path / "my run/checkpoint").write_bytes(b"")
+    with pytest.raises(ValueError, match="to begin it anew: rm -r ") as error:
+        load_checkpoint(tmp_path / "my run/checkpoint")
+    folder = f"'{tmp_path}/my run'"
+    assert f"rm -r {folder}/checkpoint && fedlean resume {folder}" in str(error.value)
+    assert "0 bytes of" in str(error.value)

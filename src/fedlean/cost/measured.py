@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from fedlean.spec import ModelSpec
 
+MOST_SECONDS = 1e12  # of anything measured, so that no sum of them is beyond a float
 OPERATIONS = ("session", "step", "forward")
 
 
@@ -108,13 +109,13 @@ def measured_from(document: Any) -> MeasuredTime:
         if not isinstance(values[name], str):
             raise ValueError(f"measured.{name} must be text, got {values[name]!r:.40}")
     batch = values["batch_size"]
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 1 << 31:
         raise ValueError(f"measured.batch_size must be a positive integer, got {batch!r:.40}")
     for name in ("importance_seconds", "dense_importance_seconds"):
         _seconds(values[name], f"measured.{name}")
     conditions = values["conditions"]
     if not isinstance(conditions, dict) or not all(
-        isinstance(value, str | int | float) for value in conditions.values()
+        isinstance(value, str) or _is_number(value) for value in conditions.values()
     ):
         raise ValueError("measured.conditions must map names to texts and numbers")
     return MeasuredTime(**values)
@@ -135,7 +136,9 @@ def _layer(document: Any, what: str) -> LayerTime:
     _seconds(values["seconds_per_weight"], f"{what}.seconds_per_weight")
     _seconds(values["full_seconds"], f"{what}.full_seconds", may_lack=True)
     if not _is_number(values["r_squared"]) or values["r_squared"] > 1:
-        raise ValueError(f"{what}.r_squared must be a number up to 1, got {values['r_squared']!r}")
+        raise ValueError(
+            f"{what}.r_squared must be a number up to 1, got {values['r_squared']!r:.40}"
+        )
     return LayerTime(**values)
 
 
@@ -158,5 +161,5 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def _seconds(value: Any, what: str, *, may_lack: bool = False) -> None:
     if value is None and may_lack:
         return
-    if not (_is_number(value) and value >= 0):
-        raise ValueError(f"{what} must be a finite number of at least 0, got {value!r:.40}")
+    if not (_is_number(value) and 0 <= value <= MOST_SECONDS):
+        raise ValueError(f"{what} must be a number from 0 to {MOST_SECONDS:g}, got {value!r:.40}")

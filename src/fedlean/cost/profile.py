@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from sys import float_info
 from typing import Any
 
 from fedlean.cost.measured import MeasuredTime, measured_from
+from fedlean.jsonfile import parse_json, read_json
 from fedlean.spec import ModelSpec
+
+RATES = (1e-30, 1e30)  # what divides or multiplies counts of up to 1e60 and leaves a number
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,22 @@ class Profile:
             value = getattr(self, field.name)
             if field.type == "str":
                 if not isinstance(value, str):
-                    raise ValueError(f"{field.name} must be text, got {value!r}")
-                continue
-            if field.name == "measured":
-                continue  # `measured_from` checks it
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            may_be_zero = field.name.startswith("sparse_")
-            if (
-                not number
-                or not abs(value) <= float_info.max
-                or value < 0
-                or (value == 0 and not may_be_zero)
-            ):
-                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
+                    raise ValueError(f"{field.name} must be text, got {value!r:.60}")
+            elif field.name != "measured":  # `measured_from` checks it
+                _check_rate(field.name, value)
+
+
+def _check_rate(name: str, value: Any) -> None:
+    """Raises ValueError for what is no rate, or makes seconds that are beyond a float."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    divides = not name.startswith("sparse_")  # where 0 is no rate
+    if not number or not value >= 0 or (value == 0 and divides):
+        raise ValueError(f"{name} must be a positive number, got {value!r:.60}")
+    if value > RATES[1] or (divides and value < RATES[0]):
+        raise ValueError(
+            f"{name} must be from {RATES[0]:g} to {RATES[1]:g}, as of real devices, got "
+            f"{value!r:.60}"
+        )
 
 
 def available() -> dict[str, str]:
@@ -74,16 +78,13 @@ def load_profile(name: str) -> Profile:
     folder = resources.files("fedlean.cost") / "profiles"
     names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json")]
     if name in names:
-        return _parse(name, (folder / f"{name}.json").read_text())
+        return from_document(parse_json((folder / f"{name}.json").read_bytes()))
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
     if path.is_file():
         try:
-            return _parse(name, path.read_text(encoding="utf-8-sig"))  # editors write the mark
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"device profile {name!r}: expected text in UTF-8, this is another encoding "
-                "(UTF-16?): save it as UTF-8"
-            ) from None
+            return from_document(read_json(path, finite=False))
+        except ValueError as error:
+            raise ValueError(f"device profile {name!r}: {error}") from None
     if name.endswith(".json") or os.sep in name:
         raise ValueError(f"device profile {name!r}: no such file")
     near = get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)
@@ -91,13 +92,6 @@ def load_profile(name: str) -> Profile:
         f"no device profile named {name!r}; nearest: {', '.join(near)} "
         "(or the path of a profile file)"
     )
-
-
-def _parse(name: str, text: str) -> Profile:
-    try:
-        return from_document(json.loads(text))
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"device profile {name!r}: {error}") from None
 
 
 def to_document(profile: Profile) -> dict[str, Any]:

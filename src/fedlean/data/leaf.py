@@ -10,16 +10,17 @@ LEAF's text and synthetic sets are not covered.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from math import isqrt
 from pathlib import Path
+from reprlib import repr as brief  # of nested lists, too
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedlean.data.labels import classes_of
 from fedlean.data.source import READING_BYTES, Room, Source, labels_bytes, unlimited
+from fedlean.jsonfile import parse_json, read_bytes
 
 BYTE_TOLERANCE = 1e-3  # in grey levels; LEAF writes byte / 255 with all its digits
 ROWS_AT_ONCE = 64  # of a user's images, as arrays
@@ -160,12 +161,13 @@ def _batches(rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
 def _users(path: Path) -> Iterator[tuple[str, str, list[Any], list[Any]]]:
     """(user, name for messages, x, y) of one file, users without examples left out."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        # its size is asked for before; its depth does not matter, since what is wrong there is said
+        content = parse_json(read_bytes(path, None), finite=False, max_depth=None)
+    except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); fetch it again") from error
     users, counts, data = _parts(path, content)
     for user, count in zip(users, counts, strict=True):
-        where = f"{path}: user {user!r}"
+        where = f"{path}: user {user!r:.60}"
         record = data.get(user)
         if not isinstance(record, dict) or not {"x", "y"} <= record.keys():
             raise ValueError(f"{where}: expected an entry in user_data with x and y")
@@ -202,7 +204,7 @@ def _pixels(where: str, rows: list[Any]) -> np.ndarray:
     """float64 (len(rows), 1, H, W) in 0..1."""
     try:
         x = np.asarray(rows, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{where}: x is not rows of numbers of one length ({error}); FedLean reads LEAF's"
             " image sets given as pixels, as FEMNIST"
@@ -234,7 +236,7 @@ def _stored(x: np.ndarray, exact: bool, dtype: np.dtype) -> np.ndarray:
 def _check_labels(where: str, values: list[Any]) -> None:
     for value in values:
         if not isinstance(value, int | float | str):
-            raise ValueError(f"{where}: y has {value!r}, expected whole numbers or text")
+            raise ValueError(f"{where}: y has {brief(value)}, expected whole numbers or text")
 
 
 def _classes(base: Path, labels: list[Any]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -16,6 +16,7 @@ from typing import get_type_hints
 import fedlean.models
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
+from fedlean.usercode import call, is_code, load_function
 
 _SKIPPED = {"torch", "catalog"}
 
@@ -38,8 +39,8 @@ def build(name: str, input_shape: Shape, classes: int) -> ModelSpec:
     >>> build("lenet300", (1, 8, 8), 10).output_shape
     (10,)
     """
-    model: Callable[..., object] = _imported(name) if ":" in name else _listed(name)
-    spec = model(tuple(input_shape), classes)
+    model = load_function("model", name) if is_code(name) else _listed(name)
+    spec = call("model", name, model, tuple(input_shape), classes)
     if not isinstance(spec, ModelSpec):
         raise ValueError(f"model {name!r} must return a ModelSpec, got {type(spec).__name__}")
     return spec
@@ -73,16 +74,3 @@ def _listed(name: str) -> Callable[..., ModelSpec]:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(models)}"
         raise ValueError(f"unknown model {name!r}: {hint}")
     return models[name]
-
-
-def _imported(name: str) -> Callable[..., object]:
-    path, _, attribute = name.partition(":")
-    try:
-        model = getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"cannot load model {name!r}, expected package.module:function: {error}"
-        ) from None
-    if not callable(model):
-        raise ValueError(f"model {name!r} must be a function, got {type(model).__name__}")
-    return model

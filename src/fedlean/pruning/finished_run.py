@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from fedlean.core import Masks, Params
-from fedlean.models.initialise import check_params
+from fedlean.jsonfile import read_bytes, read_json
+from fedlean.models.initialise import INIT_SCHEMES, check_params
 from fedlean.spec import ModelSpec
 
 MASK = ".mask"  # ending of a mask's name in model.safetensors
+LARGEST, HEADER_BYTES = 8, 16 << 20  # bytes per weight with its mask (5), and of their names
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ def read_finished_run(folder: Path, spec: ModelSpec) -> FinishedRun:
         )
     path = folder / "model.safetensors"
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(read_bytes(path, LARGEST * spec.num_params + HEADER_BYTES))
         params = {name: value for name, value in tensors.items() if not name.endswith(MASK)}
         check_params(spec, params)
-    except (SafetensorError, ValueError) as error:
+        _check_values(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"masks_from: {path} is damaged: {error}") from None
     masks = {
         name.removesuffix(MASK): value.astype(bool)
@@ -73,14 +76,28 @@ def read_finished_run(folder: Path, spec: ModelSpec) -> FinishedRun:
 def _read_config(path: Path) -> tuple[int, str, ModelSpec, str]:
     """Seed, way of drawing the first weights, model and method of a run."""
     try:
-        document: Mapping[str, Any] = json.loads(path.read_bytes())
+        document: Mapping[str, Any] = read_json(path)
         spec = ModelSpec.from_json(json.dumps(document["spec"]))
-        init = str(document.get("init", "pytorch"))  # early runs do not name it
-        return int(document["seed"]), init, spec, str(document["method"])
-    except (ValueError, KeyError, TypeError) as error:
+        init = document.get("init", "pytorch")  # early runs do not name it
+        if init not in INIT_SCHEMES:
+            raise ValueError(f"init is {init!r:.40}")
+        if not isinstance(document["seed"], int):
+            raise TypeError(f"seed is {document['seed']!r:.40}")
+        return document["seed"], init, spec, str(document["method"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"masks_from: {path} is damaged: {type(error).__name__}: {error}"
         ) from None
+
+
+def _check_values(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for a mask that is not of zeros and ones, and for a weight that is NaN."""
+    for name, values in tensors.items():
+        if name.endswith(MASK):
+            if values.dtype not in (np.uint8, np.bool_) or values.max(initial=0) > 1:
+                raise ValueError(f"{name!r:.60} must hold 0 and 1 as uint8, it has {values.dtype}")
+        elif not np.isfinite(values).all():
+            raise ValueError(f"tensor {name!r:.60} has values that are NaN or infinite")
 
 
 def _check_masks(masks: Mapping[str, np.ndarray], spec: ModelSpec, folder: Path) -> None:

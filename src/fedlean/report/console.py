@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from fedlean.printable import printable
 from fedlean.report.run_folder import Run, targets_of
 from fedlean.report.tables import PRICES, Cost, Figure, costs
 
@@ -31,7 +32,7 @@ def cost_table(runs: Sequence[Run], targets: Sequence[float] | None = None) -> T
 
 def _add(table: Table, cost: Cost, *, first: bool, last: bool) -> None:
     # Text, not str: a name with [brackets] is a name, not markup.
-    head = (Text(cost.target if first else ""), Text(cost.run))
+    head = (Text(cost.target if first else ""), Text(printable(cost.run)))
     if cost.missed:
         rest = ["–"] * (len(_HEADS) - 1)
         table.add_row(*head, "–", Text(cost.missed, style="dim"), *rest, end_section=last)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 from fedlean.report import markup
-from fedlean.report.run_folder import Run
+from fedlean.report.run_folder import Row, Run
 
 MAX_CLIENTS = 20  # of the table; the log has all
 
@@ -14,13 +15,14 @@ def notices(run: Run) -> list[str]:
     """Sentences, the oldest first; [] for a run with nothing to remark."""
     lines = [str(line) for line in _list(run.config.get("notes"))]
     data = run.config.get("data")
-    for change in _list(data.get("changes")) if isinstance(data, dict) else ():
+    changes = _list(data.get("changes")) if isinstance(data, dict) else ()
+    for change in (change for change in changes if isinstance(change, dict)):
         parts = "; ".join(map(str, _list(change.get("changed"))))
         lines.append(
             f"After round {change.get('after_round')} the run went on with other data: {parts}"
         )
     for row in run.rounds:
-        lines += [f"Round {row['round']}: {line}" for line in _list(row.get("notes"))]
+        lines += [f"Round {_asked(row)}: {line}" for line in _list(row.get("notes"))]
     if rejected := _rejected(run):
         updates = _count(sum(map(len, rejected.values())), "update")
         clients = _count(len(rejected), "client")
@@ -60,7 +62,7 @@ def _rejected(run: Run) -> dict[int, list[str]]:
     for row in run.rounds:
         reasons = row.get("refused") or {}
         for client in _list(row.get("rejected")):
-            why = f"round {row['round']}: {reasons.get(str(client), 'no reason given')}"
+            why = f"round {_asked(row)}: {reasons.get(str(client), 'no reason given')}"
             found.setdefault(client, []).append(why)
     return found
 
@@ -71,3 +73,8 @@ def _list(value: object) -> list:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _asked(row: Row) -> Any:
+    """The round that a step was about; early runs say only which was completed."""
+    return row.get("asked_round", row["round"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
+import secrets
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedlean.report.notices import notices_section
 from fedlean.report.outcome import comparison_outcome, run_outcome
 from fedlean.report.run_folder import (
     Run,
+    check_target,
     final_accuracy,
     has_clock,
     number,
@@ -58,7 +59,7 @@ def comparison_page(runs: Sequence[Run], targets: Sequence[float] | None = None)
     """The page of several runs; the first is the baseline of all ratios."""
     if not runs:
         raise ValueError("a comparison needs at least one run, got none")
-    wanted = targets_of(runs) if targets is None else sorted(set(targets))
+    wanted = targets_of(runs) if targets is None else sorted({check_target(t) for t in targets})
     names = labels(runs)
     outcome = comparison_outcome(runs, wanted) if len(runs) > 1 else run_outcome(runs[0], wanted)
     title = " · ".join(names)
@@ -89,10 +90,12 @@ def write_page(path: Path, html: str) -> None:
     """Write a page so that a reader finds the old one or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a name that nobody can have put a link at, in a folder that others may write
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        # "replace": a folder name that is not UTF-8 must not cost the page.
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+        with temporary.open("xb") as file:
+            # "replace": a folder name that is not UTF-8 must not cost the page.
+            file.write(html.encode("utf-8", "replace"))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

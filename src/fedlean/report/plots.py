@@ -198,7 +198,8 @@ def _loss(runs: Sequence[Run], curves: Sequence[Curve], word: str) -> Plot:
     def fill(axes: Axes) -> None:
         _lines(axes, curves)
         top = max(float(y.max()) for _, _, y in curves)
-        axes.set_ylim(0, top * 1.05 if top > 0 else 1)
+        low = min(float(y.min()) for _, _, y in curves)  # a method's own loss may be negative
+        axes.set_ylim(min(0.0, low * 1.05), top * 1.05 if top > 0 else 1)
         axes.set_ylabel(word)
         _cost_axis(axes, "round", max(float(x.max()) for _, x, _ in curves), whole=True)
 
@@ -257,6 +258,8 @@ def layers_of_run(run: Run) -> Plot:
         for i, layer in enumerate(layers)
         for _, x, y in _density_curves([run], lambda row, name=layer: layer_density(row, name))
     ]
+    if not curves:
+        return empty("layers", title, "no density was reported")
     svg = draw("layers", lambda axes: _density_axes(axes, curves), alt)
     return Plot("layers", title, svg, alt, tuple(enumerate(layers)))
 

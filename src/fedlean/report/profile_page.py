@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlean.measure.result import Measurement
+from fedlean.printable import printable
 from fedlean.report import markup
 from fedlean.report.page import document, head, section
 from fedlean.report.profile_rows import (
@@ -58,5 +59,5 @@ def _table(title: str, heads: Sequence[str], rows: Rows) -> Table:
     for at, name in enumerate(heads):
         table.add_column(name, justify="right" if at else "left")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table

@@ -6,14 +6,24 @@ exactly like a finished one; `summary.json` adds what only the end of a run know
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # of whatever a file holds
 from typing import Any
 
+from fedlean.jsonfile import MAX_BYTES, parse_json, read_json
+
 Row = dict[str, Any]
+LARGEST = 1e100  # sums and squares of such numbers are numbers
+LARGEST_ROUND = 1 << 50
+_PARTS = {  # of a row, each of which may be missing: early runs lack the newer ones
+    "layer_density": dict,
+    "refused": dict,
+    "rejected": list,
+    "notes": list,
+    "asked_round": int,
+}
 TOTALS = ("downlink_bytes", "uplink_bytes", "flops_per_client", "simulated_seconds", "wall_seconds")
 
 
@@ -47,10 +57,10 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float, or None: a diverged loss is no point of a curve."""
+    """`value` as a float that can be drawn, or None: a diverged loss is no point of a curve."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) <= LARGEST else None  # a NaN is not
 
 
 def total(row: Row, key: str) -> float | None:
@@ -99,10 +109,19 @@ def targets_of(runs: Sequence[Run]) -> list[float]:
             configured = (configured,)
         named = (run.summary or {}).get("time_to_accuracy") or configured
         try:
-            found.update(float(target) for target in named)
-        except (TypeError, ValueError):
-            raise ValueError(f"{run.folder}: target accuracies must be numbers: {named}") from None
+            found.update(check_target(float(target)) for target in named)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"{run.folder}: target accuracies must be numbers in (0, 1): {brief(named)}"
+            ) from None
     return sorted(found)
+
+
+def check_target(target: float) -> float:
+    """An accuracy to be reached.  Raises ValueError for none."""
+    if not 0 < target < 1:
+        raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
+    return target
 
 
 def read_run(folder: Path) -> Run:
@@ -125,7 +144,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path, finite=False)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -134,30 +153,47 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_rounds(path: Path) -> list[Row]:
-    lines = path.read_bytes().split(b"\n")
     rows: list[Row] = []
-    for at, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if at == len(lines):  # no newline after it: the writer was killed in the middle
-                break
-            raise ValueError(f"{path}: line {at} is not JSON") from None
-        _check_row(row, f"{path}: line {at}")
-        rows.append(row)
+    with path.open("rb") as file:
+        at = 0
+        while line := file.readline(MAX_BYTES):
+            at += 1
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line, finite=False)
+            except ValueError as error:
+                if not line.endswith(b"\n") and len(line) < MAX_BYTES:
+                    break  # the writer was killed in the middle
+                raise ValueError(f"{path}: line {at} is not JSON ({error})") from None
+            _check_row(row, f"{path}: line {at}")
+            rows.append(row)
     return rows
 
 
 def _check_row(row: Any, where: str) -> None:
-    if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+    if not isinstance(row, dict) or type(row.get("round")) is not int:
         raise ValueError(f"{where} is not a step of a run: an object with an integer 'round'")
+    if not 0 <= row["round"] <= LARGEST_ROUND:
+        raise ValueError(f"{where}: 'round' is {row['round']!r:.40}, expected a count")
+    for key, kind in _PARTS.items():
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise ValueError(f"{where}: '{key}' is {brief(row[key])}, expected a {kind.__name__}")
+    if not all(type(client) is int for client in row.get("rejected") or ()):
+        raise ValueError(f"{where}: 'rejected' is {brief(row['rejected'])}, expected client ids")
+    shares = {"accuracy": row.get("accuracy"), "density": row.get("density")}
+    for key, value in (shares | (row.get("layer_density") or {})).items():
+        share = number(value)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{where}: '{key:.60}' is {share}, expected a share from 0 to 1")
     totals = row.get("total")
     if not isinstance(totals, dict):
         raise ValueError(f"{where} has no 'total'")
     for key in TOTALS:
         # Time may be null (no device profile); what was sent and computed is always known.
         optional = key.endswith("_seconds") and key in totals and totals[key] is None
-        if not optional and number(totals.get(key)) is None:
-            raise ValueError(f"{where}: 'total' needs a number '{key}', got {totals.get(key)!r}")
+        value = number(totals.get(key))
+        if not optional and (value is None or value < 0):
+            raise ValueError(
+                f"{where}: 'total' needs a number '{key}', got {brief(totals.get(key))}"
+            )

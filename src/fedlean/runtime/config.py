@@ -8,15 +8,26 @@ import types
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from fedlean.data.load import absolute
+from fedlean.jsonfile import read_json
 from fedlean.models.initialise import INIT_SCHEMES
 from fedlean.runtime.checkpoint import write_atomically
 from fedlean.runtime.method import Settings, complete
 
 FORMAT = 1  # of the run folder
 CLIENTS = 10  # where nothing says how many
+_MOST = {  # far beyond what a machine can do, so that no sum of them is beyond what it can count
+    "clients": 1 << 24,
+    "rounds": 1 << 31,
+    "threads": 1024,
+    "eval_every": 1 << 31,
+    "eval_examples": 1 << 31,
+    "final_eval_examples": 1 << 31,
+}
+MAX_SEED = (1 << 63) - 1
 _BESIDE = ("format", "environment", "spec", "profile", "data", "notes")  # the run's, not its user's
 
 
@@ -40,7 +51,7 @@ class RunConfig:
     eval_every: int = 1
     eval_examples: int | None = None  # of the test set, during the run; None: all
     final_eval_examples: int | None = None  # the same after the last round
-    max_update_norm: float | None = None  # of a client's change to the model; more is refused
+    max_update_norm: float | None = None  # 0: no bound; None: the clients' own (`moves`)
     settings: Settings = field(default_factory=dict)
 
     @property
@@ -68,21 +79,24 @@ def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: {path} does not exist")
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         if not isinstance(document, dict):
             raise TypeError(f"expected an object, got {type(document).__name__}")
-        if document["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has another format than {FORMAT}: use the version that wrote it"
-            )
+        written = document["format"]
         own = {name: value for name, value in document.items() if name not in _BESIDE}
-        own["target_accuracy"] = tuple(own["target_accuracy"])
-        for name in ("environment", "spec"):
-            if not isinstance(document[name], dict):
-                raise TypeError(f"{name} is a {type(document[name]).__name__}")
-        return _typed(RunConfig(**own)), document
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        if written == FORMAT:
+            own["target_accuracy"] = tuple(own["target_accuracy"])
+            for name in ("environment", "spec"):
+                if not isinstance(document[name], dict):
+                    raise TypeError(f"{name} is a {type(document[name]).__name__}")
+            config = _typed(RunConfig(**own))
+            check(config)
+            return config, document
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    raise ValueError(f"{path} has another format than {FORMAT}: use the version that wrote it")
 
 
 def differences(config: RunConfig, written: RunConfig) -> list[str]:
@@ -92,6 +106,8 @@ def differences(config: RunConfig, written: RunConfig) -> list[str]:
     number of clients that of any number; of a setting that is left out, the method's default
     counts.  Folders of data are compared by where they are, not by how they were written.
     """
+    if written.method != config.method:
+        return ["method"]  # whatever its settings mean: another's code is not asked
     written = replace(written, clients=written.num_clients)
     natural = written.clients if config.partition == "natural" else CLIENTS
     config = replace(
@@ -111,30 +127,42 @@ def differences(config: RunConfig, written: RunConfig) -> list[str]:
 def _typed(config: RunConfig) -> RunConfig:
     """Raises TypeError naming the first value of another type than declared."""
     for name, hint in typing.get_type_hints(RunConfig).items():
-        value = getattr(config, name)
-        wanted = typing.get_origin(hint) or hint
-        if isinstance(value, bool) or not isinstance(
-            value, wanted if wanted is not types.UnionType else hint
-        ):
-            raise TypeError(f"{name} is {value!r}")
-    if not all(type(target) in (int, float) for target in config.target_accuracy):
-        raise TypeError(f"target_accuracy is {config.target_accuracy!r}")
+        if not _is_a(getattr(config, name), hint):
+            raise TypeError(f"{name} is {getattr(config, name)!r:.60}")
+    if not all(_is_a(target, float) for target in config.target_accuracy):
+        raise TypeError(f"target_accuracy is {config.target_accuracy!r:.60}")
+    for name, value in config.settings.items():
+        if not isinstance(value, bool | int | float | str | None):
+            raise TypeError(f"the setting {name!r:.60} is {value!r:.60}")
     return config
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is what a field declares; a whole number is a float, too."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(typing.get_origin(option) or option for option in options)
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds and int not in kinds:
+        return abs(value) <= float_info.max
+    return isinstance(value, kinds)
 
 
 def check(config: RunConfig) -> None:
     """Raises ValueError naming the first value that makes no sense; `clients` may be open."""
     clients = config.num_clients
-    for name in ("clients", "rounds", "threads", "eval_every"):
+    for name, most in _MOST.items():
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("eval_examples", "final_eval_examples"):
-        examples = getattr(config, name)
-        if examples is not None and examples < 1:
-            raise ValueError(f"{name} must be at least 1, got {examples}")
-    if config.max_update_norm is not None and not 0 < config.max_update_norm < math.inf:
-        raise ValueError(f"max_update_norm must be positive, got {config.max_update_norm}")
+            raise ValueError(f"{name} must be at least 1, got {value!r:.40}")
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value!r:.40}")
+    if abs(config.seed) > MAX_SEED:
+        raise ValueError(f"seed must be from {-MAX_SEED} to {MAX_SEED}, got {config.seed!r:.40}")
+    if config.max_update_norm is not None and not 0 <= config.max_update_norm < math.inf:
+        raise ValueError(
+            f"max_update_norm must be positive, or 0 for no bound, got {config.max_update_norm}"
+        )
     if config.init not in INIT_SCHEMES:
         raise ValueError(f"init must be one of {', '.join(INIT_SCHEMES)}, got {config.init!r}")
     for target in config.target_accuracy:
@@ -145,7 +173,7 @@ def check(config: RunConfig) -> None:
     cohort = config.settings.get("cohort")
     if isinstance(cohort, int) and not 1 <= cohort <= clients:
         raise ValueError(
-            f"a cohort of {cohort} cannot be drawn from {clients} clients: "
+            f"a cohort of {cohort!r:.40} cannot be drawn from {clients} clients: "
             f"choose --cohort from 1 to {clients}"
         )
     for name in ("initial_client", "warmup_client"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import fedlean.methods
 from fedlean.core import FederatedAlgorithm, Scalar, Server
+from fedlean.usercode import call, is_code, load_function
 
 Method = Callable[..., FederatedAlgorithm]
 Settings = Mapping[str, Scalar | None]  # keyword arguments of a method
@@ -34,25 +36,14 @@ def available() -> dict[str, str]:
 
 def find_method(name: str) -> Method:
     """Raises ValueError naming the nearest methods, or what is wrong with `module:function`."""
-    if ":" in name:
-        return _import(name)
+    if is_code(name):
+        return load_function("method", name)
     names = sorted(module.name for module in pkgutil.iter_modules(fedlean.methods.__path__))
     if name not in names:
         raise ValueError(
             f"no method named {name!r}; {nearest(name, names)} (or package.module:function)"
         )
     return getattr(importlib.import_module(f"fedlean.methods.{name}"), name)
-
-
-def _import(name: str) -> Any:
-    module_name, _, function = name.partition(":")
-    try:
-        method = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"method {name!r} cannot be imported: {error}") from None
-    if not callable(method):
-        raise ValueError(f"method {name!r} is a {type(method).__name__}, expected a function")
-    return method
 
 
 def nearest(given: str, names: list[str]) -> str:
@@ -62,10 +53,14 @@ def nearest(given: str, names: list[str]) -> str:
 
 
 def hyperparameters(method: Method) -> Mapping[str, inspect.Parameter]:
-    """The keyword-only parameters of a method."""
+    """The keyword-only parameters of a method.  Raises ValueError for what shows none."""
+    try:
+        parameters = inspect.signature(method).parameters
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"expected a method, a function (server, *, settings): {error}") from None
     return {
         name: parameter
-        for name, parameter in inspect.signature(method).parameters.items()
+        for name, parameter in parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
@@ -110,7 +105,8 @@ def unused_settings(method: Method, settings: Settings) -> Mapping[str, str]:
 
     A module-level `unused(settings)` beside the method says it; without one all have.
     """
-    say = getattr(importlib.import_module(method.__module__), "unused", None)
+    module = sys.modules.get(getattr(method, "__module__", None) or "")
+    say: Callable[[Settings], Mapping[str, str]] | None = getattr(module, "unused", None)
     return say(settings) if say else {}
 
 
@@ -138,11 +134,10 @@ def parse_settings(
 
 
 def _parse(key: str, text: str, hint: Any) -> Scalar | None:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
-        if text.lower() == "none":
-            return None
-        hint = options[0]
+    options = _options(hint)
+    if types.NoneType in options and text.lower() == "none":
+        return None
+    hint = next(option for option in options if option is not types.NoneType)
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         for choice in choices:
@@ -158,27 +153,78 @@ def _parse(key: str, text: str, hint: Any) -> Scalar | None:
             return hint(text)
         except ValueError:
             kind = "an integer" if hint is int else "a number"
-            raise ValueError(f"{key} must be {kind}, got {text!r}") from None
+            raise ValueError(f"{key} must be {kind}, got {text!r:.40}") from None
     return text
 
 
 def build(
     method_name: str, server: Server, settings: Mapping[str, Scalar | None]
 ) -> FederatedAlgorithm:
-    """The algorithm; a setting that the method lacks is an error that names it."""
+    """The algorithm.
+
+    Raises ValueError naming a setting that the method lacks or that is of another type than it
+    takes, and what a function of the user's is instead of a method.
+    """
     method = find_method(method_name)
     known = hyperparameters(method)
-    for key in settings:
+    for key, value in settings.items():
         if key not in known:
             raise ValueError(
                 f"{method_name} has no hyper-parameter {key!r}; {nearest(key, sorted(known))}"
             )
-    return method(server, **settings)
+        hint = _hint(method, known[key])
+        if not _fits(value, hint):
+            raise ValueError(f"{key} must be {_named(hint)}, got {value!r:.40}")
+    algorithm = call("method", method_name, method, server, **settings)
+    if not isinstance(algorithm, FederatedAlgorithm):
+        raise ValueError(
+            f"method {method_name!r} must return a FederatedAlgorithm, got "
+            f"{type(algorithm).__name__}"
+        )
+    return algorithm
 
 
 def _hint(method: Method, parameter: inspect.Parameter) -> Any:
-    """The type of one parameter; of the others, names may exist for type checkers only."""
+    """The type of one parameter; Any where it is not said, or in names for type checkers only."""
     hint = parameter.annotation
     if isinstance(hint, str):
-        hint = eval(hint, getattr(method, "__globals__", {}))
-    return str if hint is inspect.Parameter.empty else hint
+        try:
+            hint = eval(hint, getattr(method, "__globals__", {}))
+        except Exception:  # of an expression in the user's code
+            return Any
+    return Any if hint is inspect.Parameter.empty else hint
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other type itself."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a setting, perhaps out of somebody's file, is of the type that is declared."""
+    for option in _options(hint):
+        if typing.get_origin(option) is typing.Literal:
+            fits = value in typing.get_args(option)
+        elif option is int or option is float:
+            wanted = int if option is int else (int, float)
+            fits = isinstance(value, wanted) and not isinstance(value, bool)
+        elif option in (bool, str, types.NoneType):
+            fits = isinstance(value, option)
+        else:
+            fits = True  # a type of the method's own
+        if fits:
+            return True
+    return False
+
+
+def _named(hint: Any) -> str:
+    """The type in words, for an error message."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    words[types.NoneType] = "none"
+    return " or ".join(
+        f"one of {', '.join(map(str, typing.get_args(option)))}"
+        if typing.get_origin(option) is typing.Literal
+        else words.get(option, str(option))
+        for option in _options(hint)
+    )

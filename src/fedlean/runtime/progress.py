@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedlean.printable import printable
 from fedlean.runtime.checks import remedy
 from fedlean.runtime.config import RunConfig
+from fedlean.runtime.trust import resume_command
 
 Show = Callable[[dict[str, Any]], None]  # takes a log entry
 MAX_REASON = 200  # characters of a refusal
@@ -35,7 +37,7 @@ def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[
     except KeyboardInterrupt:
         if (folder / "config.json").is_file():
             console.print(
-                f"interrupted; continue with: fedlean resume {folder}",
+                printable(f"interrupted; continue with: {resume_command(folder, config)}"),
                 **_PLAIN,
             )
         raise
@@ -47,7 +49,7 @@ def _with_refusals(show: Show, console: Console) -> Show:
     def shown(entry: dict[str, Any]) -> None:
         show(entry)
         if entry["rejected"]:
-            console.print(_refusals(entry), style="bold red", **_PLAIN)
+            console.print(printable(_refusals(entry)), style="bold red", **_PLAIN)
 
     return shown
 
@@ -56,7 +58,7 @@ def _refusals(entry: dict[str, Any]) -> str:
     first = entry["rejected"][0]
     reason = entry["refused"][str(first)]
     return (
-        f"round {entry['round']}: {len(entry['rejected'])} of {len(entry['cohort'])} updates "
+        f"round {entry['asked_round']}: {len(entry['rejected'])} of {len(entry['cohort'])} updates "
         f"refused; client {first} {reason[:MAX_REASON]}: {remedy(reason)}"
     )
 
@@ -72,20 +74,23 @@ def _state(entry: dict[str, Any], accuracy: float | None) -> str:
 def _bar(config: RunConfig, console: Console) -> Iterator[Show]:
     last: list[float | None] = [None]
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
         console=console,
     ) as progress:
-        bar = progress.add_task(config.method, total=config.rounds, state="")
+        bar = progress.add_task(printable(config.method), total=config.rounds, state="")
 
         def show(entry: dict[str, Any]) -> None:
             last[0] = last[0] if entry["accuracy"] is None else entry["accuracy"]
             name = config.method if entry["round"] else f"{config.method}: {entry['phase']}"
             progress.update(
-                bar, completed=entry["round"], description=name, state=_state(entry, last[0])
+                bar,
+                completed=entry["round"],
+                description=printable(name),
+                state=_state(entry, last[0]),
             )
 
         yield show
@@ -96,12 +101,11 @@ def _plain(config: RunConfig, console: Console) -> Show:
 
     def show(entry: dict[str, Any]) -> None:
         if entry["round"] % every == 0 and entry["accuracy"] is not None:
-            line = f"{config.method} round {entry['round']}/{config.rounds}"
+            line = printable(f"{config.method} round {entry['round']}/{config.rounds}")
             console.print(
                 f"{line}  {_state(entry, entry['accuracy'])}  "
                 f"{entry['total']['simulated_seconds']:.0f} simulated s",
-                highlight=False,
-                soft_wrap=True,
+                **_PLAIN,
             )
 
     return show

@@ -1,0 +1,125 @@
+"""From the tree of a checkpoint to where a run stands.
+
+A digest says that a checkpoint is as it was written, not by whom: one of another run, or one that
+somebody made up, fits neither the method nor the model, and is refused before a step is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedlean.core import ClientState
+from fedlean.engine.checks import check_masks
+from fedlean.models.initialise import check_params
+from fedlean.runtime.checkpoint import begin_anew
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.moves import Moves
+from fedlean.runtime.rounds import Progress
+from fedlean.runtime.runlog import Totals
+from fedlean.spec import ModelSpec
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds."""
+
+    progress: Progress
+    totals: Totals
+    log_bytes: int  # of `rounds.jsonl` when it was written
+    clients: dict[int, ClientState]
+
+
+def restored(folder: Path, tree: Mapping[str, Any], initial: Any, spec: ModelSpec) -> Restored:
+    """Of the checkpoint `tree` in `folder`; `initial` is a state of the run's method.
+
+    Raises ValueError naming what of it does not fit the method or the model.
+    """
+    try:
+        progress = Progress(
+            _state(tree["state"], initial, spec),
+            ClientStore(_store(tree["store"])),
+            _count("step", tree["step"]),
+            _count("empty_steps", tree["empty_steps"]),
+            _count("refused_steps", tree.get("refused_steps", 0)),  # early versions have none
+            Moves(**tree.get("moves", {})),
+        )
+        totals = _totals(tree["totals"])
+        return Restored(
+            progress, totals, _count("log_bytes", tree["log_bytes"]), _clients(tree["clients"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"the checkpoint in {folder} does not fit its run: {type(error).__name__}: {error}; "
+            f"{begin_anew(folder)}"
+        ) from None
+
+
+def recorded_round(tree: Mapping[str, Any] | None) -> int:
+    """The round of a checkpoint that is not checked yet; 0 where it does not say."""
+    state = (tree or {}).get("state")
+    round = state.get("round") if isinstance(state, Mapping) else None
+    return round if isinstance(round, int) else 0
+
+
+def _state(values: Mapping[str, Any], initial: Any, spec: ModelSpec) -> Any:
+    """A state of the method, with model and masks of the shapes of `spec`."""
+    for field in fields(initial):
+        now, then = values.get(field.name), getattr(initial, field.name)
+        if None not in (_kind(now), _kind(then)) and _kind(now) != _kind(then):
+            raise TypeError(f"{field.name} of its state is a {type(now).__name__}")
+    state = type(initial)(**values)
+    _count("round", state.round)
+    check_params(spec, _arrays("params", state.params))
+    check_masks(spec, _arrays("masks", state.masks))
+    return state
+
+
+def _kind(value: Any) -> str | None:
+    """What of a state may take its place; None for what may become anything."""
+    kinds = {bool: "bool", (int, float): "number", str: "text", Mapping: "mapping"}
+    kinds |= {(tuple, list): "tuple", np.ndarray: "array"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), None)
+
+
+def _arrays(name: str, values: Any) -> Mapping[str, np.ndarray]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name} is a {type(values).__name__}")
+    odd = [key for key, value in values.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise TypeError(f"{odd[0]!r:.60} of {name} is no array")
+    return values
+
+
+def _store(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    for client, (spec, pattern, round) in values.items():
+        if not (isinstance(spec, str) and isinstance(pattern, str) and isinstance(round, int)):
+            raise TypeError(f"what client {client!r:.20} holds is not two hashes and a round")
+    return values
+
+
+def _clients(values: Mapping[str, Any]) -> dict[int, ClientState]:
+    return {int(client): _arrays(f"client {client!r:.20}", kept) for client, kept in values.items()}
+
+
+def _totals(values: Mapping[str, Any]) -> Totals:
+    totals = Totals(**values)
+    for field in fields(Totals):
+        value = getattr(totals, field.name)
+        if isinstance(value, bool) or _kind(value) not in ("number", "mapping"):
+            raise TypeError(f"the total {field.name} is {value!r:.40}")
+        if _kind(value) != _kind(getattr(Totals(), field.name)):
+            raise TypeError(f"the total {field.name} is a {type(value).__name__}")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ValueError(f"the total {field.name} is {value!r:.40}")
+    return totals
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
+        raise ValueError(f"{name} is {value!r:.40}, expected a count")
+    return value

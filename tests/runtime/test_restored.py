@@ -1,0 +1,95 @@
+"""Checkpoints whose digest is right and whose content is another run's, or made up."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlean import cli
+from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint
+
+QUICK = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch", "4"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("restored") / "run"
+    cli.main(["run", "snip", *QUICK, "--set", "density=0.5", "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tree(run) -> dict[str, Any]:
+    return load_checkpoint(run / "checkpoint")[0]
+
+
+def put(*keys: str, value: Any) -> Any:
+    def change(tree: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            tree = tree[key]
+        tree[keys[-1]] = value
+
+    return change
+
+
+def drop(*keys: str) -> Any:
+    def change(tree: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            tree = tree[key]
+        del tree[keys[-1]]
+
+    return change
+
+
+WEIGHT, F32 = "fc1.weight", np.float32
+CHANGES = [
+    (drop("state"), "KeyError: 'state'"),
+    (put("state", value=3), "AttributeError"),
+    (put("state", value={"round": "3"}), "round of its state is a str"),
+    (drop("state", "params"), "missing 1 required positional argument: 'params'"),
+    (put("state", "odd", value=1), "unexpected keyword argument 'odd'"),
+    (put("state", "round", value=-1), "round is -1"),
+    (put("state", "phase", value=1), "phase of its state is a int"),
+    (put("state", "params", WEIGHT, value=np.zeros((2, 2), F32)), "must be float32 of shape"),
+    (put("state", "params", WEIGHT, value="text"), "is no array"),
+    (put("state", "params", value={}), "is in the spec but not in params"),
+    (put("state", "masks", WEIGHT, value=np.ones((2, 2), bool)), "mask 'fc1.weight'"),
+    (put("state", "masks", "odd", value=np.ones(2, bool)), "fits no trainable tensor"),
+    (put("store", value={"0": (1, 2, 3)}), "not two hashes and a round"),
+    (put("store", value={"zero": ("a", "b", 1)}), "invalid literal"),
+    (put("store", value=(1,)), "AttributeError"),
+    (put("step", value=None), "step is None"),
+    (put("step", value=True), "step is True"),
+    (put("empty_steps", value=-1), "empty_steps is -1"),
+    (put("log_bytes", value=10**30), "log_bytes is 1000"),
+    (put("totals", "downlink_bytes", value=float("nan")), "downlink_bytes is nan"),
+    (put("totals", "downlink_bytes", value=-1), "downlink_bytes is -1"),
+    (put("totals", "targets", value=1), "targets is a int"),
+    (put("totals", "odd", value=1), "unexpected keyword argument 'odd'"),
+    (put("clients", value={"a": {}}), "invalid literal"),
+    (put("clients", value={"0": {"x": 3}}), "is no array"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES, ids=range(len(CHANGES)))
+def test_what_does_not_fit_is_named_in_one_line(run, tree, capsys, change, said):
+    changed = copy.deepcopy(tree)
+    change(changed)
+    log = (run / "rounds.jsonl").read_bytes()
+    save_checkpoint(run / "checkpoint", 1000, changed)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["resume", str(run)])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert "does not fit its run" in err and said in err and "to begin it anew: rm -r" in err
+    assert (run / "rounds.jsonl").read_bytes() == log
+
+
+def test_the_checkpoint_as_it_was_fits(run, tree):
+    save_checkpoint(run / "checkpoint", 1000, tree)
+    cli.main(["resume", str(run)])
