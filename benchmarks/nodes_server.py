@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlean.core import FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Server
 from fedlean.cost.profile import load_profile
 from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_dataset
@@ -26,7 +26,7 @@ from fedlean.layers import Flatten, Linear
 from fedlean.methods.fedavg import fedavg
 from fedlean.models.catalog import build
 from fedlean.models.initialise import init_params
-from fedlean.runtime.checks import refusal
+from fedlean.runtime.checks import Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.flower.post import GridPost
 from fedlean.runtime.remote.dispatch import Failed, RemoteDispatch, Terms
@@ -46,7 +46,7 @@ class Some:
         return self._nodes & frozenset(self._post.nodes())
 
     def fetch(
-        self, ids: Collection[str], *, seconds: float
+        self, ids: Mapping[str, int], *, seconds: float
     ) -> Iterable[tuple[str, bytes | Failed]]:
         return self._post.fetch(ids, seconds=seconds)
 
@@ -77,19 +77,23 @@ class Side:
         answered = []
 
         def answers():
-            for update in self._dispatch(tasks, lambda update, task: refusal(update, task, {})):
+            for update in self._dispatch(tasks, sound):
                 self._store.acknowledge(asked[update.client], update)
                 answered.append(update.client)
                 yield update
 
         self._state = self._algorithm.server_update(self._state, answers())
-        self._dispatch.acknowledge(answered)
+        self._dispatch.acknowledge(answered, [])
         return {
             "seconds": time.perf_counter() - began,
             "answered": len(answered),
             "node_seconds": max(self._dispatch.measured_seconds().values(), default=None),
             "troubles": list(self._dispatch.troubles().values()),
         }
+
+
+def sound(update: ClientUpdate, task: ClientTask) -> str | None:
+    return refusal(update, task, Expected())
 
 
 @app.main()

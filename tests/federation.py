@@ -19,7 +19,8 @@ from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.models.initialise import init_params
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Dispatch, LocalDispatch, Refuse
-from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.rounds import Progress, run_rounds
 from fedlean.spec import ModelSpec, sequential
 
 CLIENTS = 4
@@ -142,6 +143,7 @@ def run(
     progress: Progress | None = None,
     rounds: int = ROUNDS,
     watch: Callable[[Progress, StepRecord], None] | None = None,
+    max_update_norm: float | None = None,
 ) -> Any:
     """The final state, of clients on `engine` unless a dispatch is given."""
 
@@ -159,6 +161,7 @@ def run(
         server=server(rounds),
         dispatch=dispatch or fresh_dispatch(algorithm, engine),
         after_step=after_step,
+        max_update_norm=max_update_norm,
     ).state
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from federation import CLIENTS, ENGINE, client_data, dataset
 
+from fedlean.runtime.remote import attendance, budget, dispatch, exchange, roster
 from fedlean.runtime.remote.dispatch import RemoteDispatch, Terms
 from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.remote.worker import Worker
@@ -35,6 +36,14 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+def stand_in(monkeypatch) -> Clock:
+    """The clock of all that waits for devices, and of the devices."""
+    clock = Clock()
+    for module in (attendance, budget, dispatch, exchange, roster):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 class Loopback:
@@ -90,10 +99,10 @@ def remote(post: Loopback, method: str = "fedavg", **terms) -> tuple[RemoteDispa
     lines: list[str] = []
     quick = {name: getattr(QUICK, name) for name in ("deadline_seconds", "join_seconds")}
     chosen = Terms(**{**quick, "poll_seconds": 0.005, "min_clients": CLIENTS, **terms})
-    dispatch = RemoteDispatch(
+    over_post = RemoteDispatch(
         post, method=method, dataset=dataset(), clients=CLIENTS, terms=chosen, say=lines.append
     )
-    return dispatch, lines
+    return over_post, lines
 
 
 def flipped(content: bytes, seed: int) -> bytes:

@@ -31,7 +31,8 @@ from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
-from fedlean.runtime.rounds import Progress, StepRecord
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.rounds import Progress
 from fedlean.tree import unpack
 
 METHODS = method_names()

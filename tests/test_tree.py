@@ -378,6 +378,20 @@ def test_variance_survives_a_large_mean():
     np.testing.assert_allclose(merged["bn.running_var"], [1e-3], rtol=1e-5)
 
 
+def test_the_largest_means_and_variances_that_are_taken_merge_to_finite_ones():
+    """Means of ±1e18: the squares of their distances are float32 numbers, and so is the result."""
+    merged = fold(NORM, [norm(0, 1, 1e18, 1e18), norm(1, 1, -1e18, 1e18)], variances=OF).params()
+    assert merged["bn.running_var"] == pytest.approx(np.full_like(NORM["bn.running_var"], 1e36))
+    assert (merged["bn.running_mean"] == 0).all()
+
+
+def test_a_variance_to_the_last_bit_beside_a_mean_ten_million_times_as_large():
+    """E[x²] - E[x]² in float64 has lost 3 of 7 digits here."""
+    clients = [norm(i, 1, 1e7, 0.1 + i / 10) for i in range(3)]
+    merged = fold(NORM, clients, variances=OF).params()["bn.running_var"]
+    assert (merged == np.float32(np.mean(np.float32([0.1, 0.2, 0.3]), dtype=np.float64))).all()
+
+
 def test_variance_is_never_negative():
     rng = np.random.default_rng(0)
     for _ in range(50):

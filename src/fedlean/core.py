@@ -31,6 +31,7 @@ class Device:
     """One client of the federation, as the server knows it."""
 
     id: int
+    num_examples: int | None = None  # as it said when it joined
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class Server:
 class FederatedAlgorithm(NamedTuple):
     """A method: four functions and a stop predicate, built by `method(server, **settings)`.
 
-    A method whose clients send statistics says in `statistics` which ones a task asks for.
+    A method whose clients send statistics says in `statistics` which ones a task asks for; `work`
+    is the most that a task takes, against which clients' claims are held (None: it is not known).
     """
 
     init: Callable[[Params], Any]
@@ -172,6 +174,7 @@ class FederatedAlgorithm(NamedTuple):
     server_update: Callable[[Any, Iterable[ClientUpdate]], Any]
     done: Callable[[Any], bool]
     statistics: Callable[[ClientTask], Mapping[str, StatisticForm]] = lambda task: {}
+    work: Callable[[ClientTask], tuple[Work, ...]] | None = None
 
 
 def derive_seed(seed: int, round: int, client: int, purpose: str) -> int:

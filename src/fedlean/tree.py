@@ -214,6 +214,38 @@ class _Coverage:
         return merged
 
 
+class _Pooled:
+    """The variance of all examples, from each client's mean and variance.
+
+    Σ w (v + (m - M)²) / Σ w, updated as M moves: E[x²] - E[x]² loses a variance beside a large
+    mean.  (Chan, Golub and LeVeque, Updating formulae ..., 1979, eq. 2.1.)
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.weight, self.mean, self.total = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+
+    def add(
+        self,
+        variance: np.ndarray,
+        mean: np.ndarray,
+        weight: float,
+        index: tuple[np.ndarray, ...] | None,
+    ) -> None:
+        where = np.ix_(*index) if index is not None else np.index_exp[...]
+        before = self.weight[where]
+        after, off = before + weight, mean.astype(np.float64) - self.mean[where]
+        self.total[where] += np.multiply(variance, weight, dtype=np.float64)
+        self.total[where] += off**2 * (before * weight / after)
+        self.mean[where] += off * (weight / after)
+        self.weight[where] = after
+
+    def onto(self, base: np.ndarray) -> np.ndarray:
+        """In the base's type where somebody trained, `base` bit for bit elsewhere."""
+        covered = self.weight > 0
+        merged = np.divide(self.total, self.weight, out=np.zeros_like(self.total), where=covered)
+        return np.where(covered, merged.astype(base.dtype), base)
+
+
 def _add_scaled(total: np.ndarray, values: np.ndarray, weight: float) -> None:
     """total += weight * values in float64, in pieces that stay in the cache."""
     total, values = total.reshape(-1), values.reshape(-1)
@@ -229,13 +261,15 @@ class Fold:
 
     Rule (design D5): each coordinate becomes the mean over the clients that trained it, weighted by
     their example counts (p_n in the papers); a coordinate nobody trained keeps `base` bit for bit.
-    `variances` maps a running variance to its mean: those are merged by first and second moment.
+    `variances` maps a running variance to its mean: those are pooled, with what lies between the
+    clients' means.
     """
 
     def __init__(self, base: Params, *, variances: Mapping[str, str] | None = None):
         self._base = base
         self._variances = dict(variances or {})
         self._tensors: dict[str, _Coverage] = {}
+        self._pooled: dict[str, _Pooled] = {}
         self._statistics: dict[str, dict[str, np.ndarray]] = {}
         self._statistic_weight: dict[str, float] = {}
         self.count = 0
@@ -257,9 +291,11 @@ class Fold:
                     f"client {update.client} sent {name!r} with shape {values.shape}, "
                     f"expected {expected}"
                 )
-            if name in self._variances:
-                center = update.params[self._variances[name]].astype(np.float64)
-                values = values + center**2
+            mean = update.params.get(self._variances.get(name, ""))
+            if mean is not None and self._variances[name] not in sub.frozen:
+                pooled = self._pooled.setdefault(name, _Pooled(self._base[name].shape))
+                pooled.add(values, mean, weight, index)
+                continue
             if name not in self._tensors:
                 whole = mask if index is None else None
                 self._tensors[name] = _Coverage(values, self._base[name].shape, whole)
@@ -285,12 +321,9 @@ class Fold:
     def params(self) -> dict[str, np.ndarray]:
         merged = dict(self._base)
         for name, coverage in self._tensors.items():
-            mean = coverage.mean()
-            if name in self._variances:
-                # in float64: E[x²] - E[x]² loses the variance beside a large mean
-                mean -= self._tensors[self._variances[name]].mean() ** 2
-                np.maximum(mean, 0.0, out=mean)
-            merged[name] = coverage.onto(self._base[name], mean)
+            merged[name] = coverage.onto(self._base[name], coverage.mean())
+        for name, pooled in self._pooled.items():
+            merged[name] = pooled.onto(self._base[name])
         return merged
 
     def statistic(self, key: str) -> dict[str, np.ndarray]:

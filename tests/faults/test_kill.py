@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_interrupted(tmp_path, whole):
     status, said = stop_when(process, has(folder, 15), signal.SIGINT)
     assert status == 130
     assert "Traceback" not in said
-    assert f"fedlean resume {folder}\n" in said
+    assert f"fedlean resume {quote(str(folder))}\n" in said
     cli.main(["resume", str(folder)])
     assert_same(folder, whole)
 

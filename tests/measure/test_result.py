@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -119,6 +120,16 @@ def test_the_file_round_trips(result, tmp_path):
     assert result.profile.uplink_bytes_per_s == 1000
     conditions = result.measured.conditions
     assert (conditions["threads"], conditions["instruction_set"]) == (2, "none")
+
+
+def test_a_link_beside_the_file_is_not_followed(result, tmp_path):
+    """In a folder that others may write, one of them may know this process's number."""
+    victim, link = tmp_path / "victim", tmp_path / f".board.json.{os.getpid()}.tmp"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    write(tmp_path / "board.json", result)
+    assert victim.read_text() == "precious" and link.is_symlink()
+    assert not (tmp_path / "board.json").is_symlink()
 
 
 def test_without_room_for_the_dense_model(tmp_path):

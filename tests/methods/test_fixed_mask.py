@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -135,6 +136,22 @@ def config_spec(folder: Path) -> ModelSpec:
     return ModelSpec.from_json(json.dumps(json.loads((folder / "config.json").read_text())["spec"]))
 
 
+def change_config(folder: Path, **changes: object) -> None:
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, **changes}))
+
+
+def not_finite(value: float) -> dict[str, np.ndarray]:
+    tensors = {name: tensor.copy() for name, tensor in trained().items()}
+    tensors["fc1.weight"][0, 0] = value
+    return tensors
+
+
+def odd_mask(value: float, dtype: type) -> dict[str, np.ndarray]:
+    """A mask of another name, so that the run's own does not take its place."""
+    return {**trained(), "odd.mask": np.full((2, 2), value, dtype)}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -143,6 +160,17 @@ def config_spec(folder: Path) -> ModelSpec:
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json is damaged: KeyError"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "safetensors is damaged"),
+        (lambda f: (f / "config.json").write_text("[" * 10**6), "config.json is damaged"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged"),
+        (lambda f: change_config(f, seed=float("nan")), "config.json is damaged.*NaN"),
+        (lambda f: change_config(f, seed="1"), "config.json is damaged.*seed is '1'"),
+        (lambda f: change_config(f, init="os:system"), "damaged.*init is 'os:system'"),
+        (lambda f: change_config(f, init=[]), r"damaged.*init is \[\]"),
+        (lambda f: write_run(f, tensors=not_finite(np.nan)), "damaged.*NaN or infinite"),
+        (lambda f: write_run(f, tensors=not_finite(-np.inf)), "damaged.*NaN or infinite"),
+        (lambda f: write_run(f, tensors=odd_mask(np.nan, np.float32)), "must hold 0 and 1"),
+        (lambda f: write_run(f, tensors=odd_mask(2, np.uint8)), "must hold 0 and 1"),
+        (lambda f: os.truncate(f / "model.safetensors", 1 << 40), f"has {1 << 40} bytes"),
         (lambda f: write_run(f, kept={}), "no masks, prunefl left a dense model"),
         (
             lambda f: write_run(f, tensors={"fc1.weight": np.zeros((2, 2), np.float32)}),

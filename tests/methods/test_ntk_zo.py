@@ -36,7 +36,7 @@ from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.foresight import Scoring, foresight_masks
 from fedlean.pruning.ntk import ntk_scores
 from fedlean.pruning.rescale import rescale_kept
-from fedlean.runtime.checks import refusal
+from fedlean.runtime.checks import Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.how import How
@@ -311,7 +311,7 @@ def test_no_parameters_go_up():
     for task in algorithm.configure(state, devices()):
         update, held = client_update(task, client_data()[task.client], ENGINE, {})
         assert not update.params and not held
-        assert refusal(update, task, statistics(task)) is None
+        assert refusal(update, task, Expected(statistics(task))) is None
         assert update.work[0].forward_examples == 8 * 7 and update.work[0].steps == 0
 
 
@@ -363,8 +363,8 @@ def test_a_client_that_lost_its_model_gets_it_again():
     around = Around(dispatch, change)
     acknowledge = dispatch.acknowledge
 
-    def forget(clients):
-        acknowledge(clients)
+    def forget(clients, refused):
+        acknowledge(clients, refused)
         if len(seen) == 2:
             dispatch.restore({})
 
@@ -387,7 +387,7 @@ def test_a_lost_model_counts_for_nothing():
 
     lost, held = client_update(tasks[0], client_data()[0], ENGINE, {})
     assert lost.metrics == {"lost_state": 1.0} and not held
-    assert refusal(lost, tasks[0], statistics(tasks[0])) is None
+    assert refusal(lost, tasks[0], Expected(statistics(tasks[0]))) is None
     after = algorithm.server_update(state, [lost])
     assert after.round == state.round and same(dict(after.params), dict(state.params))
     assert "0" not in after.held
@@ -425,7 +425,7 @@ def test_hybrid_sends_the_last_block_s_exact_gradient():
     state = algorithm.server_update(algorithm.init(params()), ())
     task = algorithm.configure(state, devices())[0]
     update, _ = client_update(task, client_data()[0], ENGINE, {})
-    assert refusal(update, task, statistics(task)) is None
+    assert refusal(update, task, Expected(statistics(task))) is None
 
     ((x, y),) = client_data()[0].draw(steps=1, batch_size=8, seed=task.seed)
     session = ENGINE.open(

@@ -28,7 +28,8 @@ from fedlean.data.batches import ClientData
 from fedlean.engine.protocol import SGD
 from fedlean.methods.snip import client_update, snip
 from fedlean.pruning.units import dead_units
-from fedlean.runtime.rounds import Progress, StepRecord
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.rounds import Progress
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.tree import num_kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
 from fedlean.runtime.order import in_cohort_order
+from fedlean.runtime.waiting import NoRoom
 
 MASKS = {"fc1.weight": np.indices(SPEC.tensor_shapes["fc1.weight"]).sum(0) % 2 == 0}
 
@@ -120,9 +122,56 @@ def test_the_temporary_folder_goes_when_a_client_fails(tmp_path, monkeypatch):
 
     def failing() -> Iterator[ClientUpdate]:
         yield update(1)
-        assert list(Path(tmp_path).glob("*/1"))
+        assert len(list(tmp_path.glob("fedlean-updates-*/*"))) == 1
         raise RuntimeError("client 0 fell over")
 
     with pytest.raises(RuntimeError, match="fell over"):
         list(in_cohort_order(failing(), tasks([0, 1])))
     assert not list(tmp_path.iterdir())
+
+
+def full(waits: int):
+    """A disk with room for so many files, and then none."""
+    real, room = tempfile.mkstemp, iter(range(waits))
+
+    def mkstemp(**where):
+        descriptor, path = real(**where)
+        if next(room, None) is None:
+            os.close(descriptor)
+            descriptor = os.open("/dev/full", os.O_WRONLY)
+        return descriptor, path
+
+    return mkstemp
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_an_update_for_which_the_disk_has_no_room_is_lost_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkstemp", full(1))
+    lost: dict[int, str] = {}
+    arrival = [3, 2, 0, 1]
+    ordered = in_cohort_order(map(update, arrival), tasks(range(4)), lost.__setitem__)
+    assert [each.client for each in ordered] == [0, 1, 3]
+    assert lost == {
+        2: "the server has no room for an update that came before its turn: No space left on "
+        f"device: free space in {tmp_path}, or set TMPDIR to another folder"
+    }
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "mkstemp", full(0))
+    with pytest.raises(NoRoom, match="No space left"):  # nobody to tell it to
+        list(in_cohort_order(map(update, arrival), tasks(range(4))))
+
+
+def test_an_update_that_cannot_be_read_again_is_lost_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lost: dict[int, str] = {}
+
+    def arriving() -> Iterator[ClientUpdate]:
+        yield update(1)
+        (path,) = tmp_path.glob("*/*")
+        path.unlink()  # as by whatever tidies temporary folders
+        yield update(0)
+
+    ordered = in_cohort_order(arriving(), tasks([0, 1]), lost.__setitem__)
+    assert [each.client for each in ordered] == [0]
+    assert "No such file" in lost[1] and str(tmp_path) in lost[1]

@@ -31,7 +31,9 @@ from fedlean.methods.prunefl import prunefl
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import StepCost
 from fedlean.runtime.local import ClientError, LocalDispatch
-from fedlean.runtime.rounds import ATTEMPTS, EMPTY_STEPS, Progress, RunFailed, StepRecord
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.rounds import EMPTY_STEPS, Progress, RunFailed
+from fedlean.runtime.step import ATTEMPTS
 
 
 def recorded(algorithm: FederatedAlgorithm, **rest: Any) -> tuple[Any, list[StepRecord]]:
@@ -61,13 +63,13 @@ def test_the_measured_clock_counts_the_median_client_of_every_attempt():
 # Silence
 
 
-def test_silence_is_asked_again_then_the_round_advances():
-    """Round 2 is never answered: the same tasks ATTEMPTS times, then round 3, same model."""
+def test_a_round_without_an_answer_does_not_count():
+    """Round 2 gets none in ATTEMPTS attempts and two more: the same tasks again, and no round 3."""
     asked: list[tuple[int, ...]] = []
 
     def change(tasks, updates):
         asked.append((tasks[0].round, *(task.seed for task in tasks)))
-        return [] if tasks[0].round == 2 else updates
+        return [] if 1 < len(asked) <= 1 + ATTEMPTS + 2 else updates
 
     algorithm, seen = quick(3), []
     state, _ = recorded(
@@ -76,19 +78,20 @@ def test_silence_is_asked_again_then_the_round_advances():
         dispatch=Around(fresh_dispatch(algorithm), change),
         watch=lambda progress, record: seen.append((progress, record)),
     )
-    assert [round for round, *_ in asked] == [1] + [2] * ATTEMPTS + [3]
+    assert [round for round, *_ in asked] == [1] + [2] * (ATTEMPTS + 3) + [3]
     assert len(set(asked)) == 3  # the same tasks each time
-    (first, _), (second, silent), (third, _) = seen
-    assert same(dict(first.state.params), dict(second.state.params))
-    assert (first.state.round, second.state.round, third.state.round) == (1, 2, 3)
+    (first, _), (second, silent), (_, late), (fourth, _) = seen
+    assert same(first.state, second.state)
+    assert [one.state.round for one, _ in seen] == [1, 1, 2, 3]
     assert (silent.attempts, silent.answered, silent.refused, silent.metrics) == (
         ATTEMPTS,
         [],
         {},
         {},
     )
-    assert (second.empty_steps, third.empty_steps) == (1, 0)
-    assert state.round == 3
+    assert late.attempts == 3 and late.answered == [0, 1, 2, 3]
+    assert [one.empty_steps for one, _ in seen] == [0, 1, 0, 0]
+    assert same(state, run(quick(3), rounds=3)) and fourth.step == 4
 
 
 def test_one_answer_is_enough():
@@ -110,8 +113,8 @@ def test_gives_up_after_so_many_silent_rounds():
             watch=lambda progress, record: seen.append(progress),
         )
     message = str(failed.value)
-    assert f"{EMPTY_STEPS} rounds in a row" in message and f"round {EMPTY_STEPS}," in message
-    assert f"asked {CLIENTS} clients (none of them said why)" in message
+    assert f"round 1 was asked in {EMPTY_STEPS} steps, of {CLIENTS} clients in the last" in message
+    assert "(none of them said why)" in message
     assert [progress.empty_steps for progress in seen] == list(range(1, EMPTY_STEPS + 1))
     assert same(dict(seen[-1].state.params), dict(params()))
 
@@ -131,7 +134,7 @@ def test_three_rounds_of_refused_updates_end_the_run_with_the_remedy():
             watch=lambda progress, record: seen.append(record),
         )
     line = str(failed.value)
-    assert "every update of 3 rounds in a row was refused, the last of them in round 3" in line
+    assert "every update was refused 3 times in a row, the last of them in round 1" in line
     assert "not finite" in line and line.endswith("try a lower --lr") and len(line) < 400
     assert [record.attempts for record in seen] == [1, 1, 1]
     assert all(record.rejected == record.refused for record in seen)
@@ -139,21 +142,23 @@ def test_three_rounds_of_refused_updates_end_the_run_with_the_remedy():
 
 
 def test_a_refusal_of_some_or_now_and_then_does_not_end_the_run():
-    algorithm, seen = quick(8), []
+    """Of all in two steps of three, of one in the third."""
+    algorithm, seen, calls = quick(3), [], []
 
     def change(tasks, updates):
+        calls.append(tasks)
         updates = list(updates)
-        worst = updates if tasks[0].round % 3 else updates[:1]
+        worst = updates if len(calls) % 3 else updates[:1]
         bad = {update.client for update in worst}
         return [with_value(u, float("inf")) if u.client in bad else u for u in updates]
 
     state = run(
         algorithm,
-        rounds=8,
+        rounds=3,
         dispatch=Around(fresh_dispatch(algorithm), change),
         watch=lambda progress, record: seen.append(progress.refused_steps),
     )
-    assert state.round == 8 and seen == [1, 2, 0, 1, 2, 0, 1, 2]
+    assert state.round == 3 and seen == [1, 2, 0, 1, 2, 0, 1, 2, 0]
 
 
 def test_updates_that_claim_something_odd_end_the_run_with_another_remedy():
@@ -172,16 +177,17 @@ def with_value(update: ClientUpdate, value: float) -> ClientUpdate:
 
 
 def test_an_answer_in_between_starts_the_count_again():
-    rounds = 2 * EMPTY_STEPS + 3
+    calls = []
 
     def change(tasks, updates):
-        return updates if tasks[0].round == EMPTY_STEPS else []
+        calls.append(tasks)
+        return updates if len(calls) == ATTEMPTS * (EMPTY_STEPS - 1) + 1 else []
 
-    algorithm, seen = quick(rounds), []
+    algorithm, seen = quick(3), []
     with pytest.raises(RunFailed):
         run(
             algorithm,
-            rounds=rounds,
+            rounds=3,
             dispatch=Around(fresh_dispatch(algorithm), change),
             watch=lambda progress, record: seen.append(progress.empty_steps),
         )

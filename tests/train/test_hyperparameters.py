@@ -39,9 +39,17 @@ def test_open_low():
         in_range("x", 0.0, 0.0, 1.0, open_low=True)
 
 
-@pytest.mark.parametrize("value", [1, 2, 10**30])
+@pytest.mark.parametrize("value", [1, 2, 1 << 31])
 def test_at_least(value):
     at_least("n", value, 1)
+
+
+def test_more_than_anything_counted():
+    for value in ((1 << 31) + 1, 10**30, 10**400):
+        with pytest.raises(ValueError, match=f"n must be at most {1 << 31}, got"):
+            at_least("n", value, 1)
+    with pytest.raises(ValueError, match="n must be at most 7, got 8"):
+        at_least("n", 8, 1, most=7)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, False, 1.0, 2.5, nan, inf, "3", None])

@@ -54,7 +54,8 @@ from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learnin
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import apply_mask, fold, kept_counts
+from fedlean.train.work import sgd_work
+from fedlean.tree import apply_mask, fold
 
 PRUNED = "pruned/"  # before a tensor's name: its pruned weights alone
 
@@ -176,7 +177,7 @@ def dpf(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -191,6 +192,11 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
     hidden = {name: int(np.sum(~mask)) for name, mask in task.sub_model.masks.items()}
     shapes = {PRUNED + name: (count,) for name, count in hidden.items() if count}
     return {"pruned": StatisticForm(shapes)} if hidden else {}
+
+
+def work(task: ClientTask) -> tuple[Work, ...]:
+    """Steps; once there are masks, with the dense weight gradient of every one."""
+    return (sgd_work(task, importance=bool(task.sub_model.masks)),)
 
 
 def decayed(steps: int, lr: float, momentum: float, weight_decay: float) -> float:
@@ -240,13 +246,6 @@ def client_update(
         statistics["pruned"] = Statistic(packed, "mean")
     else:  # still dense: nothing to keep apart
         train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
-    work = Work(
-        steps,
-        batch_size,
-        importance_steps=steps if masks else 0,  # the dense weight gradient of every step
-        kept=kept_counts(masks),
-        optimizer_floats=1 if h["momentum"] else 0,
-    )
     update = ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
@@ -254,7 +253,7 @@ def client_update(
         sub_model=task.sub_model,
         statistics=statistics,
         metrics={"train_loss": train_loss},
-        work=(work,),
+        work=work(task),
     )
     return update, client_state
 

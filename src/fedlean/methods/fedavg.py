@@ -25,13 +25,13 @@ from fedlean.core import (
     Params,
     Server,
     SubModel,
-    Work,
     derive_seed,
 )
 from fedlean.engine.protocol import SGD, Engine, Loss
 from fedlean.train.hyperparameters import at_least, check_sgd, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
+from fedlean.train.work import only_sgd
 from fedlean.tree import fold
 
 
@@ -125,7 +125,7 @@ def fedavg(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=only_sgd)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -163,6 +163,6 @@ def client_update(
         params=session.params(),
         sub_model=task.sub_model,
         metrics={"train_loss": train_loss},
-        work=(Work(steps, batch_size, optimizer_floats=1 if h["momentum"] else 0),),
+        work=only_sgd(task),
     )
     return update, client_state

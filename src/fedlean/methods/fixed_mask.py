@@ -35,6 +35,7 @@ from fedlean.pruning.finished_run import read_finished_run
 from fedlean.train.hyperparameters import at_least, check_sgd, learning_rate
 from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.sampling import sample_cohort
+from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
 Initial = Literal["original", "random", "trained"]
@@ -139,7 +140,7 @@ def fixed_mask(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=only_sgd)
 
 
 def client_update(

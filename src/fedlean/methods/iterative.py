@@ -42,6 +42,7 @@ from fedlean.pruning.prune_steps import Spacing, density_after, steps_in_first_h
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.sampling import sample_cohort
+from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
 STEPS = 20  # of the paper's code
@@ -160,7 +161,7 @@ def iterative(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=only_sgd)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:

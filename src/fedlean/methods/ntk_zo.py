@@ -401,7 +401,7 @@ def ntk_zo(
     def done(state: State) -> bool:
         return state.phase == "train" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -457,6 +457,53 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
             limit=SLOPE_LIMIT,
         )
     return forms
+
+
+def work(task: ClientTask) -> tuple[Work, ...]:
+    """Forward passes of bumps, of both points of a pruning step, or along the directions."""
+    return _score_work(task) if task.phase == "score" else _slopes_work(task)
+
+
+def _score_work(task: ClientTask) -> tuple[Work, ...]:
+    h, spec = task.hparams, task.spec
+    draws, examples = int(h["draws"]), int(h["examples"])
+    at_once = _at_once(task, examples)
+    kept = kept_counts(task.sub_model.masks)
+    # forward passes of one example that a bump of every unit takes
+    bumps = sum(spec.param_shapes[name][0] + 1 for name in spec.prunable)
+    if h["criterion"] == "node":
+        return (Work(0, at_once, forward_examples=draws * examples * bumps, kept=kept),)
+    if h["criterion"] == "node_ntk":
+        forward = 2 * draws * examples * (bumps + 1)
+        return (Work(0, at_once, forward_examples=forward, kept=kept),)
+    # forward and backward at both points, and a forward before
+    passes = draws * ceil(examples / at_once)
+    return (Work(2 * passes, at_once, forward_examples=draws * examples, kept=kept),)
+
+
+def _slopes_work(task: ClientTask) -> tuple[Work, ...]:
+    h, kept = task.hparams, kept_counts(task.sub_model.masks)
+    batch_size = int(h["batch_size"])
+    at_once = _at_once(task, batch_size)
+    forward = batch_size * _probe(task).evaluations
+    along = Work(0, at_once, forward_examples=forward, kept=kept)
+    if not _by_backprop(task.spec, str(h["last_block"])):
+        return (along,)
+    return (Work(ceil(batch_size / at_once), at_once, kept=kept), along)
+
+
+def _at_once(task: ClientTask, examples: int) -> int:
+    return min(int(task.hparams["micro_batch"]) or examples, examples)
+
+
+def _probe(task: ClientTask) -> Probe:
+    h = task.hparams
+    return Probe(
+        int(h["directions"]),
+        float(h["sigma"]),
+        h["kind"],  # type: ignore[arg-type]  # the engine checks it
+        "central" if h["differences"] == "central" else "forward",
+    )
 
 
 def _by_backprop(spec: ModelSpec, last_block: str) -> tuple[str, ...]:
@@ -583,16 +630,12 @@ def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
         inputs: Iterable[np.ndarray] = (x for x, _ in drawn)
     else:
         inputs = gaussian_inputs(spec, examples, draws, task.seed)
-    at_once = min(int(h["micro_batch"]) or examples, examples)
-    passes = draws * ceil(examples / at_once)
-    # forward passes of one example that a bump of every unit takes
-    bumps = sum(spec.param_shapes[name][0] + 1 for name in spec.prunable)
+    at_once = _at_once(task, examples)
     if h["criterion"] == "node":
         sums = node_scores(
             engine, spec, masks, inputs, seed, bump=epsilon, init=init, batch_size=at_once
         )
         scores = {n: (s / (draws * examples)).astype(np.float32) for n, s in sums.items()}
-        work = Work(0, at_once, forward_examples=draws * examples * bumps)
     elif h["criterion"] == "node_ntk":
         found = ntk_scores(
             engine,
@@ -606,41 +649,31 @@ def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
             difference=node_gradient,
         )
         scores = found.mean()
-        work = Work(0, at_once, forward_examples=2 * draws * examples * (bumps + 1))
     else:
         found = ntk_scores(
             engine, spec, masks, inputs, seed, epsilon=epsilon, init=init, batch_size=at_once
         )
         scores = found.mean()
-        # forward and backward at both points, and a forward before
-        work = Work(2 * passes, at_once, forward_examples=draws * examples)
     return ClientUpdate(
         task.client,
         batches.num_examples,
         {},
         task.sub_model,
         {"scores": Statistic(pack(scores, masks), "mean")},
-        work=(replace(work, kept=kept_counts(masks)),),
+        work=_score_work(task),
     )
 
 
 def _slopes(task: ClientTask, params: Params, batches: Batches, engine: Engine) -> ClientUpdate:
     """c_{n,k} on one batch, in parts that fit."""
     h, spec, masks = task.hparams, task.spec, task.sub_model.masks
-    probe = Probe(
-        int(h["directions"]),
-        float(h["sigma"]),
-        h["kind"],  # type: ignore[arg-type]  # the engine checks it
-        "central" if h["differences"] == "central" else "forward",
-    )
-    batch_size = int(h["batch_size"])
-    at_once = min(int(h["micro_batch"]) or batch_size, batch_size)
+    probe, batch_size = _probe(task), int(h["batch_size"])
+    at_once = _at_once(task, batch_size)
     ((x, y),) = batches.draw(steps=1, batch_size=batch_size, seed=task.seed)
     exact = _by_backprop(spec, str(h["last_block"]))
-    kept, sent, work = kept_counts(masks), {}, []
+    sent = {}
     if exact:
         sent["gradient"] = Statistic(_last_gradient(task, params, engine, x, y, at_once), "mean")
-        work.append(Work(ceil(batch_size / at_once), at_once, kept=kept))
     session = engine.open_forward(
         spec,
         params,
@@ -651,11 +684,10 @@ def _slopes(task: ClientTask, params: Params, batches: Batches, engine: Engine) 
     slopes = directional_derivatives(
         session, x, y, probe, seed=int(h["direction_seed"]), at_once=at_once
     )
-    work.append(Work(0, at_once, forward_examples=batch_size * probe.evaluations, kept=kept))
     form: Form = "int8" if h["scalars"] == "int8" else "fp16" if h["scalars"] == "fp16" else "fp32"
     sent[SLOPES] = Statistic({SLOPES: rounded(slopes, form)}, "mean")
     return ClientUpdate(
-        task.client, batches.num_examples, {}, task.sub_model, sent, work=tuple(work)
+        task.client, batches.num_examples, {}, task.sub_model, sent, work=_slopes_work(task)
     )
 
 

@@ -69,7 +69,8 @@ from fedlean.pruning.size_search import (
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import fold, kept_counts
+from fedlean.train.work import sgd_work
+from fedlean.tree import fold
 
 LOSSES = ("start_loss", "end_loss", "probe_loss")  # L₀, L, L', among the metrics of an update
 
@@ -247,7 +248,7 @@ def online(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=work)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -287,11 +288,18 @@ class _Losses:
         return {name: total / self.weight for name, total in self._totals.items()}
 
 
+def work(task: ClientTask) -> tuple[Work, ...]:
+    """Steps, and at the ends of a stretch at most two losses."""
+    h = task.hparams
+    most = 2 * int(h["probe_batches"]) * int(h["batch_size"]) if h["measure"] else 0
+    return (sgd_work(task, forward_examples=most),)
+
+
 def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """The losses that the task asks for, then w_n <- w - η·g ⊙ m for `local_steps` steps."""
-    h, masks = task.hparams, task.sub_model.masks
+    h = task.hparams
     steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
     session = engine.open(
         task.spec,
@@ -303,20 +311,13 @@ def client_update(
     )
     losses, examples, held = _measure(task, batches, session, client_state)
     train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
-    work = Work(
-        steps,
-        batch_size,
-        forward_examples=examples,
-        kept=kept_counts(masks),
-        optimizer_floats=1 if h["momentum"] else 0,
-    )
     update = ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
         params=session.params(packed=True),
         sub_model=task.sub_model,
         metrics={"train_loss": train_loss, **losses},
-        work=(work,),
+        work=(sgd_work(task, forward_examples=examples),),
     )
     return update, held
 

@@ -66,6 +66,7 @@ from fedlean.pruning.reconfigure import Pruner
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
+from fedlean.train.work import sgd_work
 from fedlean.tree import fold, kept_counts, num_kept, pack, unpack
 from fedlean.wire import round_bfloat16
 
@@ -307,7 +308,7 @@ def prunefl(
     def done(state: State) -> bool:
         return state.phase == "train" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -330,6 +331,16 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
     if not task.hparams.get("upload_importance", False):
         return {}
     return {"importance": StatisticForm(task.spec.param_shapes, non_negative=True)}
+
+
+def work(task: ClientTask) -> tuple[Work, ...]:
+    """Of a round; of initial pruning, the most that a chunk of passes and the last one take."""
+    h = task.hparams
+    if task.phase != "initial":
+        return (sgd_work(task, importance=bool(h["importance"])),)
+    steps, batch_size = int(h["initial_batches"]) * (CHUNK_PASSES + 1), int(h["batch_size"])
+    forward_examples = steps * batch_size  # the training accuracy after every pass
+    return (Work(steps, batch_size, steps, forward_examples, {}, 1 if h["momentum"] else 0),)
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -407,15 +418,7 @@ def _train(
         sub_model=task.sub_model,
         statistics=statistics,
         metrics={"train_loss": train_loss},
-        work=(
-            Work(
-                steps,
-                batch_size,
-                importance_steps=steps if importance else 0,
-                kept=kept_counts(masks),
-                optimizer_floats=1 if h["momentum"] else 0,
-            ),
-        ),
+        work=work(task),
     )
     return update, sums
 

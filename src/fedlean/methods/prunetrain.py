@@ -48,7 +48,6 @@ from fedlean.core import (
     Statistic,
     StatisticForm,
     SubModel,
-    Work,
     derive_seed,
 )
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
@@ -57,7 +56,8 @@ from fedlean.pruning.group_lasso import coefficient, group_axes, penalty, shrunk
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import apply_mask, fold, kept_counts
+from fedlean.train.work import only_sgd
+from fedlean.tree import apply_mask, fold
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,9 @@ def prunetrain(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+    return FederatedAlgorithm(
+        init, configure, client_update, server_update, done, statistics, only_sgd
+    )
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -193,7 +195,7 @@ def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """`local_steps` steps on loss + λ·Σ‖w_g‖."""
-    h, masks = task.hparams, task.sub_model.masks
+    h = task.hparams
     steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
     session = engine.open(
         task.spec,
@@ -210,7 +212,6 @@ def client_update(
             statistics["coefficient"] = Statistic({"coefficient": np.array([used])}, "mean")
     else:
         train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
-    floats = 1 if h["momentum"] else 0
     update = ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
@@ -218,7 +219,7 @@ def client_update(
         sub_model=task.sub_model,
         statistics=statistics,
         metrics={"train_loss": train_loss},
-        work=(Work(steps, batch_size, kept=kept_counts(masks), optimizer_floats=floats),),
+        work=only_sgd(task),
     )
     return update, client_state
 

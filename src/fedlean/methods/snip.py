@@ -51,6 +51,7 @@ from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learnin
 from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.sampling import sample_cohort
+from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
 Score = Literal["gradient", "update"]
@@ -172,7 +173,7 @@ def snip(
     def done(state: State) -> bool:
         return state.phase != "score" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -186,6 +187,14 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
         return {}
     shapes = {name: task.spec.param_shapes[name] for name in task.spec.prunable}
     return {"gradient": StatisticForm(shapes)}
+
+
+def work(task: ClientTask) -> tuple[Work, ...]:
+    """Scores: as steps whose full weight gradients are summed, which is what is done."""
+    if task.phase != "score":
+        return only_sgd(task)
+    steps = int(task.hparams["snip_batches"])
+    return (Work(steps, int(task.hparams["batch_size"]), importance_steps=steps),)
 
 
 def client_update(
@@ -225,6 +234,5 @@ def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
         sub_model=task.sub_model,
         statistics={"gradient": Statistic(total, "mean")},
         metrics={"train_loss": float(np.mean(losses))},
-        # as steps whose full weight gradients are summed, which is what is done
-        work=(Work(steps, batch_size, importance_steps=steps),),
+        work=work(task),
     )

@@ -40,6 +40,7 @@ from fedlean.pruning.synaptic_flow import prune_by_flow
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.kept_weights import train_kept_weights
 from fedlean.train.sampling import sample_cohort
+from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
 
@@ -134,7 +135,7 @@ def synflow(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done)
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=only_sgd)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -1,81 +1,87 @@
-"""Which updates the server takes.  A refused one is logged with its reason; the round goes on."""
+"""Which updates the server takes.  A refused one is logged with its reason; the round goes on.
+
+An update comes from a stranger: whatever it holds, `refusal` returns, and what it lets pass can be
+priced, stored, sent and merged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, prod
 
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel
-from fedlean.tree import is_packed, num_kept, unpack
+from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
+from fedlean.runtime.remote.exchange import printable
+from fedlean.tree import is_packed, num_kept
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
+# Of a value of the model: its square is a float32, and so are means and variances of such values.
+MAX_VALUE = 1e18
+MAX_STATISTIC = 1e30  # of any other value: the sum over all clients of a run is a float32
+MAX_METRICS, MAX_METRIC_NAME = 64, 64
+MAX_WORKS = 256
+MAX_WORK_EXAMPLES = 10**12  # of one stretch, where a method does not say what a task takes
 
 
-def refusal(
-    update: ClientUpdate,
-    task: ClientTask,
-    forms: Mapping[str, StatisticForm],
-    max_norm: float | None = None,
-) -> str | None:
-    """Why this answer to `task`, which asks for statistics of these `forms`, cannot be merged.
+@dataclass(frozen=True)
+class Expected:
+    """What is known of the answer to a task beforehand."""
 
-    max_norm: largest Euclidean norm of (values sent - values asked with), over all tensors; where
-    the task carried no values (a client that goes on from its own) there is nothing to hold against
-    it.
-    """
-    if not 1 <= update.num_examples <= MAX_EXAMPLES:
-        return f"claims {update.num_examples} examples, expected 1 to {MAX_EXAMPLES}"
-    shapes = task.spec.tensor_shapes
-    masks = update.sub_model.masks
-    if task.sub_model.masks and masks is not task.sub_model.masks:
-        sent, held = wire.pattern_hash(masks), wire.pattern_hash(task.sub_model.masks)
-        if sent != held:
-            return f"trained the pattern {sent[:8]}, expected {held[:8]} ({num_kept(masks)} kept)"
-    if reason := _other_structure(update.sub_model, task):
-        return reason
-    for name, mask in masks.items():
-        if name not in task.spec.prunable or (
-            name not in update.sub_model.index and mask.shape != shapes[name]
-        ):
-            return f"holds a mask of {name!r} with shape {mask.shape}, which the model lacks"
-    missing = sorted(shapes.keys() - update.params.keys() - update.sub_model.frozen)
-    if update.params and missing and not update.sub_model.index:
-        return f"lacks {', '.join(missing[:3])}"
-    for name, values in update.params.items():
-        if name not in shapes:
-            return f"sent {name!r}, which the model lacks"
-        packed = name in masks and is_packed(values, masks[name])
-        if name not in update.sub_model.index and values.shape != shapes[name] and not packed:
-            return f"sent {name!r} with shape {values.shape}, expected {shapes[name]}"
-        if not np.isfinite(values).all():
-            return f"sent {name!r} with values that are not finite"
-        if name in masks and not packed and bool(((values != 0) > masks[name]).any()):
-            return f"sent {name!r} with values outside its mask"
-    if max_norm is not None and (norm := _moved(update, task)) > max_norm:
-        return f"moved the model by {norm:.3g}, the bound is {max_norm:g}"
-    if update.statistics.keys() != forms.keys():
-        sent, asked = (", ".join(sorted(keys)) or "none" for keys in (update.statistics, forms))
-        return f"sent the statistics {sent}, expected {asked}"
-    for key, form in forms.items():
-        if reason := _not_of(form, update.statistics[key]):
-            return f"sent {key} {reason}"
-    return None
+    forms: Mapping[str, StatisticForm] = field(default_factory=dict)
+    work: Sequence[Work] | None = None  # at most; None: the method does not say
+    num_examples: int | None = None  # that the client said it has when it joined
+
+
+def refusal(update: ClientUpdate, task: ClientTask, expected: Expected) -> str | None:
+    """Why this answer to `task` cannot be merged; None where it can."""
+    checks: tuple[Callable[[], str | None], ...] = (
+        lambda: _other_examples(update.num_examples, expected.num_examples),
+        lambda: _other_metrics(update.metrics),
+        lambda: _other_structure(update.sub_model, task),
+        lambda: beyond_order(update.work, task, expected.work),
+        lambda: _other_tensors(update, task),
+        lambda: _other_statistics(update.statistics, expected.forms),
+    )
+    reason = next((reason for check in checks if (reason := check()) is not None), None)
+    return None if reason is None else printable(reason)
 
 
 def remedy(reason: str) -> str:
     """What to do about a refusal that `refusal` gave the `reason` for, or an error of a client."""
     if diverged(reason):
         return "training diverges: try a lower --lr"
-    if reason.startswith("moved the model"):
+    if reason.startswith(("moved the ", "sent the statistic ")):
         return "try a lower --lr, or a higher --max-update-norm"
     return "the clients answer other tasks than they get: do they run this version of FedLean?"
 
 
 def diverged(reason: str) -> bool:
     """Whether it speaks of numbers that are none."""
-    return any(word in reason for word in ("finite", "NaN", "infinity"))
+    return any(
+        word in reason for word in ("finite", "NaN", "infinity", "values beyond", "grew from")
+    )
+
+
+def _other_examples(claimed: int, known: int | None) -> str | None:
+    if not 1 <= claimed <= MAX_EXAMPLES:
+        return f"claims {claimed} examples, expected 1 to {MAX_EXAMPLES}"
+    if known is not None and claimed > known:
+        return f"claims {claimed} examples, it had {known} when it joined"
+    return None
+
+
+def _other_metrics(metrics: Mapping[str, float]) -> str | None:
+    if len(metrics) > MAX_METRICS:
+        return f"sent {len(metrics)} metrics, expected at most {MAX_METRICS}"
+    for name, value in metrics.items():
+        if len(name) > MAX_METRIC_NAME or not name.isprintable():
+            return f"sent a metric with the name {name[:MAX_METRIC_NAME]!r}: too long or not text"
+        if not isfinite(value) or abs(value) > MAX_STATISTIC:
+            return f"sent the metric {name} = {value}, which is not finite or beyond reason"
+    return None
 
 
 def _other_structure(held: SubModel, task: ClientTask) -> str | None:
@@ -89,23 +95,120 @@ def _other_structure(held: SubModel, task: ClientTask) -> str | None:
         for name in given.index
     ):
         return "holds another slice than it was given"
-    if held.masks and not given.masks and held.masks.keys() != set(task.spec.prunable):
+    if held.masks is given.masks:
+        return None
+    if reason := _no_mask(held.masks, task):
+        return reason
+    if given.masks:
+        sent, kept = wire.pattern_hash(held.masks), wire.pattern_hash(given.masks)
+        if sent != kept:
+            count = num_kept(held.masks)
+            return f"trained the pattern {sent[:8]}, expected {kept[:8]} ({count} kept)"
+    elif held.masks and held.masks.keys() != set(task.spec.prunable):
         return f"holds masks of {len(held.masks)} of {len(task.spec.prunable)} prunable tensors"
     return None
 
 
-def _moved(update: ClientUpdate, task: ClientTask) -> float:
-    """Norm of the difference, of tensors that both the task and the update carry alike."""
-    squares = 0.0
-    masks = task.sub_model.masks
-    for name, sent in update.params.items():
-        if name not in task.params:
-            continue
-        asked = task.params[name]
-        if sent.shape != asked.shape:  # one is packed
-            sent, asked = unpack(sent, masks[name]), unpack(asked, masks[name])
-        squares += float(np.sum(np.square(sent - asked, dtype=np.float64)))
-    return squares**0.5
+def _no_mask(masks: Mapping[str, np.ndarray], task: ClientTask) -> str | None:
+    for name, mask in masks.items():
+        if name not in task.spec.prunable or mask.shape != _shape(name, task):
+            return f"holds a mask of {name!r} with shape {mask.shape}, which the model lacks"
+        if mask.dtype != np.bool_:
+            return f"holds a mask of {name!r} of {mask.dtype}, expected bool"
+    return None
+
+
+def _shape(name: str, task: ClientTask) -> tuple[int, ...]:
+    """In which a tensor of the model travels."""
+    index = task.sub_model.index.get(name)
+    return task.spec.tensor_shapes[name] if index is None else tuple(map(len, index))
+
+
+def beyond_order(
+    work: Sequence[Work], task: ClientTask, ordered: Sequence[Work] | None
+) -> str | None:
+    """Which claim exceeds the order, if any: what is claimed is charged, and adds to the totals."""
+    if len(work) > MAX_WORKS:
+        return f"claims {len(work)} stretches of work, expected at most {MAX_WORKS}"
+    for one in work:
+        if min(vars(one)[name] for name in _COUNTS) < 0:
+            return "claims less work than none"
+        for name, kept in one.kept.items():
+            if name not in task.spec.tensor_shapes:
+                return f"claims work on {name!r}, which the model lacks"
+            if not 0 <= kept <= prod(_shape(name, task)):
+                return f"claims work on {kept} weights of {name!r}, which has fewer"
+    claimed = _amounts(work)
+    if ordered is None:
+        if (examples := claimed["examples"]) > MAX_WORK_EXAMPLES:
+            return f"claims work on {examples} examples, expected at most {MAX_WORK_EXAMPLES}"
+        return None
+    for what, most in _amounts(ordered).items():
+        if claimed[what] > most:
+            return f"claims work of {claimed[what]} {what}, the task takes at most {most}"
+    return None
+
+
+_COUNTS = ("steps", "batch_size", "importance_steps", "forward_examples", "optimizer_floats")
+
+
+def _amounts(work: Sequence[Work]) -> dict[str, int]:
+    """Everything in which work is priced."""
+    trained = sum(one.steps * one.batch_size for one in work)
+    return {
+        "steps": sum(one.steps for one in work),
+        "importance steps": sum(one.importance_steps for one in work),
+        "examples": trained + sum(one.forward_examples for one in work),
+        "examples a step": max((one.batch_size for one in work if one.steps), default=0),
+        "examples at once": max((one.batch_size for one in work), default=0),
+        "optimiser values a weight": max((one.optimizer_floats for one in work), default=0),
+    }
+
+
+def _other_tensors(update: ClientUpdate, task: ClientTask) -> str | None:
+    held, masks = update.sub_model, update.sub_model.masks
+    missing = sorted(task.spec.tensor_shapes.keys() - update.params.keys() - held.frozen)
+    if update.params and missing:
+        return f"lacks {', '.join(missing[:3])}"
+    for name, values in update.params.items():
+        if name not in task.spec.tensor_shapes:
+            return f"sent {name!r}, which the model lacks"
+        packed = name in masks and is_packed(values, masks[name])
+        expected = _shape(name, task)
+        if values.shape != expected and not packed:
+            return f"sent {name!r} with shape {values.shape}, expected {expected}"
+        if values.dtype != np.float32:
+            return f"sent {name!r} with values of {values.dtype}, expected float32"
+        if reason := _no_numbers(values, MAX_VALUE):
+            return f"sent {name!r} with {reason}"
+        if name in masks and not packed and bool(((values != 0) > masks[name]).any()):
+            return f"sent {name!r} with values outside its mask"
+        if name in task.spec.variances and values.size and values.min() < 0:
+            return f"sent {name!r} with values below 0, expected variances"
+    return None
+
+
+def _no_numbers(values: np.ndarray, most: float) -> str | None:
+    """What is wrong with them.  NaN passes no comparison."""
+    if values.dtype.kind != "f":
+        return f"values of {values.dtype}, expected floating point"
+    if not values.size or (-most <= float(values.min()) and float(values.max()) <= most):
+        return None
+    if not np.isfinite(values).all():
+        return "values that are not finite"
+    return f"values beyond ±{most:g}"
+
+
+def _other_statistics(
+    sent: Mapping[str, Statistic], forms: Mapping[str, StatisticForm]
+) -> str | None:
+    if sent.keys() != forms.keys():
+        names, asked = (", ".join(sorted(keys))[:200] or "none" for keys in (sent, forms))
+        return f"sent the statistics {names}, expected {asked}"
+    for key, form in forms.items():
+        if reason := _not_of(form, sent[key]):
+            return f"sent {key} {reason}"
+    return None
 
 
 def _not_of(form: StatisticForm, statistic: Statistic) -> str | None:
@@ -117,10 +220,8 @@ def _not_of(form: StatisticForm, statistic: Statistic) -> str | None:
     for name, values in statistic.tensors.items():
         if values.shape != form.shapes[name]:
             return f"of {name!r} with shape {values.shape}, expected {form.shapes[name]}"
-        if values.dtype.kind != "f" or not np.isfinite(values).all():
-            return f"of {name!r} with values that are not finite numbers"
-        if form.non_negative and bool((values < 0).any()):
+        if reason := _no_numbers(values, min(form.limit, MAX_STATISTIC)):
+            return f"of {name!r} with {reason}"
+        if form.non_negative and values.size and values.min() < 0:
             return f"of {name!r} below 0, expected sums of squares"
-        if bool((np.abs(values) > form.limit).any()):
-            return f"of {name!r} with values beyond ±{form.limit:g}"
     return None

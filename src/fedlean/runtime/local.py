@@ -36,8 +36,8 @@ class Dispatch(Protocol):
         """
         ...
 
-    def acknowledge(self, clients: Iterable[int]) -> None:
-        """These updates were taken: what the clients keep between rounds is now committed."""
+    def acknowledge(self, taken: Iterable[int], refused: Iterable[int]) -> None:
+        """Of clients whose updates were taken, what they keep between rounds is now committed."""
         ...
 
     def client_states(self) -> Mapping[int, ClientState]:
@@ -119,8 +119,9 @@ class LocalDispatch:
             sparse=self._engine.arithmetic == "sparse",
         ).peak_bytes
 
-    def acknowledge(self, clients: Iterable[int]) -> None:
-        for client in clients:
+    def acknowledge(self, taken: Iterable[int], refused: Iterable[int]) -> None:
+        del refused  # they are in this process, and asked again
+        for client in taken:
             state = self._pending.pop(client, {})
             if state:
                 self._committed[client] = state

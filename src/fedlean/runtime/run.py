@@ -47,8 +47,6 @@ from fedlean.runtime.config import (
     FORMAT,
     RunConfig,
     check,
-    read_config,
-    read_document,
     write_document,
 )
 from fedlean.runtime.evaluate import Evaluate, evaluator
@@ -60,15 +58,19 @@ from fedlean.runtime.method import build as build_method
 from fedlean.runtime.method import complete
 from fedlean.runtime.notices import about_masks, about_model
 from fedlean.runtime.outofmemory import memory_for
-from fedlean.runtime.rounds import Progress, StepRecord, run_rounds
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.restored import recorded_round, restored
+from fedlean.runtime.rounds import Progress, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
 from fedlean.runtime.samedata import about_data, held_against
 from fedlean.runtime.summary import summary_of
 from fedlean.runtime.together import check_classes, check_together
+from fedlean.runtime.trust import Named, read_trusted
 from fedlean.spec import ModelSpec
 
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
 CHECKPOINT_SHARE = 0.005  # of a run's time
+_NOTHING = Named()
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def _anywhere(config: RunConfig) -> RunConfig:
 
 
 def _refuse_used(folder: Path) -> None:
-    """A kill before config.json was whole leaves these two only: nothing was done yet."""
-    if any(path.name not in ("config.json.tmp", LOCK) for path in folder.iterdir()):
+    """A kill before config.json was whole leaves a lock and a part of it: nothing was done yet."""
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    if any(not (name.startswith("config.json.") and name.endswith(".tmp")) for name in names):
         what = "already holds a run" if (folder / "config.json").is_file() else "is not empty"
         raise ValueError(
             f"--out {folder} {what}: name another folder, or continue with "
@@ -137,17 +140,22 @@ def _refuse_used(folder: Path) -> None:
 
 
 def resume(
-    folder: Path, how: How, *, dataset: str | None = None, accept_changed_data: bool = False
+    folder: Path,
+    how: How,
+    *,
+    dataset: str | None = None,
+    accept_changed_data: bool = False,
+    named: Named = _NOTHING,
 ) -> dict[str, Any]:
     """Continues from the newest whole checkpoint on the run's engine, bit for bit.
 
     dataset: where its data set is now, if that has moved.  Raises ValueError when the folder holds
-    no run or its files are damaged, or when the data is not what the run began with, unless
-    `accept_changed_data`: then the run is marked.
+    no run or its files are damaged, when it names code that is not in `named`, or when the data is
+    not what the run began with, unless `accept_changed_data`: then the run is marked.
     """
-    read_config(folder)  # before a lock is made in a folder that holds no run
+    read_trusted(folder, named)  # before a lock is made in a folder that holds no run
     with hold(folder, how.say, shared=how.shared) as lock:
-        config, document = read_document(folder)
+        config, document = read_trusted(folder, named)
         config = replace(config, dataset=absolute(dataset or config.dataset))
         tree, lines = _newest_checkpoint(folder)
         elsewhere, accept = f"fedlean resume {folder} --dataset FOLDER", "--accept-changed-data"
@@ -157,7 +165,7 @@ def resume(
         data = held_against(
             document.get("data"),
             loaded,
-            round=tree["state"]["round"] if tree else 0,
+            round=recorded_round(tree),
             accept_changed=accept_changed_data,
             advice=f"bring it back (if it has moved: {elsewhere}), or go on with what there is and "
             f"have the run marked: {accept}",
@@ -171,9 +179,8 @@ def resume(
         if tree is None:
             progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
         else:
-            progress, totals = _continued(tree, initial), Totals(**tree["totals"])
-            log_bytes = tree["log_bytes"]
-            run.dispatch.restore({int(k): v for k, v in tree["clients"].items()})
+            progress, totals, log_bytes, clients = restored(folder, tree, initial, run.server.spec)
+            run.dispatch.restore(clients)
             round = progress.state.round
             lines.append(f"continuing after step {progress.step}, round {round} of {config.rounds}")
         for line in lines:
@@ -200,17 +207,6 @@ def _refuse_other_model(document: dict[str, Any], spec: ModelSpec) -> None:
             f"model {document['model']!r} is not the one that the run began with (see 'spec' in "
             "its config.json): bring that one and its data back, or start a new run"
         )
-
-
-def _continued(tree: dict[str, Any], initial: Any) -> Progress:
-    """Where a checkpoint stands; `initial` is a state of the method's."""
-    return Progress(
-        type(initial)(**tree["state"]),
-        ClientStore(tree["store"]),
-        tree["step"],
-        tree["empty_steps"],
-        tree.get("refused_steps", 0),  # checkpoints of early versions have none
-    )
 
 
 def _first_model(run: _Run) -> Params:
@@ -376,6 +372,7 @@ def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -
         "step": progress.step,
         "empty_steps": progress.empty_steps,
         "refused_steps": progress.refused_steps,
+        "moves": asdict(progress.moves),
         "state": state_tree(progress.state),
         "store": progress.store.to_tree(),
         "clients": clients,

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlean.core import Masks
+from fedlean.jsonfile import parse_json
 from fedlean.pruning.density import density, full_masks, layer_density
 from fedlean.runtime.evaluate import Score
-from fedlean.runtime.rounds import StepRecord
+from fedlean.runtime.record import StepRecord
 from fedlean.spec import ModelSpec
 
 FIRST_REFUSALS = 1000
@@ -105,6 +106,7 @@ def log_entry(
     flops, dense = cost.pop("flops"), cost.pop("flops_dense_gradient")
     return {
         "round": round,
+        "asked_round": record.tasks[0].round if record.tasks else round,
         "phase": phase,
         "cohort": cohort,
         "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
@@ -137,24 +139,37 @@ def log_entry(
 
 def last_accuracy(folder: Path) -> float | None:
     """Of the last step in the run's log; None where it was not evaluated, or there is none."""
-    lines = (folder / "rounds.jsonl").read_bytes().splitlines()
-    return json.loads(lines[-1])["accuracy"] if lines else None
+    path = folder / "rounds.jsonl"
+    lines = path.read_bytes().splitlines()
+    if not lines:
+        return None
+    try:
+        accuracy = parse_json(lines[-1])["accuracy"]
+        return None if accuracy is None else float(accuracy)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: the last line is damaged: {type(error).__name__}: {error}"
+        ) from None
 
 
 class RunLog:
     """Appends to `rounds.jsonl`; a resumed run cuts it back to its checkpoint first."""
 
     def __init__(self, path: Path, *, keep_bytes: int = 0):
-        """Raises ValueError when the log is shorter than the checkpoint says."""
-        path.touch()
-        size = path.stat().st_size
+        """Raises ValueError when the log is a link, or shorter than the checkpoint says."""
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, expected a file of the run's own: remove it")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags |= os.O_NONBLOCK  # a pipe in its place would wait for a reader
+        self._file = os.fdopen(os.open(path, flags, 0o666), "ab")
+        size = os.fstat(self._file.fileno()).st_size
         if size < keep_bytes:
+            self._file.close()
             raise ValueError(
                 f"{path} has {size} bytes but the checkpoint was written at {keep_bytes}: it was "
                 "cut or replaced; restore it or start a new run"
             )
-        os.truncate(path, keep_bytes)
-        self._file = path.open("ab")
+        os.truncate(self._file.fileno(), keep_bytes)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")

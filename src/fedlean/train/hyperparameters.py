@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from math import isfinite
 
-from fedlean.engine.checks import check_moments
+from fedlean.engine.checks import MAX_BATCH_SIZE, check_moments
 from fedlean.spec import ModelSpec
+
+MOST = 1 << 31  # of anything counted; what travels to clients has 64 bits
 
 
 def in_range(
@@ -24,10 +26,12 @@ def in_range(
         raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value!r}")
 
 
-def at_least(name: str, value: int, low: int) -> None:
-    """Raises ValueError unless value is an integer >= low."""
+def at_least(name: str, value: int, low: int, *, most: int = MOST) -> None:
+    """Raises ValueError unless value is an integer from `low` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r:.40}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r:.40}")
 
 
 def check_sgd(
@@ -44,7 +48,7 @@ def check_sgd(
     """The hyper-parameters of local SGD of `spec`.  Raises ValueError naming what is wrong."""
     in_range("lr", lr, 0.0, 100.0, open_low=True)
     at_least("local_steps", local_steps, 1)
-    at_least("batch_size", batch_size, 1)
+    at_least("batch_size", batch_size, 1, most=MAX_BATCH_SIZE)
     check_moments(spec, batch_size, ())
     in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
     in_range("momentum", momentum, 0.0, 0.9999)

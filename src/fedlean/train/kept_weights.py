@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fedlean.core import Batches, ClientTask, ClientUpdate, Work
+from fedlean.core import Batches, ClientTask, ClientUpdate
 from fedlean.engine.protocol import SGD, Engine
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import kept_counts
+from fedlean.train.work import only_sgd
 
 
 def train_kept_weights(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
     """w_n <- w - η·g ⊙ m for `local_steps` steps; hyper-parameters as in `fedavg`."""
-    h, masks = task.hparams, task.sub_model.masks
+    h = task.hparams
     steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
     session = engine.open(
         task.spec,
@@ -21,12 +21,11 @@ def train_kept_weights(task: ClientTask, batches: Batches, engine: Engine) -> Cl
         loss="bce" if h["loss"] == "bce" else "ce",
     )
     train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)
-    floats = 1 if h["momentum"] else 0
     return ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
         params=session.params(packed=True),
         sub_model=task.sub_model,
         metrics={"train_loss": train_loss},
-        work=(Work(steps, batch_size, kept=kept_counts(masks), optimizer_floats=floats),),
+        work=only_sgd(task),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from math import fsum
 
 from fedlean.core import Batches
 from fedlean.engine.protocol import Session
@@ -24,5 +24,6 @@ def local_sgd(
     restricts the data as `Batches.draw` says.
     """
     drawn = batches.draw(steps=steps, batch_size=batch_size, seed=seed, examples=examples)
-    losses = [session.step(x, y, importance=importance) for x, y in drawn]
-    return float(np.mean(losses)) if losses else 0.0
+    # summed as they come: a task may have millions of steps, and a device no memory for a list
+    total = fsum(session.step(x, y, importance=importance) for x, y in drawn)
+    return total / steps if steps else 0.0

@@ -12,8 +12,6 @@ pytest.importorskip("flwr")
 with warnings.catch_warnings():  # of what flwr imports
     warnings.simplefilter("ignore")
     from flwr.app import Error, Message, Metadata
-    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
-    from flwr.superlink.grid import http_grid
 
     from fedlean.runtime.flower import post as post_module
     from fedlean.runtime.flower.content import to_record
@@ -52,7 +50,7 @@ def impatient(monkeypatch):
 
 
 def fetch(post, *ids, seconds=10.0):
-    return dict(post.fetch(list(ids), seconds=seconds))
+    return dict(post.fetch(dict.fromkeys(ids, 100), seconds=seconds))
 
 
 def test_what_has_come_and_what_has_not():
@@ -99,17 +97,10 @@ def test_what_ends_the_connection_ends_the_round():
         fetch(GridPost(Grid(a=ConnectionError("gone"))), "a")
 
 
-def test_flowers_grid_asks_again_soon_for_what_is_being_uploaded(monkeypatch):
-    monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)  # put back afterwards
-    GridPost(http_grid.HttpGrid(token="none"))
-    asked = []
-
-    def pull(key):
-        asked.append(key)
-        if len(asked) < 4:
-            raise ObjectUnavailableError(key)
-        return b"here"
-
-    began = time.monotonic()
-    assert http_grid.pull_objects(object_ids=["a"], pull_object_fn=pull) == {"a": b"here"}
-    assert time.monotonic() - began < 4, "Flower itself waits 1 + 2 + 4 s"
+def test_a_reply_beyond_its_limit_is_refused_by_itself():
+    """From a Grid that has it in this process's memory already."""
+    grid = Grid(a=reply("a", bytes(101)), b=reply("b", bytes(100)), c=reply("c", bytes(7)))
+    got = dict(GridPost(grid).fetch({"a": 100, "b": 100, "c": 6}, seconds=10.0))
+    why = "its reply has {} bytes, an answer to what it was asked at most {}"
+    assert got["a"] == Failed(why.format(101, 100)) and got["c"] == Failed(why.format(7, 6))
+    assert bytes(got["b"]) == bytes(100)

@@ -31,9 +31,10 @@ RIGHT = {
         "classes": ["a", "b"],
         "mean": [0.5],
         "std": [0.25],
+        "deadline_seconds": 600.0,
     },
     env.UPDATE: {"step": 3, "seconds": 0.5, "lost_state": False},
-    env.TROUBLE: {"reason": "no disk", "missing": "spec", "final": False},
+    env.TROUBLE: {"reason": "no disk", "missing": "spec", "final": False, "gave_up": False},
 }
 
 
@@ -50,7 +51,7 @@ def test_size_by_hand():
     fields = {"step": 3, "seconds": 0.5, "lost_state": False}
     sealed = seal(Envelope(env.UPDATE, fields, b"xyz"))
     assert len(sealed) == 12 + 16 + len('{"step":3,"seconds":0.5,"lost_state":false}') + 3
-    assert sealed[:8] == b"FdLe\x02\x04\x00\x00"
+    assert sealed[:8] == b"FdLe\x03\x04\x00\x00"
 
 
 @given(st.binary(max_size=80))
@@ -82,7 +83,7 @@ def test_another_kind_is_named():
 def test_another_version_is_named():
     sealed = bytearray(seal(Envelope(env.HELLO, HELLO)))
     sealed[4] = 9
-    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 2"):
+    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 3"):
         unseal(bytes(sealed), expected=(env.HELLO,))
 
 
@@ -109,10 +110,13 @@ WRONG = [
     (env.TASK, "step", 1 << 62),
     (env.TASK, "mean", ["0"]),
     (env.TASK, "std", [1e31]),
+    (env.TASK, "deadline_seconds", 0),
+    (env.TASK, "deadline_seconds", True),
     (env.UPDATE, "seconds", "1"),
     (env.UPDATE, "lost_state", 0),
     (env.TROUBLE, "missing", "everything"),
     (env.TROUBLE, "final", 1),
+    (env.TROUBLE, "gave_up", None),
     (env.TROUBLE, "reason", None),
 ]
 

@@ -14,12 +14,12 @@ from fedlean.core import FederatedAlgorithm
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
 from fedlean.methods.fedavg import fedavg
+from fedlean.runtime.record import StepRecord
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.dispatch import NobodyThere
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.holding import Holding, expected_by, held_by, mismatch
 from fedlean.runtime.remote.worker import Worker
-from fedlean.runtime.rounds import StepRecord
 
 PIXELS = Holding((1, 8, 8), ("0", "1", "2"), (0.0, 1.0))
 SIGNAL = replace(PIXELS, value_range=(-3.0, 2.0))
@@ -133,7 +133,7 @@ def test_a_task_names_the_classes_so_that_a_fresh_process_maps_them_too(tmp_path
     worker = Worker(tmp_path, held, client=0, engine="native")
     dispatch, _ = remote(Loopback(tmp_path / "others"))
     task = everybody().configure(everybody().init(params()), devices())[0]
-    letter = unseal(dispatch._letter(task), expected=(env.TASK,))
+    letter = unseal(dispatch._letter(task, 0.0), expected=(env.TASK,))
     good = worker.answer(seal(Envelope(env.TASK, {**letter.fields, "run": "a1"}, letter.body)))
     assert unseal(good, expected=(env.UPDATE,))
     other = {**letter.fields, "run": "a1", "classes": ["a", "b", "c"]}

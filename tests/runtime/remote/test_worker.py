@@ -35,6 +35,7 @@ FIELDS = {
     "classes": list(client_data()[0].dataset.class_names),
     "mean": client_data()[0].dataset.mean.tolist(),
     "std": client_data()[0].dataset.std.tolist(),
+    "deadline_seconds": 600.0,
 }
 
 

@@ -16,10 +16,8 @@ from flwr.clientapp import ClientApp
 
 from fedlean.data.dataset import Dataset
 from fedlean.runtime.flower.content import NotOurs, from_record, to_record
-from fedlean.runtime.remote import envelope as env
-from fedlean.runtime.remote.envelope import Envelope, seal
 from fedlean.runtime.remote.share import Share, client_share, load_share
-from fedlean.runtime.remote.worker import Worker
+from fedlean.runtime.remote.worker import Worker, trouble
 
 STATE = "~/.local/state/fedlean"
 _workers: dict[tuple[Path, Share], Worker] = {}
@@ -34,8 +32,7 @@ def client_app() -> ClientApp:
         try:
             reply = _worker(context).answer(from_record(message.content))
         except (NotOurs, ValueError) as error:  # the node's or the run's configuration
-            fields = {"reason": str(error)[:1000], "missing": None, "final": False}
-            reply = seal(Envelope(env.TROUBLE, fields))
+            reply = trouble(str(error))
         return Message(content=to_record(reply), reply_to=message)
 
     return app

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from fedlean.runtime.flower.collecting import Reply, collector_of
 from fedlean.runtime.flower.content import to_record
-from fedlean.runtime.flower.pull import Pull, Reply, pull_eagerly
+from fedlean.runtime.flower.pull import Pull, Stop, from_memory
 from fedlean.runtime.remote.exchange import Failed
 
 SPARE_SECONDS = 60.0  # for which a late reply can still be told from a lost one
@@ -21,8 +23,8 @@ class GridPost:
     """Letters as messages of type "train", the one type that both kinds of node run."""
 
     def __init__(self, grid: Grid):
-        pull_eagerly(grid)
         self._grid = grid
+        self._collector = collector_of(grid)
         self._unsent = count()
         self._failed: dict[str, Failed] = {}
         self._pulls: dict[str, Pull] = {}  # under way, by message id
@@ -50,20 +52,26 @@ class GridPost:
         )
         return key
 
-    def fetch(self, ids: Collection[str], *, seconds: float) -> Iterable[Reply]:
-        asked, ends = set(ids), time.monotonic() + seconds
-        self._pulls = {key: pull for key, pull in self._pulls.items() if key in asked}
-        yield from [(key, self._failed.pop(key)) for key in [*self._failed] if key in asked]
-        for key in ids:
+    def fetch(self, ids: Mapping[str, int], *, seconds: float) -> Iterable[Reply]:
+        ends = time.monotonic() + seconds
+        for key in self._pulls.keys() - ids.keys():
+            self._pulls.pop(key).abandon()
+        yield from [(key, self._failed.pop(key)) for key in [*self._failed] if key in ids]
+        for key, limit_bytes in ids.items():
             if not key.startswith("unsent-"):
-                yield from self._pulled(key, ends - time.monotonic())
+                yield from self._pulled(key, limit_bytes, ends - time.monotonic())
 
-    def _pulled(self, key: str, seconds: float) -> Iterator[Reply]:
+    def _pulled(self, key: str, limit_bytes: int, seconds: float) -> Iterator[Reply]:
         """One at a time: one reply is in memory, and what is wrong with it stays its own."""
         if key in self._pulls:  # it was waited for
             seconds = 0.0
-        pull = self._pulls.pop(key, None) or Pull(self._grid, key)
+        pull = self._pulls.pop(key, None) or Pull(key, partial(self._source, key, limit_bytes))
         if pull.done(min(PULL_SECONDS, seconds)):
             yield from pull.replies()
         else:
             self._pulls[key] = pull
+
+    def _source(self, key: str, limit_bytes: int, stop: Stop) -> Iterable[Reply]:
+        if self._collector is None:
+            return from_memory(self._grid, key, limit_bytes)
+        return self._collector.collect(key, limit_bytes, stop)

@@ -79,6 +79,20 @@ def receive(calls: Calls, incoming: Incoming, tree: Any, limit_bytes: int) -> by
         raise
 
 
+def is_over(calls: Calls, incoming: Incoming) -> bool:
+    """Whether the message's run is known to have ended: nothing of it is given out any more."""
+    request = calls.protos.message.PullObjectRequest(
+        node=calls.protos.node.Node(node_id=incoming.dst_node_id),
+        run_id=incoming.run_id,
+        object_id=incoming.message_id,
+    )
+    try:
+        calls.raw("pull-object", request, limit_bytes=_STRUCTURE_BYTES + _OVERHEAD_BYTES)
+    except LinkError as error:
+        return error.code == RUN_OVER
+    return False
+
+
 def _content(calls: Calls, incoming: Incoming, tree: Any, limit_bytes: int) -> bytes:
     if tree.object_id != incoming.message_id:
         raise ObjectError("its objects are those of another message")

@@ -16,6 +16,7 @@ from fedlean.runtime.local import Dispatch
 from fedlean.runtime.remote.dispatch import RemoteDispatch
 from fedlean.runtime.remote.exchange import Post
 from fedlean.runtime.run import resume, start
+from fedlean.runtime.trust import Named
 
 log = logging.getLogger("flwr")  # the one whose lines `flwr run --stream` shows
 
@@ -41,7 +42,8 @@ def serve(post: Post, settings: ServerSettings) -> dict[str, Any]:
         )
     log.info("run folder: %s, which is continued", out)
     accept = settings.accept_changed_data
-    return resume(out, how, dataset=config.dataset, accept_changed_data=accept)
+    named = Named(config.method, config.model)  # the user's own words, held to be the folder's
+    return resume(out, how, dataset=config.dataset, accept_changed_data=accept, named=named)
 
 
 def over(post: Post, settings: ServerSettings) -> Connect:
@@ -56,6 +58,7 @@ def over(post: Post, settings: ServerSettings) -> Connect:
             terms=settings.terms,
             say=parts.say,
             check=parts.lock.check,
+            statistics=parts.algorithm.statistics,
         )
         return dispatch, []
 
@@ -81,4 +84,4 @@ def _watch(entry: dict[str, Any]) -> None:
     )
     unused = len(entry["absent"]) + len(entry["refused"])
     if entry["cohort"] and unused == len(entry["cohort"]):
-        log.warning("nobody's answer to round %s could be used", entry["round"])
+        log.warning("nobody's answer to round %s could be used", entry["asked_round"])

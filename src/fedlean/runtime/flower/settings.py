@@ -57,7 +57,7 @@ def server_settings(flat: Flat) -> ServerSettings:
         method=method,
         target_accuracy=_accuracies(str(given.get("target_accuracy", ""))),
         eval_examples=_whole("eval_examples", given.get("eval_examples", 0)) or None,
-        max_update_norm=_number("max_update_norm", given.get("max_update_norm", 0)) or None,
+        max_update_norm=_norm(given.get("max_update_norm", 0)),
         settings=given_settings(method, shlex.split(str(given.get("settings", "")))),
         **plain,
     )
@@ -83,6 +83,12 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name.replace('_', '-')} must be a number, got {value!r}")
     return float(value)
+
+
+def _norm(value: object) -> float | None:
+    """0: as if it were not given; below: off, which a configuration calls 0."""
+    number = _number("max_update_norm", value)
+    return None if number == 0 else max(0.0, number)
 
 
 def _accuracies(text: str) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ is used: the runtime says so and asks again.  Replies wait on disk, so that memo
 
 from __future__ import annotations
 
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,33 +21,17 @@ from fedlean.data.dataset import Dataset
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote.attendance import Attendance, NobodyThere, Terms
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, Post, printable
+from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, Post, printable
 from fedlean.runtime.remote.holding import expected_by
-from fedlean.runtime.remote.roster import Roster
+from fedlean.runtime.remote.replysize import Statistics, reply_bytes
+from fedlean.runtime.remote.roster import GREETING, Roster
+from fedlean.runtime.waiting import NoRoom, Waiting, read
 
 SPARE_BYTES = 1 << 22  # of a reply, for headers, metrics and small statistics
+EARLY_BYTES = 1 << 28  # of late replies that are kept in memory for the next attempt
 REFUSAL_SECONDS = 600.0  # until a client that will not do a task is asked for the same again
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How long the server waits, and for how many."""
-
-    deadline_seconds: float = 600.0
-    min_replies: int = 1
-    min_clients: int = 1  # connected before a round starts
-    join_seconds: float = 600.0  # how long a round waits for them
-    poll_seconds: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "join_seconds", "poll_seconds"):
-            value = getattr(self, name)
-            if not 0 < value < 1e7:
-                raise ValueError(f"{name} must be a positive number of seconds, got {value}")
-        for name in ("min_replies", "min_clients"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -68,8 +51,7 @@ class _Refusal:
     until: float  # monotonic seconds; its operator may have changed something by then
 
 
-class NobodyThere(RuntimeError):
-    """Too few devices are connected; the run can be resumed."""
+__all__ = ["Failed", "NobodyThere", "RemoteDispatch", "Terms"]
 
 
 class RemoteDispatch:
@@ -85,12 +67,16 @@ class RemoteDispatch:
         terms: Terms,
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
+        statistics: Statistics | None = None,
     ):
         """`check` is called before a step and before its updates are used, and may raise.
 
-        Raises ValueError where the names of the classes are too long to be sent.
+        statistics: of the method, by which the size of replies is bounded; None: more loosely.
+        Raises ValueError where the names of the classes are too long to be sent, or `terms` ask for
+        more clients than there are.
         """
         self._check = check
+        self._statistics = statistics
         self._run = uuid.uuid4().hex  # by which devices file what they keep
         self._method = method
         self._dataset = dataset
@@ -101,7 +87,15 @@ class RemoteDispatch:
         seal(
             Envelope(env.HELLO, expected.to_fields())
         )  # raises here rather than in the first round
+        for name in ("min_clients", "min_replies"):
+            if (least := getattr(terms, name)) > clients:
+                raise ValueError(
+                    f"{name.replace('_', '-')} is {least}, and the run has {clients} clients: "
+                    "lower it, or raise clients"
+                )
         self._roster = Roster(self._exchange, expected=expected, clients=clients, say=say)
+        self._attendance = Attendance(self._exchange, self._roster, terms, say=say)
+        self._exchange.late = self._late
         self._store = ClientStore()  # the runtime's own, set by `begin`
         self._step = 0
         self._committed: dict[int, int] = {}  # client -> step after which its state counts
@@ -109,43 +103,31 @@ class RemoteDispatch:
         self._troubles: dict[int, str] = {}
         self._repeated_bytes = 0
         self._final: dict[int, _Refusal] = {}  # by client
+        self._asked: set[int] = set()  # clients to which a task went out in the last call
+        self._silent: set[int] = set()  # of those, who gave no answer
+        self._early: dict[int, bytes] = {}  # by client: a reply to this step, come between attempts
 
     def begin(self, store: ClientStore, step: int) -> list[Device]:
-        """The clients whose nodes are connected, once there are `min_clients` of them.
-
-        Raises NobodyThere after `join_seconds`.
-        """
+        """Clients whose nodes are connected, as `Attendance.gather` says.  Raises NobodyThere."""
         self._check()
+        if step != self._step:
+            self._early = {}
         self._store, self._step = store, step
-        wanted, seconds = self._terms.min_clients, self._terms.join_seconds
-        ends = time.monotonic() + seconds
-        said = False
-        while True:
-            here = self._roster.present(self._run, seconds=ends - time.monotonic())
-            if len(here) >= wanted:
-                return [Device(client) for client in here]
-            line = f"{len(here)} of {wanted} clients are connected"
-            if time.monotonic() >= ends:
-                refused = "; refused: ".join(["", *self._roster.refused()])
-                raise NobodyThere(
-                    f"{line} after {seconds:g} s{refused}: start the missing ones, or lower "
-                    "min-clients, and submit the run again with the same folder"
-                )
-            if not said:
-                self._say(f"waiting: {line}")
-                said = True
-            time.sleep(self._terms.poll_seconds)
+        return self._attendance.gather(self._run, step)
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         """Updates in the order of `tasks`; none, where fewer than `min_replies` are good."""
         self._seconds, self._troubles, self._repeated_bytes = {}, {}, 0
+        self._asked, self._silent = set(), set()
+        began = time.monotonic()
         enough = min(self._terms.min_replies, len(tasks))
-        with tempfile.TemporaryDirectory(prefix="fedlean-replies-") as folder:
+        with Waiting("fedlean-replies-") as waiting:
             asked = {task.client: task for task in tasks}
-            replies = self._collect(asked, enough, Path(folder))
+            replies = self._collect(asked, enough, waiting)
             self._check()
             good, decoded = self._good(replies, asked, refuse, enough)
             if good < enough:
+                self._attendance.in_vain(self._silent, began)
                 self._say(
                     f"round {tasks[0].round}: {good} of {len(tasks)} gave an answer that can be "
                     f"used within {self._terms.deadline_seconds:g} s, {enough} are needed: nothing "
@@ -191,7 +173,7 @@ class RemoteDispatch:
         return good, first
 
     def _collect(
-        self, asked: Mapping[int, ClientTask], enough: int, folder: Path
+        self, asked: Mapping[int, ClientTask], enough: int, waiting: Waiting
     ) -> dict[int, Path]:
         """Replies on disk, by client."""
         ends = time.monotonic() + self._terms.deadline_seconds
@@ -212,16 +194,30 @@ class RemoteDispatch:
                     return {}
                 repeated.add(client)
                 self._say(f"client {client} lacks the {update.what}: it is sent again")
-                return {node: partial(self._letter, asked[client], whole=True)}
+                return {node: partial(self._letter, asked[client], ends, whole=True)}
             if update is not None:
-                replies[client] = folder / str(client)
-                replies[client].write_bytes(update.body)
+                try:
+                    replies[client] = waiting.keep(update.body, "its reply")
+                except NoRoom as error:
+                    self._trouble(client, str(error))
             return {}
 
-        letters = {nodes[client]: partial(self._letter, asked[client]) for client in nodes}
-        self._exchange.run(letters, ends=ends, about=f"step {self._step}", take=take)
+        def limit(node: int) -> int:
+            return reply_bytes(asked[client_of[node]], self._statistics)
+
+        letters: dict[int, Letter] = {
+            nodes[client]: partial(self._letter, asked[client], ends) for client in nodes
+        }
+        for client in nodes.keys() & self._early.keys():
+            del letters[nodes[client]]
+            letters.update(take(nodes[client], self._early.pop(client)))
+        about = self._about()
+        self._exchange.run(letters, ends=ends, about=about, take=take, limit=limit)
         for client in asked.keys() - replies.keys() - self._troubles.keys():
             self._trouble(client, f"no reply within {self._terms.deadline_seconds:g} s")
+            if client in self._asked:  # to others nothing went out in time
+                self._silent.add(client)
+                self._attendance.patience.missed(client, self._step)
         return replies
 
     def _connected(
@@ -240,6 +236,7 @@ class RemoteDispatch:
             here = self._roster.present(self._run, seconds=ends - time.monotonic())
         for client in asked.keys() - nodes.keys():
             self._trouble(client, "is not connected")
+            self._silent.add(client)
         return nodes
 
     def _willing(self, asked: Mapping[int, ClientTask]) -> dict[int, ClientTask]:
@@ -252,7 +249,9 @@ class RemoteDispatch:
                 del willing[client]
         return willing
 
-    def _letter(self, task: ClientTask, *, whole: bool = False) -> bytes:
+    def _letter(self, task: ClientTask, ends: float, *, whole: bool = False) -> bytes:
+        """ends: the monotonic second of the deadline."""
+        self._asked.add(task.client)
         known = wire.Known() if whole else self._store.known(task.client)
         fields = {
             "run": self._run,
@@ -262,6 +261,7 @@ class RemoteDispatch:
             "classes": list(self._dataset.class_names),
             "mean": self._dataset.mean.tolist(),
             "std": self._dataset.std.tolist(),
+            "deadline_seconds": max(1.0, ends - time.monotonic()),
         }
         body = wire.encode_task(task, known)
         if whole:
@@ -272,13 +272,19 @@ class RemoteDispatch:
         """The envelope of an update; None where there is none, which is noted."""
         client = task.client
         if isinstance(content, Failed):
+            self._silent.add(client)
             return self._trouble(client, content.reason)
+        patience = self._attendance.patience
         try:
             envelope = unseal(content, expected=(env.UPDATE, env.TROUBLE))
         except EnvelopeError as error:
             return self._trouble(client, str(error))
         fields = envelope.fields
         if envelope.kind == env.TROUBLE:
+            if fields["gave_up"]:
+                patience.missed(client, self._step, slow=True)
+                return self._trouble(client, fields["reason"])
+            patience.answered(client)
             if fields["missing"]:
                 return Missing(fields["missing"], fields["reason"])
             if fields["final"]:
@@ -287,19 +293,50 @@ class RemoteDispatch:
             return self._trouble(client, fields["reason"])
         if fields["step"] != self._step:
             return self._trouble(client, f"answered step {fields['step']}, expected {self._step}")
+        patience.answered(client)
         if fields["lost_state"]:
             self._say(f"client {client} has lost what it kept between rounds")
-        self._seconds[client] = float(fields["seconds"])
+        claimed = float(fields["seconds"])
+        self._seconds[client] = min(max(0.0, claimed), self._terms.deadline_seconds)
         return envelope
+
+    def _late(self, node: int, about: str, content: bytes | Failed) -> bool:
+        """Of a reply that nobody waited for: whether it is of use, if only later."""
+        if about == GREETING:
+            self._roster.late(node, content)
+            return True
+        client = next((c for c, n in self._roster.node.items() if n == node), None)
+        if client is None or isinstance(content, Failed):
+            return False
+        try:
+            envelope = unseal(content, expected=(env.UPDATE, env.TROUBLE))
+        except EnvelopeError:
+            return False
+        self._attendance.heard(client)
+        if envelope.kind == env.TROUBLE and envelope.fields["gave_up"]:
+            self._attendance.patience.gave_up(client)
+            return False
+        self._attendance.patience.spoke(client)
+        room = EARLY_BYTES - sum(map(len, self._early.values())) - len(content)
+        if about != self._about() or envelope.kind != env.UPDATE or room < 0:
+            return False
+        self._early[client] = content
+        return True
+
+    def _about(self) -> str:
+        return f"step {self._step}"
 
     def _trouble(self, client: int, reason: str) -> None:
         reason = printable(reason)
         self._troubles[client] = reason
         self._say(f"client {client}: {reason}")
 
-    def acknowledge(self, clients: Iterable[int]) -> None:
-        for client in clients:
+    def acknowledge(self, taken: Iterable[int], refused: Iterable[int]) -> None:
+        for client in taken:
             self._committed[client] = self._step
+            self._attendance.patience.taken(client)
+        for client in refused:
+            self._attendance.patience.refused(client, self._step)
 
     def client_states(self) -> Mapping[int, ClientState]:
         """Devices keep their own; the server remembers after which step each one's counts."""
@@ -331,7 +368,7 @@ class RemoteDispatch:
         return self._repeated_bytes
 
     def notes(self) -> Sequence[str]:
-        return self._roster.notes()
+        return [*self._roster.notes(), *self._attendance.patience.notes()]
 
     def troubles(self) -> Mapping[int, str]:
         """Why clients of the last call gave nothing."""
@@ -348,7 +385,7 @@ def _decoded(path: Path, task: ClientTask) -> ClientUpdate | str:
     limit = 32 * task.spec.num_params + SPARE_BYTES  # values, statistics, masks
     try:
         return wire.decode_update(
-            path.read_bytes(), task, limit_bytes=limit, allow_nonfinite=True, packed=True
+            read(path, "its reply"), task, limit_bytes=limit, allow_nonfinite=True, packed=True
         )
-    except wire.WireError as error:
+    except (wire.WireError, NoRoom) as error:
         return str(error)

@@ -20,7 +20,7 @@ from typing import Any
 from fedlean.data.labels import MAX_NAME_CHARACTERS
 
 MAGIC = b"FdLe"
-VERSION = 2
+VERSION = 3
 HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
 MAX_JSON_BYTES = 1 << 20  # class names take most of it
@@ -42,9 +42,10 @@ class Envelope:
     WELCOME  client (or null), num_examples, name, device (who it is, across restarts); what it
              holds: input_shape, classes, value_range
     TASK     run, method, step, committed (step whose client state counts, or null), classes, mean,
-             std
+             std, deadline_seconds (for which the server waits, from sending on)
     UPDATE   step, seconds, lost_state
-    TROUBLE  reason, missing ("spec", "pattern" or null), final (asking again is of no use)
+    TROUBLE  reason, missing ("spec", "pattern" or null), final (asking again is of no use), gave_up
+             (the time was over before the work was done)
     """
 
     kind: int
@@ -127,6 +128,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
+def _seconds(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
 def _list_of(check: Any) -> Any:
     return lambda value: (
         isinstance(value, list) and len(value) <= MAX_LIST and all(map(check, value))
@@ -159,11 +164,13 @@ _WANTED: dict[int, dict[str, Any]] = {
         "classes": _list_of(_text(MAX_NAME_CHARACTERS)),
         "mean": _list_of(_number),
         "std": _list_of(_number),
+        "deadline_seconds": _seconds,
     },
     UPDATE: {"step": _count, "seconds": _number, "lost_state": lambda v: isinstance(v, bool)},
     TROUBLE: {
         "reason": _text(2000),
         "missing": lambda value: value in (None, "spec", "pattern"),
         "final": lambda value: isinstance(value, bool),
+        "gave_up": lambda value: isinstance(value, bool),
     },
 }

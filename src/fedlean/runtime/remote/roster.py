@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 from fedlean.data.labels import listed
@@ -16,6 +17,9 @@ from fedlean.runtime.remote.holding import Holding, mismatch
 
 HELLO_SECONDS = 60.0  # for an answer
 AGAIN_SECONDS = 60.0  # until a node that gave none is asked again: it may be at work
+KNOCK_SECONDS = 1.0  # for the answer of one that was silent; a later one counts all the same
+GREETING = "its greeting"
+MUCH = 1000  # times what others hold, of examples, from which on a client owns the mean
 
 
 class _No(NamedTuple):
@@ -46,16 +50,33 @@ class Roster:
         self._refused: dict[int, _No] = {}  # by node
         self._asked: dict[int, float] = {}  # node -> when, if it has not answered
         self._lacking: dict[int, int] = {}  # new client -> classes of which it has no example
+        self.num_examples: dict[int, int] = {}  # by client, as it said when it joined
+        self._owners: set[int] = set()  # clients that have been said to hold most of them
+        self._spoken: set[int] = set()  # clients that have answered a greeting
         self._notes: list[str] = []
 
-    def present(self, run: str, *, seconds: float) -> dict[int, int]:
-        """Client -> node, of those that are connected; asks new nodes for at most `seconds`."""
+    def present(self, run: str, *, seconds: float, knock: Collection[int] = ()) -> dict[int, int]:
+        """Client -> node, of those that are connected; asks new nodes for at most `seconds`.
+
+        knock: clients that are greeted once more, to see whether they are there.
+        """
         nodes = set(self._exchange.post.nodes())
         self._left |= set(self.node.values()) - nodes
         self._refused = {n: no for n, no in self._refused.items() if {n, *no.rival} <= nodes}
         self._asked = {node: when for node, when in self._asked.items() if node in nodes}
-        self._greet(nodes, run, seconds)
+        self._greet(nodes, run, seconds, {self.node[c] for c in knock if c in self.node})
         return self._among(nodes)
+
+    def spoken(self) -> set[int]:
+        """Clients that have answered a greeting since the last call."""
+        spoken, self._spoken = self._spoken, set()
+        return spoken
+
+    def late(self, node: int, content: bytes | Failed) -> None:
+        """A greeting's answer that came when nobody waited for it."""
+        nodes = set(self._exchange.post.nodes())
+        if node in nodes and node not in self._refused:
+            self._answered(node, content, nodes)
 
     def refused(self) -> Sequence[str]:
         """Of the nodes that are connected and cannot take part, who and why."""
@@ -86,15 +107,20 @@ class Roster:
         there = set(nodes) - self._left
         return {client: node for client, node in sorted(self.node.items()) if node in there}
 
-    def _greet(self, nodes: Collection[int], run: str, seconds: float) -> None:
+    def _greet(
+        self, nodes: Collection[int], run: str, seconds: float, knock: Collection[int]
+    ) -> None:
         now = time.monotonic()
-        known = {*self.node.values(), *self._refused} - self._left
+        known = {*self.node.values(), *self._refused} - self._left - set(knock)
         waiting = {node for node, when in self._asked.items() if now - when < AGAIN_SECONDS}
-        new = sorted(set(nodes) - known - waiting)
-        if not new:
-            return
-        self._asked |= dict.fromkeys(new, now)
-        ends = now + max(1.0, min(HELLO_SECONDS, seconds))
+        asked = set(nodes) - known - waiting
+        silent = {node for node in asked if node in self._asked or node in knock}
+        self._asked |= dict.fromkeys(asked, now)
+        for group, patience in ((asked - silent, HELLO_SECONDS), (silent, KNOCK_SECONDS)):
+            if group:
+                self._ask(sorted(group), nodes, run, max(1.0, min(patience, seconds)))
+
+    def _ask(self, new: Sequence[int], nodes: Collection[int], run: str, seconds: float) -> None:
         letters = dict.fromkeys(new, partial(self._hello, run))
 
         def take(node: int, content: bytes | Failed) -> Letters:
@@ -104,7 +130,9 @@ class Roster:
             no = self._refused.get(node)
             return {} if no is None else {node: partial(self._hello, run, no.why)}
 
-        self._exchange.run(letters, ends=ends, about="its greeting", take=take)
+        ends = time.monotonic() + seconds
+        self._exchange.run(letters, ends=ends, about=GREETING, take=take)
+        self._note_owners()
 
     def _hello(self, run: str, refused: str | None = None) -> bytes:
         fields = {"run": run, **self._expected.to_fields(), "refused": refused}
@@ -124,7 +152,8 @@ class Roster:
         client = fields["client"]
         if client is None:
             client = self._number(node, nodes)
-        self._device[node] = printable(fields["device"])
+        before, self._device[node] = self._device.get(node), printable(fields["device"])
+        same = self.node.get(client) == node and node not in self._left
         if no := self._problem(client, node, held, nodes):
             self._refuse(node, no)
             return
@@ -132,7 +161,10 @@ class Roster:
             self._refused[self.node[client]] = _No(f"node {node} is client {client} now")
         self.node = {c: n for c, n in self.node.items() if n != node} | {client: node}
         self._left.discard(node)
-        self._admitted(client, node, printable(fields["name"]), fields["num_examples"], held)
+        self._spoken.add(client)
+        self.num_examples[client] = fields["num_examples"]
+        if not (same and before == self._device[node]):
+            self._admitted(client, node, printable(fields["name"]), fields["num_examples"], held)
 
     def _admitted(self, client: int, node: int, name: str, examples: int, held: Holding) -> None:
         named = f" ({name})" if name else ""
@@ -141,6 +173,19 @@ class Roster:
         self._say(f"client {client} is node {node}{named}, {examples} examples{lacks}")
         if missing:
             self._lacking[client] = len(missing)
+
+    def _note_owners(self) -> None:
+        """Of clients whose word on their examples, if it is believed, makes them the mean."""
+        for client, count in self.num_examples.items():
+            others = [n for other, n in self.num_examples.items() if other != client]
+            if client not in self._owners and others and count > MUCH * max(1, median(others)):
+                self._owners.add(client)
+                line = (
+                    f"client {client} says that it has {count} examples, more than {MUCH} times "
+                    f"the median of the others ({median(others):g}): weighted means are its own"
+                )
+                self._say(line)
+                self._notes.append(line)
 
     def _number(self, node: int, nodes: Collection[int]) -> int:
         """The one that it had, or the lowest that is free or whose node is gone."""

@@ -24,6 +24,7 @@ from fedlean.data.batches import ClientData
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import Engine
 from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote.budget import Budget, GaveUp, TimedBatches, TimedEngine, TooMuch
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.exchange import printable
 from fedlean.runtime.remote.held import (
@@ -39,6 +40,7 @@ from fedlean.spec import ModelSpec
 
 log = logging.getLogger("fedlean")
 LIMIT_BYTES = 1 << 28  # of a message and of what it decodes into, where the operator says nothing
+MAX_TASK_SECONDS = 3600.0  # of a task, where the operator says nothing
 LIMIT_FLOOR_BYTES = 1 << 16  # of the same, however little memory is left: it says why
 
 
@@ -49,6 +51,7 @@ class Worker:
     identity: who it is, in words that stay the same when it starts again ("": drawn once and kept).
     memory_limit_bytes: of the whole process; methods: `module:function` methods that may run beside
     FedLean's own, whose modules this process would otherwise never import on a server's word.
+    max_task_seconds: after which a task is given up, whatever the server's deadline is.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Worker:
         threads: int = 1,
         memory_limit_bytes: int | None = None,
         methods: Collection[str] = (),
+        max_task_seconds: float = MAX_TASK_SECONDS,
     ):
         self._folder = folder
         self._data = data
@@ -73,34 +77,48 @@ class Worker:
         self._threads = threads
         self._limit = memory_limit_bytes
         self._methods = frozenset(methods)
+        self._max_task_seconds = max_task_seconds
         self._engines: dict[str, Engine] = {}  # by spec hash: one, warm
         self._run: _Run | None = None
 
-    def answer(self, data: bytes | memoryview) -> bytes:
+    def answer(
+        self,
+        data: bytes | memoryview,
+        *,
+        age_seconds: float = 0.0,
+        withdrawn: Callable[[], bool] = lambda: False,
+    ) -> bytes:
         """The reply to one envelope.  Whatever came in, it is an envelope.
 
-        Who keeps no reference to `data` has its memory back before the training.
+        Who keeps no reference to `data` has its memory back before the training.  age_seconds:
+        since it was sent; withdrawn: whether nobody waits for the reply any more.
         """
         try:
             asked = unseal(data, expected=(env.HELLO, env.TASK))
             if asked.kind == env.HELLO:
                 return seal(self._welcome(asked.fields))
-            jobs = [self._job(asked)]
+            waits = asked.fields["deadline_seconds"] - age_seconds
+            budget = Budget(waits, self._max_task_seconds, withdrawn)
+            budget.check()
+            jobs = [self._job(asked, budget)]
             del asked, data  # the task has copies: a whole model's bytes are free while it trains
             return seal(self._update(jobs.pop()))
         except wire.UnknownSpec as error:
-            return _trouble(str(error), "spec")
+            return trouble(str(error), "spec")
         except wire.UnknownPattern as error:
-            return _trouble(str(error), "pattern")
+            return trouble(str(error), "pattern")
+        except GaveUp as error:
+            log.warning("gave up a task: %s", error)
+            return trouble(f"gave up: {error}", gave_up=True)
         except (EnvelopeError, wire.WireError) as error:
             log.warning("refused a message: %s", error)
-            return _trouble(str(error))
-        except (TooLarge, Refused) as error:
+            return trouble(str(error))
+        except (TooLarge, TooMuch, Refused) as error:
             log.warning("refused a task: %s", error)
-            return _trouble(str(error), final=True)
+            return trouble(str(error), final=True)
         except Exception as error:  # the round goes on without this device, and says why
             log.exception("a task failed")
-            return _trouble(f"{type(error).__name__}: {error}")
+            return trouble(f"{type(error).__name__}: {error}")
 
     def _welcome(self, hello: Mapping[str, Any]) -> Envelope:
         held = held_by(self._data)
@@ -116,25 +134,26 @@ class Worker:
         }
         return Envelope(env.WELCOME, fields)
 
-    def _job(self, asked: Envelope) -> _Job:
+    def _job(self, asked: Envelope, budget: Budget) -> _Job:
         """What is to be done, decoded and checked."""
         fields = asked.fields
         client_update = self._method(fields["method"])
         run = self._open_run(fields["run"])
         task = self._task(asked.body, run)
         self._check_data(task, fields)
-        return _Job(client_update, run, task, fields)
+        return _Job(client_update, run, task, fields, budget)
 
     def _update(self, job: _Job) -> Envelope:
-        client_update, run, task, fields = job
+        client_update, run, task, fields, budget = job
         del job
         run.specs.keep(task.spec)
         run.patterns.keep(task.sub_model.masks)
         states = HeldStates(run.folder / f"states-{task.client}")
         state, lost = states.read(fields["committed"])
         began = time.perf_counter()
-        batches = self._as_the_run_has_it(fields)
-        update, state = client_update(task, batches, self._engine(task.spec), state)
+        batches = TimedBatches(self._as_the_run_has_it(fields), budget)
+        engine = TimedEngine(self._engine(task.spec), budget)
+        update, state = client_update(task, batches, engine, state)
         seconds = time.perf_counter() - began
         run.patterns.keep(update.sub_model.masks)
         states.write(fields["step"], state, committed=fields["committed"])
@@ -249,8 +268,12 @@ class _Job(NamedTuple):
     run: _Run
     task: ClientTask
     fields: Mapping[str, Any]
+    budget: Budget
 
 
-def _trouble(reason: str, missing: str | None = None, *, final: bool = False) -> bytes:
-    fields = {"reason": reason[:1000], "missing": missing, "final": final}
+def trouble(
+    reason: str, missing: str | None = None, *, final: bool = False, gave_up: bool = False
+) -> bytes:
+    """The envelope that says why there is no update, and whether asking again helps."""
+    fields = {"reason": reason[:1000], "missing": missing, "final": final, "gave_up": gave_up}
     return seal(Envelope(env.TROUBLE, fields))

@@ -1,0 +1,78 @@
+"""What a merge made of the state is looked at before it counts.
+
+Updates that are sound one by one may still give a model that is none: a sum may overflow, a step of
+the server's may amplify.  Such a state is not kept, and no checkpoint is ever written of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from statistics import median_low
+from typing import Any
+
+import numpy as np
+
+from fedlean.core import Params, State
+from fedlean.runtime.moves import BUFFERS, FACTOR, MODEL, Moved, square
+from fedlean.spec import ModelSpec
+
+GROWTH = 100.0  # by which one step may multiply the norm of a model, plus 1: ours, generous
+
+
+def fault(before: State, after: State, spec: ModelSpec) -> str | None:
+    """Why the state after a step must not count, if so."""
+    for field in fields(after):  # type: ignore[arg-type]  # a State is a dataclass
+        kept, new = (getattr(state, field.name) for state in (before, after))
+        if name := _not_finite(kept, new, field.name):
+            return f"{name} of the merged state is not finite"
+    norms = [_norm(state.params, spec) for state in (before, after)]
+    if norms[1] > GROWTH * (norms[0] + 1):
+        return f"the merged model grew from a norm of {norms[0]:.3g} to {norms[1]:.3g}"
+    return None
+
+
+def _not_finite(before: Any, after: Any, name: str) -> str | None:
+    """The first array with such a value; what the step has not touched was looked at before."""
+    if after is before:
+        return None
+    if isinstance(after, np.ndarray):
+        return name if after.dtype.kind == "f" and not np.isfinite(after).all() else None
+    if isinstance(after, Mapping):
+        old = before if isinstance(before, Mapping) else {}
+        found = (_not_finite(old.get(key), value, f"{name}.{key}") for key, value in after.items())
+    elif isinstance(after, tuple | list):
+        found = (_not_finite(None, value, f"{name}[{at}]") for at, value in enumerate(after))
+    else:
+        return None
+    return next((each for each in found if each), None)
+
+
+def _norm(params: Params, spec: ModelSpec) -> float:
+    trained = (value for name, value in params.items() if name in spec.param_shapes)
+    return math.sqrt(sum(square(value) for value in trained))
+
+
+def suspects(moved: Mapping[int, Moved]) -> list[int]:
+    """Of the clients in a merge that went wrong, those who may have spoilt it.
+
+    Whose own move is beyond reason; or who sent far more than the others; or, where no one stands
+    out, everybody: then training diverges, or the server's step does.
+    """
+    wild = [
+        client
+        for client, moves in moved.items()
+        if moves[MODEL].far > GROWTH * (moves[MODEL].asked + 1)
+    ]
+    if wild:
+        return wild
+    sizes = {client: _size(moves) for client, moves in moved.items()}
+    usual = median_low(sizes.values())
+    return [client for client, one in sizes.items() if one > FACTOR * usual] or list(moved)
+
+
+def _size(moved: Moved) -> float:
+    """How much of an update there is: its move, or its statistics where it moves nothing."""
+    values = moved[MODEL].far + moved[BUFFERS].far
+    return values or sum(move.far for move in moved.values())

@@ -1,0 +1,148 @@
+"""How far clients move the model, and the bound on it that follows from what their peers do.
+
+One update that is finite may still undo a model.  What honest clients do is known from their own
+company: an update that moves the model by more than FACTOR times the median is refused.  The rule
+and its numbers are ours; docs/untrusted-clients.md has what honest runs of every method need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from statistics import median_low
+from typing import NamedTuple
+
+import numpy as np
+
+from fedlean.core import ClientTask, ClientUpdate, StatisticForm
+from fedlean.tree import unpack
+
+FACTOR = 20.0  # times the median, of a move
+STATISTIC_FACTOR = 100.0  # the same of statistics: what one has learnt, another has not
+# Of the norm of what was asked with: less is always taken.  Where most clients have learnt what
+# there is to learn, the median is next to nothing, and one with something new is no rogue.
+SMALL = 0.1
+LEAST = 3  # moves from which a median says something: of two, either may be the wrong one
+KEPT = 8  # of the last moves, at least; and those of the last KEPT_COHORTS cohorts
+KEPT_COHORTS = 2
+MODEL, BUFFERS = "model", "running statistics"
+MaxNorm = float | None  # the user's bound, 0: none; None: it follows from the cohort
+
+
+class Move(NamedTuple):
+    """Euclidean norms of (values sent - values asked with) and of the values asked with."""
+
+    far: float
+    asked: float = 0.0
+
+
+# MODEL: over the tensors that gradients move; BUFFERS: over running means and variances, which are
+# on a scale of their own; else a statistic by its name, of sums of squares the root.
+Moved = Mapping[str, Move]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest moves that are taken, by kind.  `given`: the user's, of all tensors together."""
+
+    most: Mapping[str, float] = field(default_factory=dict)
+    given: float = inf
+
+    def exceeded(self, moved: Moved) -> str | None:
+        """Why a move is too large, if it is."""
+        far = math.hypot(*(moved[kind].far for kind in (MODEL, BUFFERS) if kind in moved))
+        if far > self.given:
+            return f"moved the model by {far:.3g}, the bound is {self.given:g}"
+        for kind, move in moved.items():
+            most = self.most.get(kind, inf)
+            if move.far > max(most, SMALL * move.asked):
+                known = kind in (MODEL, BUFFERS)
+                what = f"moved the {kind} by" if known else f"sent the statistic {kind} of norm"
+                factor = _factor(kind)
+                return (
+                    f"{what} {move.far:.3g}, more than {factor:g} times the median of the clients,"
+                    f" which is {most / factor:.3g}"
+                )
+        return None
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The last moves of a phase, refused ones included: a jump of all clients is none of one.
+
+    Part of the checkpoint.  Another phase trains another model, or for another time.
+    """
+
+    phase: str = ""
+    last: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by kind
+    clients: int = 0  # whose moves these are, up to LEAST
+
+    def bound(self, max_norm: MaxNorm, phase: str) -> Bound:
+        if max_norm is not None:
+            return Bound(given=max_norm or inf)
+        if phase != self.phase:
+            return Bound()
+        return Bound({kind: _bound(kind, far) for kind, far in self.last.items()})
+
+    def suffice(self, phase: str, statistics: Collection[str]) -> bool:
+        """Whether they give a bound for updates of this phase with these statistics."""
+        enough = phase == self.phase and self.clients >= LEAST
+        return enough and all(key in self.last for key in statistics)
+
+    def after(self, phase: str, moved: Iterable[Moved]) -> Moves:
+        """With those of one more round."""
+        new = list(moved)
+        old = self if phase == self.phase else Moves()
+        last = dict(old.last)
+        for kind in {kind for each in new for kind in each}:
+            far = [each[kind].far for each in new if kind in each]
+            last[kind] = (*last.get(kind, ()), *far)[-max(KEPT, KEPT_COHORTS * len(far)) :]
+        return Moves(phase, last, min(LEAST, old.clients + len(new)))
+
+
+def _factor(kind: str) -> float:
+    return FACTOR if kind in (MODEL, BUFFERS) else STATISTIC_FACTOR
+
+
+def _bound(kind: str, far: Sequence[float]) -> float:
+    """Infinite where there are too few; a median of 0 says nothing."""
+    if len(far) < LEAST:
+        return inf
+    return _factor(kind) * median_low(far) or inf
+
+
+def moved(update: ClientUpdate, task: ClientTask, forms: Mapping[str, StatisticForm]) -> Moved:
+    """Of an update that is otherwise sound.  Where the task carried no values, its values count 0.
+
+    forms: of the statistics that it holds.
+    """
+    far, asked_with = {MODEL: 0.0, BUFFERS: 0.0}, {MODEL: 0.0, BUFFERS: 0.0}
+    for name, sent in update.params.items():
+        asked = task.params.get(name)
+        if asked is None or name in task.sub_model.frozen:
+            continue
+        if sent.shape != asked.shape:  # one is packed, each by a mask of its own
+            sent = _dense(sent, update.sub_model.masks.get(name))
+            asked = _dense(asked, task.sub_model.masks.get(name))
+        kind = MODEL if name in task.spec.param_shapes else BUFFERS
+        far[kind] += square(sent - asked)
+        asked_with[kind] += square(asked)
+    moves = {kind: Move(far[kind] ** 0.5, asked_with[kind] ** 0.5) for kind in far}
+    for key, form in forms.items():
+        norm = sum(square(values) for values in update.statistics[key].tensors.values()) ** 0.5
+        moves[key] = Move(norm**0.5 if form.non_negative else norm)
+    return moves
+
+
+def _dense(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    return values if mask is None else unpack(values, mask)
+
+
+def square(values: np.ndarray) -> float:
+    """Of their Euclidean norm; summed in float64 only where float32 does not hold it."""
+    flat = values.reshape(-1)
+    with np.errstate(over="ignore"):
+        inner = float(np.dot(flat, flat))
+    return inner if math.isfinite(inner) else float(np.sum(np.square(flat, dtype=np.float64)))

@@ -1,0 +1,118 @@
+"""Who takes part in a step: which clients are waited for, for how long, and which are left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from fedlean.core import Device
+from fedlean.runtime.notices import some
+from fedlean.runtime.remote.exchange import Exchange
+from fedlean.runtime.remote.patience import Patience
+from fedlean.runtime.remote.roster import Roster
+
+# A SuperLink lets a killed node in again once it takes it for dead: after two heartbeats of 30 s.
+READMIT_SECONDS = 70.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How long the server waits, and for how many."""
+
+    deadline_seconds: float = 600.0
+    min_replies: int = 1
+    min_clients: int = 1  # connected before a round starts
+    join_seconds: float = 600.0  # how long a round waits for them
+    poll_seconds: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_seconds", "join_seconds", "poll_seconds"):
+            value = getattr(self, name)
+            if not 0 < value < 1e7:
+                raise ValueError(f"{name} must be a positive number of seconds, got {value}")
+        for name in ("min_replies", "min_clients"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class NobodyThere(RuntimeError):
+    """Too few devices are connected; the run can be resumed."""
+
+
+class Attendance:
+    """Of the clients of one run, step by step."""
+
+    def __init__(
+        self, exchange: Exchange, roster: Roster, terms: Terms, *, say: Callable[[str], None]
+    ):
+        self.patience = Patience(say)
+        self._exchange, self._roster, self._terms, self._say = exchange, roster, terms, say
+        self._unheard: set[int] = set()  # asked in vain; those that died are let in again soon
+        self._again = 0.0  # the monotonic second until which they are waited for
+
+    def gather(self, run: str, step: int) -> list[Device]:
+        """The clients to choose from in `step`.
+
+        After an attempt in vain it waits until those that gave no answer are heard, or
+        READMIT_SECONDS have passed since it began: attempts in a row would all meet the same dead
+        node.  Then it waits until max(min_clients, min_replies) clients are connected.  Raises
+        NobodyThere after `join_seconds`.
+        """
+        self._wait_for_unheard(run, step)
+        here = self._wait_for_enough(run, step)
+        out = self.patience.left_out(here, step, least=self._terms.min_replies)
+        examples = self._roster.num_examples
+        return [Device(client, examples.get(client)) for client in here if client not in out]
+
+    def heard(self, client: int) -> None:
+        """It is there, whatever it said."""
+        self._unheard.discard(client)
+
+    def in_vain(self, unheard: Collection[int], began: float) -> None:
+        """An attempt that began at that monotonic second gave too little; from these, nothing."""
+        self._unheard, self._again = set(unheard), began + READMIT_SECONDS
+
+    def _wait_for_unheard(self, run: str, step: int) -> None:
+        said = False
+        while self._unheard and (left := self._again - time.monotonic()) > 0:
+            self._look(run, step, left)
+            if not self._unheard:
+                break
+            if not said:
+                which = some([str(client) for client in sorted(self._unheard)])
+                self._say(f"waiting up to {left:.0f} s until silent clients are heard: {which}")
+                said = True
+            time.sleep(min(left, self._terms.poll_seconds))
+        self._unheard = set()
+
+    def _wait_for_enough(self, run: str, step: int) -> Collection[int]:
+        terms, said = self._terms, False
+        wanted = max(terms.min_clients, terms.min_replies)
+        ends = time.monotonic() + terms.join_seconds
+        while True:
+            here = self._look(run, step, ends - time.monotonic())
+            if len(here) >= wanted:
+                return here
+            line = f"{len(here)} of {wanted} clients are connected"
+            if time.monotonic() >= ends:
+                refused = "; refused: ".join(["", *self._roster.refused()])
+                lower = "min-clients" if terms.min_clients >= wanted else "min-replies"
+                raise NobodyThere(
+                    f"{line} after {terms.join_seconds:g} s{refused}: start the missing ones, or "
+                    f"lower {lower}, and submit the run again with the same folder"
+                )
+            if not said:
+                self._say(f"waiting: {line}")
+                said = True
+            time.sleep(terms.poll_seconds)
+
+    def _look(self, run: str, step: int, seconds: float) -> Collection[int]:
+        """Who is there now; the silent are greeted, and whoever has spoken is heard."""
+        self._exchange.listen()
+        knock = self.patience.silent(step) | self._unheard
+        here = self._roster.present(run, seconds=seconds, knock=knock)
+        for client in self._roster.spoken():
+            self.patience.spoke(client)
+            self.heard(client)
+        return here

@@ -1,0 +1,206 @@
+"""One server step: clients are asked until an answer can be merged, a bounded number of times.
+
+Whose update was refused is left out of the next attempt, so that one bad client costs a round its
+time and not its result.  A merged state that is none is taken back, and the attempt was in vain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from fedlean import wire
+from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server
+from fedlean.runtime.checks import Expected, beyond_order, refusal
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.heldback import held_back
+from fedlean.runtime.ledger import Ledger
+from fedlean.runtime.local import Dispatch
+from fedlean.runtime.merged import fault, suspects
+from fedlean.runtime.moves import LEAST, MaxNorm, Moves, moved
+from fedlean.runtime.notices import some
+from fedlean.runtime.order import in_cohort_order
+from fedlean.runtime.record import StepRecord
+
+ATTEMPTS = 3  # how often a step asks
+
+
+class Step:
+    """Server step `number`; `record` says what happened, `failure` why the run cannot go on."""
+
+    def __init__(
+        self,
+        algorithm: FederatedAlgorithm,
+        server: Server,
+        dispatch: Dispatch,
+        store: ClientStore,
+        number: int,
+        max_norm: MaxNorm,
+    ):
+        self._algorithm, self._server, self._dispatch = algorithm, server, dispatch
+        self._store, self._number, self._max_norm = store, number, max_norm
+        self._moves = Moves()
+        self._examples: dict[int, int | None] = {}  # as the clients said when they joined
+        self.record = StepRecord()
+        self.failure: str | None = None
+
+    def take(self, state: Any, moves: Moves) -> tuple[Any, Moves]:
+        """The state after the step, the same where nobody's answer could be used; and the moves."""
+        began, record, after = time.perf_counter(), self.record, state
+        self._moves = moves
+        while record.attempts < ATTEMPTS and not record.answered:
+            # whoever was away may be back, and is waited for
+            devices = self._dispatch.begin(self._store, self._number)
+            tasks = self._tasks(state, devices)
+            if not tasks:
+                if not record.attempts:
+                    after = self._alone(state)
+                break
+            after = self._attempt(state, tasks)
+        for reasons in (record.refused, record.rejected):
+            for client in record.answered:
+                reasons.pop(client, None)
+        record.notes += self._dispatch.notes()
+        record.wall_seconds = time.perf_counter() - began
+        phase = record.tasks[0].phase if record.tasks else moves.phase
+        return after, moves.after(phase, record.moved.values()) if record.moved else moves
+
+    def _tasks(self, state: Any, devices: Sequence[Device]) -> list[ClientTask]:
+        """Without the clients whose updates this step has refused: they would do the same again."""
+        self._examples = {device.id: device.num_examples for device in devices}
+        rejected = self.record.rejected
+        left = [device for device in devices if device.id not in rejected]
+        if rejected and not left:
+            return []
+        tasks = self._algorithm.configure(state, left)
+        return [task for task in tasks if task.client not in rejected]
+
+    def _alone(self, state: Any) -> Any:
+        """A step of the server's own."""
+        after = self._algorithm.server_update(state, ())
+        if wrong := fault(state, after, self._server.spec):
+            self.failure = f"a step of the server's own went wrong: {wrong}"
+            return state
+        return after
+
+    def _attempt(self, state: Any, tasks: Sequence[ClientTask]) -> Any:
+        record, dispatch = self.record, self._dispatch
+        record.attempts += 1
+        asked = {task.client: task for task in tasks}
+        record.tasks = [*(one for one in record.tasks if one.client not in asked), *tasks]
+        ledger = Ledger(tasks, self._store, self._server.device)
+        answers = self._taken(dispatch(tasks, self._refuse), tasks, ledger)
+        after = self._algorithm.server_update(state, answers)
+        for _ in answers:  # whatever the method did not read is checked and charged all the same
+            pass
+        ledger.repeated(dispatch.repeated_bytes())
+        record.cost = record.cost.plus(ledger.cost)
+        if seconds := dispatch.measured_seconds():
+            record.measured_seconds += median(seconds.values())
+        if record.answered and (wrong := fault(state, after, self._server.spec)):
+            self._take_back(wrong, tasks[0].round)
+        dispatch.acknowledge(record.answered, [c for c in asked if c in record.rejected])
+        record.refused = {**dispatch.troubles(), **record.refused, **record.rejected}
+        return after if record.answered else state
+
+    def _take_back(self, wrong: str, round: int) -> None:
+        """The merge does not count, and whoever may have spoilt it is left out from now on."""
+        record = self.record
+        suspected = suspects({client: record.moved[client] for client in record.answered})
+        named = some([f"client {client}" for client in suspected])
+        record.notes.append(f"round {round} is lost and asked again: {wrong}; suspected: {named}")
+        lost = dict.fromkeys(record.answered, "its round was lost")
+        record.refused = {**lost, **record.refused}
+        record.rejected |= dict.fromkeys(suspected, f"is suspected, since {wrong}")
+        record.answered, record.metrics = [], {}
+
+    def _refuse(self, update: ClientUpdate, task: ClientTask) -> str | None:
+        why = refusal(update, task, self._expected(task))
+        if why is None:
+            forms = self._algorithm.statistics(task)
+            self.record.moved[task.client] = far = moved(update, task, forms)
+            why = self._moves.bound(self._max_norm, task.phase).exceeded(far)
+        if why is not None:
+            self.record.rejected[task.client] = why
+        return why
+
+    def _expected(self, task: ClientTask) -> Expected:
+        work = self._algorithm.work
+        return Expected(
+            self._algorithm.statistics(task),
+            None if work is None else work(task),
+            self._examples.get(task.client),
+        )
+
+    def _taken(
+        self, updates: Iterable[ClientUpdate], tasks: Sequence[ClientTask], ledger: Ledger
+    ) -> Iterator[ClientUpdate]:
+        """The updates that pass the checks, in cohort order, charged and noted as they pass."""
+        asked = {task.client: task for task in tasks}
+        usable = self._usable(updates, asked, ledger)
+        lost = self.record.refused.__setitem__
+        if self._needs_all(tasks):
+            usable = held_back(usable, tasks, self._too_far(asked), lost)
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for update in in_cohort_order(usable, tasks, lost):
+            self.record.answered.append(update.client)
+            self._store.acknowledge(asked[update.client], update)
+            for key, value in update.metrics.items():
+                sums[key] = sums.get(key, 0.0) + update.num_examples * value
+                weights[key] = weights.get(key, 0.0) + update.num_examples
+            yield update
+        self.record.metrics = {key: total / weights[key] for key, total in sums.items()}
+
+    def _needs_all(self, tasks: Sequence[ClientTask]) -> bool:
+        """Whether the bound on these updates can follow from themselves alone."""
+        statistics = self._algorithm.statistics(tasks[0])
+        known = self._moves.suffice(tasks[0].phase, statistics)
+        return self._max_norm is None and not known and len(tasks) >= LEAST
+
+    def _too_far(self, asked: Mapping[int, ClientTask]) -> Any:
+        """For updates that have all come: whether a client's moved too far, which is noted."""
+
+        def too_far(client: int) -> bool:
+            phase = asked[client].phase
+            moves = self._moves.after(phase, self.record.moved.values())
+            why = moves.bound(self._max_norm, phase).exceeded(self.record.moved[client])
+            if why is not None:
+                self.record.rejected[client] = why
+            return why is not None
+
+        return too_far
+
+    def _usable(
+        self, updates: Iterable[ClientUpdate], asked: Mapping[int, ClientTask], ledger: Ledger
+    ) -> Iterator[ClientUpdate]:
+        """The first answer of each client asked, charged; refused ones are noted and left out.
+
+        Before the ordering, which encodes: what cannot travel is refused, not an error.
+        """
+        seen: set[int] = set()
+        for update in updates:
+            task = asked.get(update.client)
+            if task is None or update.client in seen:
+                continue
+            seen.add(update.client)
+            reason = self._refuse(update, task)
+            try:
+                ledger.answer(task, self._payable(update, task) if reason else update)
+            except wire.WireError as error:
+                reason = reason or str(error)
+                with suppress(wire.WireError):  # what can be priced is charged all the same
+                    ledger.answer(task, replace(self._payable(update, task), metrics={}))
+            if reason is None:
+                yield update
+            else:
+                self.record.rejected[update.client] = reason
+
+    def _payable(self, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
+        """A refused update is charged, but for work beyond what was ordered."""
+        beyond = beyond_order(update.work, task, self._expected(task).work)
+        return update if beyond is None else replace(update, work=())

@@ -1,0 +1,287 @@
+"""One step against bad clients: its result is that of the same step without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import CLIENTS, SPEC, Around, fresh_dispatch, params, run, same, server
+
+from fedlean.core import ClientUpdate, FederatedAlgorithm, Masks, Params, Work
+from fedlean.methods.fedavg import fedavg
+from fedlean.methods.ntk_zo import ntk_zo
+from fedlean.runtime.merged import GROWTH, fault, suspects
+from fedlean.runtime.moves import BUFFERS, MODEL, Move, Moved
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.rounds import REFUSED_STEPS, Progress, RunFailed
+from fedlean.runtime.step import ATTEMPTS
+
+ROGUE = 1
+Change = Callable[[ClientUpdate], ClientUpdate]
+
+
+def times(factor: float) -> Change:
+    """Its values, so that it moves the model by (factor - 1) times its norm."""
+    return lambda update: replace(
+        update, params={name: value * np.float32(factor) for name, value in update.params.items()}
+    )
+
+
+def quick(rounds: int = 3, **settings: Any) -> FederatedAlgorithm:
+    return fedavg(server(rounds), local_steps=2, batch_size=4, **settings)
+
+
+def attacked(
+    algorithm: FederatedAlgorithm, change: Change | None, rounds: int = 3, **rest: Any
+) -> tuple[Any, list[StepRecord]]:
+    """A run whose client ROGUE sends something else; None: nothing."""
+    records: list[StepRecord] = []
+
+    def spoil(tasks, updates):
+        for update in updates:
+            if update.client != ROGUE:
+                yield update
+            elif change is not None:
+                yield change(update)
+
+    state = run(
+        algorithm,
+        dispatch=Around(fresh_dispatch(algorithm), spoil),
+        rounds=rounds,
+        watch=lambda progress, record: records.append(record),
+        **rest,
+    )
+    return state, records
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e9, 1e17], ids=str)
+def test_a_huge_move_is_refused_from_the_first_round_on(factor):
+    expected, _ = attacked(quick(), None)
+    state, records = attacked(quick(), times(factor))
+    assert same(state, expected)
+    assert [record.answered for record in records] == [[0, 2, 3]] * 3
+    for record in records:
+        assert "times the median of the clients" in record.rejected[ROGUE]
+        assert record.attempts == 1
+
+
+def test_without_a_bound_a_merge_that_explodes_is_taken_back():
+    """The round is asked again without the client that moved the model most, and is as without."""
+    expected, _ = attacked(quick(), None, max_update_norm=0)
+    state, records = attacked(quick(), times(1e9), max_update_norm=0)
+    assert same(state, expected)
+    assert [record.attempts for record in records] == [2, 2, 2]
+    first = records[0]
+    assert first.answered == [0, 2, 3] and [task.client for task in first.tasks] == [1, 0, 2, 3]
+    assert "is suspected, since the merged model grew" in first.rejected[ROGUE]
+    assert list(first.refused) == [ROGUE]
+    (note,) = first.notes
+    assert note.startswith("round 1 is lost and asked again: the merged model grew from a norm of")
+    assert note.endswith("suspected: client 1")
+
+
+def test_a_rogue_that_is_drawn_alone_costs_the_draw():
+    """With one client a round another is drawn in its place."""
+    algorithm = quick(8, cohort=1)
+    state, records = attacked(algorithm, times(float("nan")), rounds=8)
+    assert state.round == 8 and [record.answered != [] for record in records] == [True] * 8
+    drawn = [record for record in records if ROGUE in record.rejected]
+    assert drawn and all(record.attempts == 2 for record in drawn)
+    assert all(ROGUE not in record.answered for record in records)
+
+
+def test_it_ends_when_everybody_is_refused_again_and_again():
+    algorithm, steps = quick(), []
+
+    def spoil(tasks, updates):
+        return [times(float("nan"))(update) for update in updates]
+
+    with pytest.raises(RunFailed, match="try a lower --lr"):
+        run(
+            algorithm,
+            dispatch=Around(fresh_dispatch(algorithm), spoil),
+            watch=lambda progress, record: steps.append(progress),
+        )
+    assert [progress.refused_steps for progress in steps] == [*range(1, REFUSED_STEPS + 1)]
+    assert all(progress.state.round == 0 for progress in steps)
+
+
+def test_refused_ones_beside_silent_ones_are_silence():
+    """Who is away may be back: the run waits for them as long as for others."""
+    algorithm, steps = quick(), []
+
+    def spoil(tasks, updates):
+        return [times(float("nan"))(update) for update in updates if update.client == ROGUE]
+
+    with pytest.raises(RunFailed, match="in 10 steps"):
+        run(
+            algorithm,
+            dispatch=Around(fresh_dispatch(algorithm), spoil),
+            watch=lambda progress, record: steps.append((progress, record.attempts)),
+        )
+    assert all(progress.refused_steps == 0 for progress, _ in steps)
+    assert [attempts for _, attempts in steps] == [ATTEMPTS] * 10
+
+
+# Claims
+
+
+def claiming(*works: Work, **metrics: float) -> Change:
+    return lambda update: replace(update, work=works, metrics=metrics)
+
+
+CLAIMS = {
+    "steps": (claiming(Work(2**62, 4)), "work of 4611686018427387904 steps, the task takes at"),
+    "one step more": (claiming(Work(3, 4)), "work of 3 steps, the task takes at most 2"),
+    "in pieces": (claiming(Work(1, 4), Work(2, 4)), "work of 3 steps"),
+    "batch": (claiming(Work(2, 5)), "work of 10 examples"),
+    "a larger batch": (claiming(Work(1, 8)), "work of 8 examples a step"),
+    "importance": (claiming(Work(2, 4, importance_steps=1)), "work of 1 importance steps"),
+    "forward": (claiming(Work(2, 4, forward_examples=1)), "work of 9 examples"),
+    "momentum": (claiming(Work(2, 4, optimizer_floats=1)), "work of 1 optimiser values"),
+    "kept": (claiming(Work(2, 4, kept={"fc1.weight": 10**9})), "work on 1000000000 weights of"),
+    "no tensor": (claiming(Work(2, 4, kept={"fc9": 1})), "work on 'fc9', which the model lacks"),
+    "less than none": (claiming(Work(-1, 4)), "less work than none"),
+    "many": (claiming(*[Work()] * 257), "257 stretches of work"),
+    "metrics": (claiming(**{f"m{at}": 0.0 for at in range(65)}), "65 metrics, expected at most 64"),
+    "a long name": (claiming(**{"m" * 65: 0.0}), "too long or not text"),
+    "an escape": (claiming(**{"m\x1b[2J": 0.0}), "too long or not text"),
+    "a metric": (claiming(loss=1e300), "which is not finite or beyond reason"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_beyond_the_order(name):
+    change, reason = CLAIMS[name]
+    expected, honest = attacked(quick(1), None, rounds=1)
+    state, (record,) = attacked(quick(1), change, rounds=1)
+    assert same(state, expected)
+    assert reason in record.rejected[ROGUE]
+    assert record.cost.flops <= honest[0].cost.flops * CLIENTS / (CLIENTS - 1)
+    assert set(record.metrics) <= {"train_loss"}
+
+
+def test_as_much_work_as_ordered_is_taken_and_less_too():
+    for work in (Work(2, 4), Work(1, 4), Work(1, 2), Work()):
+        _, (record,) = attacked(quick(1), claiming(work), rounds=1)
+        assert not record.rejected
+
+
+def test_a_method_that_does_not_say_what_a_task_takes():
+    algorithm = quick(1)._replace(work=None)
+    _, (record,) = attacked(algorithm, claiming(Work(10**6, 1000)), rounds=1)
+    assert not record.rejected
+    _, (record,) = attacked(algorithm, claiming(Work(10**6, 10**9)), rounds=1)
+    assert "expected at most 1000000000000" in record.rejected[ROGUE]
+
+
+def test_more_examples_than_it_said_when_it_joined():
+    algorithm = quick(1)
+    inner = fresh_dispatch(algorithm)
+    dispatch = Around(inner, lambda tasks, updates: updates)
+    dispatch.begin = lambda store, step: [
+        replace(device, num_examples=held)
+        for device, held in zip(inner.begin(store, step), (25, 34, 50, None), strict=True)
+    ]
+    records: list[StepRecord] = []
+    run(algorithm, dispatch=dispatch, rounds=1, watch=lambda _, record: records.append(record))
+    assert records[0].rejected == {1: "claims 35 examples, it had 34 when it joined"}
+    assert records[0].answered == [0, 2, 3]
+
+
+# What a merge may not give
+
+
+@dataclass(frozen=True)
+class State:
+    round: int = 0
+    phase: str = "train"
+    params: Params = field(default_factory=params)
+    masks: Masks = field(default_factory=dict)
+    sums: Any = ()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_any_array_of_the_state_that_is_not_finite(value):
+    bad = np.array([1.0, value])
+    before, whole = State(), {"a": np.ones(2), "b": np.arange(3)}
+    assert fault(before, replace(before, sums=(whole, {"c": np.ones(1)})), SPEC) is None
+    for sums, name in (
+        (bad, "sums"),
+        ({**whole, "c": bad}, "sums.c"),
+        ((whole, ({"x": bad},)), "sums[1][0].x"),
+    ):
+        reason = fault(before, replace(before, sums=sums), SPEC)
+        assert reason == f"{name} of the merged state is not finite"
+
+
+def test_a_model_that_grows_beyond_reason():
+    norm = sum(float(np.sum(np.square(value))) for value in params().values()) ** 0.5
+    most = GROWTH * (norm + 1) / norm
+    for factor, grown in ((most * 0.99, False), (most * 1.01, True), (1e30, True)):
+        after = replace(State(), params={n: v * np.float32(factor) for n, v in params().items()})
+        assert bool(fault(State(), after, SPEC)) == grown
+
+
+def test_suspects_stand_out_or_are_everybody():
+    def of(*far: float, statistic: float = 0.0, asked: float = 1.0) -> dict[int, Moved]:
+        return {
+            client: {MODEL: Move(one, asked), BUFFERS: Move(0), "c": Move(statistic)}
+            for client, one in enumerate(far)
+        }
+
+    assert suspects(of(1, 1e9, 1, 50)) == [1]  # more than a hundred times what a model of 1 may
+    assert suspects(of(1e9, 2e9, 1)) == [0, 1]  # however many
+    assert suspects(of(1, 150, 1, 50)) == [1, 3]  # none is, and two stand out
+    assert suspects(of(1, 1.5, 1)) == [0, 1, 2]  # nobody stands out
+    slopes = of(0, 0, 0, statistic=1)
+    slopes[2] = {**slopes[2], "c": Move(1e9)}
+    assert suspects(slopes) == [2]
+
+
+def scaled_statistics(factor: float) -> Change:
+    return lambda update: replace(
+        update,
+        statistics={
+            key: replace(one, tensors={n: v * np.float32(factor) for n, v in one.tensors.items()})
+            for key, one in update.statistics.items()
+        },
+    )
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e8], ids=str)
+def test_statistics_that_would_undo_the_model(factor):
+    """ntk_zo's clients send slopes and no values; the model is made of them by the server."""
+    algorithm = ntk_zo(server(2), density=1.0, directions=4, lr=0.1)
+    expected, _ = attacked(algorithm, None, rounds=2)
+    state, records = attacked(algorithm, scaled_statistics(factor), rounds=2)
+    assert same(state, expected)
+    trained = [record for record in records if record.tasks]
+    assert len(trained) == 2
+    for record in trained:
+        assert "sent the statistic c of norm" in record.rejected[ROGUE]
+
+
+def test_statistics_without_a_bound_are_taken_back_with_the_merge():
+    algorithm = ntk_zo(server(2), density=1.0, directions=4, lr=0.1, optimizer="momentum")
+    expected, _ = attacked(algorithm, None, rounds=2)
+    rogue = scaled_statistics(1e8)
+    state, records = attacked(algorithm, rogue, rounds=2, max_update_norm=0)
+    assert same(state, expected)
+    assert all(record.attempts == 2 for record in records if record.tasks)
+
+
+def test_a_server_step_that_gives_no_model_ends_the_run():
+    algorithm = quick(1)
+
+    def server_update(state, updates):
+        return replace(state, params={n: v * np.float32(np.inf) for n, v in state.params.items()})
+
+    broken = algorithm._replace(configure=lambda state, devices: [], server_update=server_update)
+    seen: list[Progress] = []
+    with pytest.raises(RunFailed, match=r"own went wrong: params.*is not finite"):
+        run(broken, dispatch=fresh_dispatch(broken), watch=lambda p, record: seen.append(p))
+    assert all(np.isfinite(value).all() for value in seen[0].state.params.values())
