@@ -121,18 +121,18 @@ public:
   }
   void backward(const std::vector<int>& nodes, const std::vector<In<float>>& gradients,
                 bool dense) {
-    expect_size("gradients", gradients.size(), nodes.size());
     guard_.alone([&] {
-      if (!training_) throw std::invalid_argument("the last forward was not for training");
-      std::vector<const float*> pointers;
-      for (std::size_t i = 0; i < nodes.size(); ++i) {
-        check_tapped(nodes[i]);
-        expect_array("gradient", gradients[i], size_of(nodes[i]));
-        pointers.push_back(gradients[i].data());
-      }
-      if (tapped_.empty()) throw std::invalid_argument("there was no forward");
+      const std::vector<const float*> pointers = entering(nodes, gradients);
       tapped_.clear();
       session_.backward(nodes, pointers, dense);
+    });
+  }
+  void descend(const std::vector<int>& nodes, const std::vector<In<float>>& gradients,
+               bool importance) {
+    guard_.alone([&] {
+      const std::vector<const float*> pointers = entering(nodes, gradients);
+      tapped_.clear();
+      session_.descend(nodes, pointers, importance);
     });
   }
   void gradient(int node, int slot, Out<float> values, bool dense) const {
@@ -175,6 +175,20 @@ private:
     for (int tapped : tapped_)
       if (tapped == node) return;
     throw std::invalid_argument("node was not tapped by the last forward");
+  }
+  // Alone: the arrays of gradients that enter at nodes of the last forward, if it was for training.
+  std::vector<const float*> entering(const std::vector<int>& nodes,
+                                     const std::vector<In<float>>& gradients) const {
+    expect_size("gradients", gradients.size(), nodes.size());
+    if (!training_) throw std::invalid_argument("the last forward was not for training");
+    std::vector<const float*> pointers;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      check_tapped(nodes[i]);
+      expect_array("gradient", gradients[i], size_of(nodes[i]));
+      pointers.push_back(gradients[i].data());
+    }
+    if (tapped_.empty()) throw std::invalid_argument("there was no forward");
+    return pointers;
   }
   std::size_t size_of(int tapped) const {
     return guard_.network().nodes[tapped].shape.size() * examples_;
@@ -271,6 +285,8 @@ NB_MODULE(_native, m) {
       .def("activation", &Bound::activation, nb::arg("node"), nb::arg("values").noconvert())
       .def("backward", &Bound::backward, nb::arg("nodes"), nb::arg("gradients").noconvert(),
            nb::arg("dense"))
+      .def("descend", &Bound::descend, nb::arg("nodes"), nb::arg("gradients").noconvert(),
+           nb::arg("importance"))
       .def("gradient", &Bound::gradient, nb::arg("node"), nb::arg("slot"),
            nb::arg("values").noconvert(), nb::arg("dense"))
       .def("drop_gradients", &Bound::drop_gradients)

@@ -74,12 +74,14 @@ void Session::load(int node, Slot slot, const float* values, bool packed, bool r
 
 const Program& Session::training_program(bool importance) {
   if (!importance) return *training_;
-  if (!importance_) {
-    for (auto [node, slot] : model_.trainable())
-      model_.tensor(node, slot).squares.resize(model_.tensor_size(node, slot));
-    importance_ = model_.program(mode(true, true));
-  }
+  hold_squares();
+  if (!importance_) importance_ = model_.program(mode(true, true));
   return *importance_;
+}
+
+void Session::hold_squares() {
+  for (auto [node, slot] : model_.trainable())
+    model_.tensor(node, slot).squares.resize(model_.tensor_size(node, slot));
 }
 
 void Session::hold_gradients(bool dense) {
@@ -102,6 +104,11 @@ double Session::step(const float* x, const std::int64_t* y, int examples, bool i
   program.forward(engine_->kernels, engine_->pool, memory, x, batch);
   const double mean = evaluate_loss(options_.loss, program.value(memory, program.output()), y,
                                     batch, program.gradient(memory, program.output()));
+  update(program, batch, importance);
+  return mean;
+}
+
+void Session::update(const Program& program, Batch batch, bool importance) {
   const bool clip = options_.clip_norm > 0;  // no update before the norm is known
   if (clip) hold_gradients(false);
   Sink sink;
@@ -109,13 +116,12 @@ double Session::step(const float* x, const std::int64_t* y, int examples, bool i
   sink.store = clip;
   sink.squares = importance;
   sink.rule = options_.rule;
-  program.backward(engine_->kernels, engine_->pool, memory, batch, sink);
+  program.backward(engine_->kernels, engine_->pool, arena_.get(), batch, sink);
   if (clip) {
     apply(model_.trainable());
   } else {
     update_unreached(program, sink);
   }
-  return mean;
 }
 
 double Session::loss(const float* x, const std::int64_t* y, int examples) {
@@ -198,19 +204,32 @@ void Session::activation(int node, float* values) const {
   for_values(v, tapped_batch_, [&](float x, std::size_t i) { values[i] = x; });
 }
 
-void Session::backward(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
-                       bool dense) {
+// Puts the gradients where they enter.
+void Session::seed(const std::vector<int>& nodes, const std::vector<const float*>& gradients) {
   float* const memory = arena_.get();
   tapped_->clear_seeds(engine_->kernels, engine_->pool, memory, tapped_batch_);
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     const View v = tapped_->gradient(memory, tapped_->tensor_of(nodes[i]));
     if (v) for_values(v, tapped_batch_, [&](float& g, std::size_t at) { g += gradients[i][at]; });
   }
+}
+
+void Session::backward(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
+                       bool dense) {
+  seed(nodes, gradients);
   hold_gradients(dense);
   Sink sink;
   sink.store = !dense;
   sink.dense = dense;
-  tapped_->backward(engine_->kernels, engine_->pool, memory, tapped_batch_, sink);
+  tapped_->backward(engine_->kernels, engine_->pool, arena_.get(), tapped_batch_, sink);
+  tapped_.reset();
+}
+
+void Session::descend(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
+                      bool importance) {
+  if (importance) hold_squares();
+  seed(nodes, gradients);
+  update(*tapped_, tapped_batch_, importance);
   tapped_.reset();
 }
 

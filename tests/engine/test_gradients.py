@@ -131,16 +131,18 @@ def test_backward_needs_a_training_forward(engine):
         lambda session, x, y: session.forward(x),
         lambda session, x, y: session.apply({"fc2.bias": np.ones(4, np.float32)}),
         lambda session, x, y: session.load(session.params()),
+        lambda session, x, y: session.descend({"fc2": np.ones((5, 4), np.float32)}),
     ],
-    ids=["step", "loss", "forward", "apply", "load"],
+    ids=["step", "loss", "forward", "apply", "load", "descend"],
 )
 def test_backward_comes_right_after_its_forward(engine, compute):
     """What it needs may be overwritten by anything else that the session computes."""
     session, (x, y) = opened(engine, MLP), batch(MLP)
     session.forward(x, training=True)
     compute(session, x, y)
-    with pytest.raises(ValueError, match="'fc2': call forward"):
-        session.backward({"fc2": np.ones((5, 4), np.float32)})
+    for call in (session.backward, session.descend):
+        with pytest.raises(ValueError, match="'fc2': call forward"):
+            call({"fc2": np.ones((5, 4), np.float32)})
 
 
 def test_backward_does_not_depend_on_the_arrays_of_the_forward(engine):

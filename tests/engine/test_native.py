@@ -51,6 +51,8 @@ def trained(spec: ModelSpec, threads: int, masks, size: int) -> tuple:
     output = spec.nodes[-1].name
     gradients = session.backward({output: np.ones_like(out[output])}, dense=True)
     session.apply(gradients)
+    session.forward(x, training=True)
+    session.descend({output: np.ones_like(out[output])}, importance=True)
     return losses, out, gradients, session.importance(), session.params()
 
 

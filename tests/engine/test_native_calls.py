@@ -194,6 +194,7 @@ def test_arrays_at_odd_addresses_are_refused():
         lambda: held.set_gradient(0, 0, odd),
         lambda: held.activation(0, misaligned((2, 3))),
         lambda: held.backward([0], [misaligned((2, 3))], False),
+        lambda: held.descend([0], [misaligned((2, 3))], False),
         lambda: held.step(misaligned((2, 4)), y, False),
         lambda: held.step(x, misaligned((2,), np.int64), False),
     ):
@@ -215,17 +216,30 @@ def test_a_running_mean_is_no_weight_to_step():
             call()
 
 
-def test_backward_follows_a_training_forward():
+@pytest.mark.parametrize("name", ["backward", "descend"])
+def test_backward_follows_a_training_forward(name):
     held, x = trained(), np.ones((2, 4), np.float32)
+    call, gradient = getattr(held, name), np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match="not for training"):
+        call([], [], False)
     held.build(0, NONE)
-    gradient = np.ones((2, 3), np.float32)
     held.forward(x, [0], False)
     with pytest.raises(ValueError, match="not for training"):
-        held.backward([0], [gradient], False)
+        call([0], [gradient], False)
     held.forward(x, [0], True)
-    held.backward([0], [gradient], False)
+    for nodes, gradients, match in (
+        ([0], [], "gradients has 0 elements, expected 1"),
+        ([1], [gradient], "not tapped by the last forward"),
+        ([-1], [gradient], "not tapped by the last forward"),
+        ([0], [gradient[:1]], "gradient has 3 elements, expected 6"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call(nodes, gradients, True)
+    call([0], [gradient], False)
     with pytest.raises(ValueError, match="there was no forward"):
-        held.backward([], [], False)
+        call([], [], False)
+    with pytest.raises(ValueError, match="not tapped by the last forward"):
+        call([0], [gradient], False)
 
 
 def test_an_image_of_one_pixel_gives_no_logits():

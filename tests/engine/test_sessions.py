@@ -77,6 +77,8 @@ def test_read_only_arrays_are_taken(engine):
     session.forward(x, training=True)
     session.backward({"fc2": gradient})
     session.apply(params)
+    session.forward(x, training=True)
+    session.descend({"fc2": gradient})
 
 
 def test_sessions_do_not_share_state(engine):

@@ -189,7 +189,7 @@ def arguments_of(
             return [x, [node], [array(draw, out)] if flag else draw.chance(0.8)]
         case "activation":
             return [node, array(draw, out)]
-        case "backward":
+        case "backward" | "descend":
             return [[node], [array(draw, out)], flag]
         case "gradient":
             return [node, slot, array(draw, weight), flag]

@@ -110,6 +110,8 @@ def train(draw: Draw, spec: Any, session: Any, x: np.ndarray, y: np.ndarray) -> 
         dense = draw.chance(0.5)
         gradients = attempt("backward", lambda: session.backward(ones, dense=dense))
         attempt("apply", lambda: session.apply(gradients or {}))
+        attempt("forward", lambda: session.forward(x, taps=taps, training=True))
+        attempt("descend", lambda: session.descend(ones, importance=dense))
     attempt("params", lambda: session.params(packed=True))
     attempt("importance", session.importance)
 

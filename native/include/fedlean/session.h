@@ -57,6 +57,10 @@ public:
   bool has_gradient(int node, Slot slot, bool dense) const;
   void gradient(int node, Slot slot, float* values, bool dense) const;
   void drop_gradients();  // what backward left
+  // Instead of `backward`: one optimiser step, as `step` makes it after the loss.  No gradient is
+  // kept, unless they are clipped: then the kept weights', until the norm of all is known.
+  void descend(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
+               bool importance);
   void set_gradient(int node, Slot slot, const float* values);
   // One optimiser step of the tensors named by (node, slot), whose gradients were set.
   void apply(const std::vector<std::pair<int, Slot>>& tensors);
@@ -64,7 +68,11 @@ public:
 private:
   const Program& training_program(bool importance);
   Mode mode(bool training, bool importance) const;
+  void hold_squares();
   void hold_gradients(bool dense);
+  void seed(const std::vector<int>& nodes, const std::vector<const float*>& gradients);
+  // Backward and update, once the gradients of `program`'s outputs are in the arena.
+  void update(const Program& program, Batch batch, bool importance);
   void update_unreached(const Program& program, const Sink& sink);
   void clip(const std::vector<std::pair<int, Slot>>& tensors);
 

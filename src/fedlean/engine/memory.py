@@ -1,9 +1,10 @@
 """What a training step, or a forward pass alone, holds in memory, from the model alone.
 
 Two models: `sparse=True` is a device with the native engine, which keeps and computes the kept
-weights only (`native_storage`, `native_arena`); `sparse=False` is what a dense engine with masks
-holds.  Counted are parameters, gradients, optimiser state, importance sums, activations and
-scratch; not counted are the process and its libraries, and a dense engine's workspace.
+weights only (`native_step_plan`, `native_forward_plan`), to the byte; `sparse=False` is what a
+dense engine with masks holds.  Counted are parameters, gradients, optimiser state, importance sums,
+activations and scratch; not counted are the process and its libraries, and a dense engine's
+workspace.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from fedlean.engine.native_arena import arena_bytes, geometries, structure
 from fedlean.engine.native_forward_plan import forward_bytes
-from fedlean.engine.native_storage import FLOAT_BYTES, stored_bytes
+from fedlean.engine.native_step_plan import SessionPlan
+from fedlean.engine.native_storage import FLOAT_BYTES
+from fedlean.engine.protocol import SGD
 from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU
 from fedlean.spec import INPUT, ModelSpec
 
@@ -40,20 +42,19 @@ def step_memory(
     frozen: frozenset[str] = frozenset(),
     importance: bool = False,
     sparse: bool = True,
+    threads: int = 1,
 ) -> StepMemory:
-    """Memory of one forward, backward and update on `batch_size` examples, on one thread.
+    """Memory of one forward, backward and update on `batch_size` examples.
 
     `kept` maps masked tensors to their kept coordinates (absent: dense); `optimizer_floats` is what
-    the optimiser holds per trained weight (1 with momentum).
+    the optimiser holds per trained weight (`optimizer_floats`).
     """
     sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
     sums = FLOAT_BYTES * sum(sizes.values()) if importance else 0
     if sparse:
-        held = structure(spec, frozen)
-        stored = stored_bytes(spec, kept, optimizer_floats, frozen, geometries(spec, held))
-        arena = arena_bytes(
-            spec, kept, held, batch_size=batch_size, frozen=frozen, importance=importance
-        )
+        plan = SessionPlan(spec, kept, batch_size, frozen, threads)
+        stored = plan.stored_bytes(optimizer_floats)
+        arena = plan.step_bytes(importance=importance)
         return StepMemory(stored, sums, arena, stored + sums + arena)
     gradients = {name: FLOAT_BYTES * size for name, size in sizes.items()}
     stored = sum(FLOAT_BYTES * prod(shape) for shape in spec.tensor_shapes.values())
@@ -62,6 +63,16 @@ def step_memory(
     saved = _saved_bytes(spec, batch_size)
     peak = stored + sums + _backward_peak(spec, saved, gradients, batch_size)
     return StepMemory(stored + sum(gradients.values()), sums, sum(saved.values()), peak)
+
+
+def optimizer_floats(optimizer: SGD, *, sparse: bool = True) -> int:
+    """What an engine holds per trained weight beside its value.
+
+    Momentum, what was loaded for the proximal term and, natively, where clipping must know the norm
+    before it updates, the gradient; a dense engine has that in any case.
+    """
+    clips = sparse and optimizer.clip_norm is not None
+    return bool(optimizer.momentum) + bool(optimizer.proximal) + clips
 
 
 @dataclass(frozen=True)

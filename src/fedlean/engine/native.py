@@ -255,6 +255,15 @@ class NativeSession:
         self._session.drop_gradients()
         return gradients
 
+    def descend(
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+    ) -> None:
+        checks.check_output_gradients(self._spec, output_gradients, self._returned, self._examples)
+        self._returned = frozenset()
+        nodes = [self._tensors.nodes[name] for name in output_gradients]
+        self._session.descend(nodes, list(output_gradients.values()), importance)
+        self._importance = self._importance or importance
+
     def apply(self, gradients: Params) -> None:
         checks.check_gradients(self._spec, gradients)
         self._returned = frozenset()

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from fedlean.layers import Conv2d, Linear
+from fedlean import layers as L
+from fedlean.layers import Conv2d, Linear, Shape
 from fedlean.spec import ModelSpec, Node
 
 FLOAT_BYTES = 4
+PANEL_LANES = 16  # examples that lie side by side
 OFFSET_BYTES = 2  # of a kept weight within its chunk or block
 START_BYTES = 4
 CHUNK_BYTES = 16
@@ -35,11 +37,25 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Situation:
+    """What decides how much memory a layer needs in a pass."""
+
+    examples: int  # at once
+    lanes: int  # of theirs, idle ones included
+    panels: int
+    training: bool  # backward follows
+    importance: bool
+    needs_grad_in: bool  # of any input
+    threads: int
+
+
+@dataclass(frozen=True)
 class Scratch:
-    """Floats that a layer needs for a moment."""
+    """Floats that a layer needs for a moment, and from forward to backward."""
 
     forward: int = 0
     backward: int = 0
+    saved: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,45 +109,55 @@ def is_sparse(spec: ModelSpec, node: Node, values: int, geometries: Mapping[str,
 def scratch(
     spec: ModelSpec,
     node: Node,
-    values: int,
+    shape: Shape,
+    kept: Mapping[str, int],
     geometries: Mapping[str, Geometry],
-    *,
-    batch_size: int,
-    lanes: int,
-    importance: bool,
+    at: Situation,
 ) -> Scratch:
-    """Of a Linear or Conv2d that keeps `values` weights, on one thread."""
-    sparse, geometry = is_sparse(spec, node, values, geometries), geometries[node.name]
-    if isinstance(node.layer, Linear):
-        return _linear_scratch(spec, node, sparse, geometry, batch_size, importance)
-    assert isinstance(node.layer, Conv2d)
-    window = _window(spec, node, values, geometry)
-    channels, taps = spec.input_shapes(node)[0][0], node.layer.kernel_size**2
-    split = channels * window.in_pixels * lanes if node.layer.stride > 1 else 0
+    """Of a layer that makes `shape`; `kept` maps masked tensors to kept coordinates."""
+    match node.layer:
+        case L.Linear() | L.Conv2d():
+            name = f"{node.name}.weight"
+            values = kept.get(name, prod(spec.param_shapes[name]))
+            of = _linear_scratch if isinstance(node.layer, L.Linear) else _conv_scratch
+            return of(spec, node, values, geometries, at)
+        case L.MaxPool2d():  # a byte per output: which pixel won
+            return Scratch(saved=-(-prod(shape) * at.lanes // 4) if at.training else 0)
+        case L.GroupNorm(groups=groups):
+            saved = 2 * groups * at.panels * PANEL_LANES if at.training else 0
+            return Scratch(0, 2 * at.threads * (shape[0] // groups), saved)
+        case L.BatchNorm():
+            return Scratch(saved=2 * shape[0] if at.training else 0)
+    return Scratch()
+
+
+def _conv_scratch(
+    spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry], at: Situation
+) -> Scratch:
+    layer, sparse = node.layer, is_sparse(spec, node, values, geometries)
+    assert isinstance(layer, L.Conv2d)
+    window = _window(spec, node, values, geometries[node.name])
+    channels, taps = spec.input_shapes(node)[0][0], layer.kernel_size**2
+    split = channels * window.in_pixels * at.lanes if layer.stride > 1 else 0
     backward = split
-    if importance or not sparse:
-        backward += CONV_GRAD_ROWS * channels // node.layer.groups * taps
+    if at.importance or not sparse:
+        backward += at.threads * CONV_GRAD_ROWS * (channels // layer.groups) * taps
     if sparse:
-        strip = max(min(GATHER_STRIP, values), window.chunk * taps)
-        transposed = values if geometry.needs_grad_in else 0
+        strip = at.threads * max(min(GATHER_STRIP, values), window.chunk * taps)
+        transposed = values if at.needs_grad_in else 0
         backward += max(transposed, strip) + 16
     return Scratch(split, backward)
 
 
 def _linear_scratch(
-    spec: ModelSpec,
-    node: Node,
-    sparse: bool,
-    geometry: Geometry,
-    batch_size: int,
-    importance: bool,
+    spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry], at: Situation
 ) -> Scratch:
     outputs, inputs = spec.param_shapes[f"{node.name}.weight"]
-    rows, columns = batch_size * inputs, batch_size * outputs
+    rows, columns = at.examples * inputs, at.examples * outputs
     dense = rows + columns + LINEAR_GRAD_ROWS * inputs
-    if sparse:
-        return Scratch(0, COLUMN_STRIP + (dense if importance else 0))
-    return Scratch(rows + columns, dense + (rows if geometry.needs_grad_in else 0))
+    if is_sparse(spec, node, values, geometries):
+        return Scratch(0, at.threads * COLUMN_STRIP + (dense if at.importance else 0))
+    return Scratch(rows + columns, dense + (rows if at.needs_grad_in else 0))
 
 
 def _index_bytes(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> int:

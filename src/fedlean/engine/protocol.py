@@ -94,7 +94,21 @@ class Session(Protocol):
 
         Gradients enter at nodes that the forward returned, each (B, *shape).  All trainable tensors
         come back in their dense shapes; pruned coordinates are 0 unless `dense`.  Each training
-        forward serves one backward, and none once the session has computed anything else.
+        forward serves one backward or `descend`, and none once the session has computed anything
+        else.
+        """
+        ...
+
+    def descend(
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+    ) -> None:
+        """Backward from the last training forward and one optimiser step: `apply(backward(...))`.
+
+        No gradient leaves the engine, so that it costs what the rest of a `step` costs after the
+        loss: it is for losses that the engine does not know.  Gradients enter as in `backward`,
+        each (B, *shape), and are refused as there.  All trainable tensors move, those that no
+        gradient reaches by what `SGD` does with 0.  `importance` as in `step`, g being what
+        `backward` would give with `dense`.
         """
         ...
 

@@ -1,8 +1,8 @@
 """The PyTorch engine: runs any `ModelSpec`, with masks as multiplications (*masked* arithmetic).
 
-It owns the translation of a spec into torch operations.  It saves no operations and no memory for a
-pruned model: it is the oracle of the native engine and the engine of simulations.  Not covered:
-slices (`SubModel.index`), output modules and GPUs, which are refused by name.
+It saves no operations and no memory for a pruned model: it is the oracle of the native engine and
+the engine of simulations.  Not covered: slices (`SubModel.index`), output modules and GPUs, which
+are refused by name.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedlean import layers as L
 from fedlean.core import Params, SubModel
 from fedlean.engine import checks
 from fedlean.engine.directions import Kind, direction
 from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.protocol import SGD, Loss
-from fedlean.spec import INPUT, ModelSpec, Node
-
-Tensors = Mapping[str, torch.Tensor]
+from fedlean.engine.torch_layers import Tensors, run_layer
+from fedlean.spec import INPUT, ModelSpec
 
 
 class TorchEngine:
@@ -173,17 +171,18 @@ class TorchSession:
     def backward(
         self, output_gradients: Mapping[str, np.ndarray], *, dense: bool = False
     ) -> dict[str, np.ndarray]:
-        checks.check_output_gradients(
-            self._spec, output_gradients, self._kept_graph, self._kept_examples
-        )
-        gradients = self._gradients(
-            [self._kept_graph[name] for name in output_gradients],
-            [_tensor(gradient) for gradient in output_gradients.values()],
-        )
-        self._kept_graph = {}
+        gradients = self._pulled_back(output_gradients)
         if not dense:
             gradients = {name: g * self._masks.get(name, 1) for name, g in gradients.items()}
         return {name: gradient.numpy() for name, gradient in gradients.items()}
+
+    def descend(
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+    ) -> None:
+        gradients = self._pulled_back(output_gradients)
+        if importance:
+            self._accumulate(gradients)
+        self._descend(gradients)
 
     def apply(self, gradients: Params) -> None:
         checks.check_gradients(self._spec, gradients)
@@ -196,6 +195,15 @@ class TorchSession:
 
     def _check_batch(self, x: np.ndarray, y: np.ndarray) -> None:
         checks.check_batch(self._spec, x, y, self._batch_size, self._spec.output_shape[0])
+
+    def _pulled_back(self, output_gradients: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Through the last training forward, which this uses up."""
+        checks.check_output_gradients(
+            self._spec, output_gradients, self._kept_graph, self._kept_examples
+        )
+        outputs = [self._kept_graph[name] for name in output_gradients]
+        self._kept_graph = {}
+        return self._gradients(outputs, [_tensor(g) for g in output_gradients.values()])
 
     def _gradients(
         self, outputs: Sequence[torch.Tensor], entering: Sequence[torch.Tensor | None]
@@ -264,7 +272,7 @@ class TorchSession:
         for node in self._spec.nodes:
             inputs = [values[source] for source in node.inputs]
             moves = training and f"{node.name}.running_mean" not in self._frozen
-            values[node.name] = _layer(node, inputs, state, moves)
+            values[node.name] = run_layer(node, inputs, state, moves)
             for source in node.inputs:
                 readers[source] -= 1
                 if readers[source] == 0 and source not in keep:
@@ -348,53 +356,3 @@ def _clip(gradients: Tensors, clip_norm: float) -> None:
     if norm > clip_norm:
         for gradient in gradients.values():
             gradient.mul_(clip_norm / norm)
-
-
-def _layer(node: Node, inputs: list[torch.Tensor], state: Tensors, training: bool) -> torch.Tensor:
-    """One node on (B, ...) inputs."""
-    x = inputs[0]
-    weight, bias = state.get(f"{node.name}.weight"), state.get(f"{node.name}.bias")
-    match node.layer:
-        case L.Linear() if weight is not None:
-            return F.linear(x, weight, bias)
-        case L.Conv2d(stride=stride, padding=padding, groups=groups) if weight is not None:
-            return F.conv2d(x, weight, bias, stride, padding, 1, groups)
-        case L.AvgPool2d(kernel_size=k, stride=stride, padding=padding):
-            return F.avg_pool2d(x, k, stride, padding)
-        case L.MaxPool2d(kernel_size=k, stride=stride, padding=padding):
-            return F.max_pool2d(x, k, stride, padding)
-        case L.GlobalAvgPool():
-            return x.mean((2, 3))
-        case L.GroupNorm(eps=eps, groups=groups):
-            if training:  # as in _moving_batch_norm; evaluation's memory has no room for a copy
-                values = x.reshape(len(x), groups, -1)
-                x = (values - values.detach()[:, :, :1]).reshape(x.shape)
-            return torch.group_norm(x, groups, weight, bias, eps)  # F's refuses 1 value per group
-        case L.BatchNorm(eps=eps, momentum=momentum):
-            mean, var = state[f"{node.name}.running_mean"], state[f"{node.name}.running_var"]
-            norm = _moving_batch_norm if training else F.batch_norm
-            return norm(x, mean, var, weight, bias, training, momentum, eps)
-        case L.ReLU():
-            return F.relu(x)
-        case L.Hardswish():
-            return F.hardswish(x)
-        case L.Hardsigmoid():
-            return F.hardsigmoid(x)
-        case L.Flatten():
-            return x.flatten(1)
-        case L.Add():
-            return sum(inputs[1:], start=x)
-        case L.Scale():
-            return x * inputs[1][:, :, None, None]
-    raise ValueError(f"layer {node.name!r}: the torch engine lacks {type(node.layer).__name__}")
-
-
-def _moving_batch_norm(x, mean, var, weight, bias, training, momentum, eps) -> torch.Tensor:
-    """Of x (B, C, ...) less one of its values: exactly the bias where they are all equal."""
-    values = x.reshape(*x.shape[:2], -1)
-    one = values.detach()[:1, :, :1]
-    moments = torch.zeros_like(mean), torch.zeros_like(var)
-    out = F.batch_norm(values - one, *moments, weight, bias, training, 1.0, eps)
-    mean.lerp_(moments[0] + one.flatten(), momentum)
-    var.lerp_(moments[1], momentum)
-    return out.reshape(x.shape)

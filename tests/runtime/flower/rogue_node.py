@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
-from rogue_answers import ATTACKS, attacked
+from runtime.flower.rogue_answers import ATTACKS, attacked
 
 from fedlean.runtime.flower.identity import read_key
 from fedlean.runtime.flower.superlink import SuperLink

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from importlib.util import find_spec
@@ -41,7 +42,8 @@ SIZE = 100_000_000
 def rogue_node(stock, folder: Path, what: int | str) -> Process:
     key = registered_key(stock, folder, 1)
     command = [sys.executable, str(ROGUE), stock.address, str(key), str(stock.ca)]
-    return Process(folder / "rogue.log", [*command, str(folder / "rogue"), str(what)], None)
+    here = {**os.environ, "PYTHONPATH": str(ROGUE.parents[2])}
+    return Process(folder / "rogue.log", [*command, str(folder / "rogue"), str(what)], here)
 
 
 class Peak:

@@ -154,6 +154,18 @@ def test_a_session_computes_until_the_time_is_over(name, watch):
     assert session.params().keys() == params().keys(), "what costs nothing is the session's own"
 
 
+@pytest.mark.parametrize("name", ["backward", "descend"])
+def test_a_backward_pass_is_not_begun_when_the_time_is_over(name, watch):
+    session, (x, _) = opened(Budget(10.0, 60.0, lambda: False)), example()
+    gradients = session.forward(x, training=True)
+    getattr(session, name)(gradients)
+    before, gradients = session.params(), session.forward(x, training=True)
+    watch.now = 10.0
+    with pytest.raises(GaveUp, match="deadline"):
+        getattr(session, name)(gradients)
+    assert all(np.array_equal(value, before[name]) for name, value in session.params().items())
+
+
 def test_sessions_are_not_opened_when_the_time_is_over(watch):
     budget = Budget(10.0, 60.0, lambda: False)
     watch.now = 10.0

@@ -7,12 +7,12 @@ whatever the method is, its work goes through these, and nothing that is kept is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from fedlean.core import Batches
+from fedlean.core import Batches, Params
 from fedlean.data.batches import Batch
 from fedlean.engine.protocol import Engine, ForwardSession, Session
 
@@ -112,6 +112,14 @@ class _TimedSession:
     def forward(self, x: np.ndarray, **named: Any) -> Any:
         self._budget.check()
         return self._session.forward(x, **named)
+
+    def backward(self, output_gradients: Mapping[str, np.ndarray], **named: Any) -> Params:
+        self._budget.check()
+        return self._session.backward(output_gradients, **named)
+
+    def descend(self, output_gradients: Mapping[str, np.ndarray], **named: Any) -> None:
+        self._budget.check()
+        self._session.descend(output_gradients, **named)
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
         self._budget.check()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,10 +111,19 @@ class _Guarded:
         self._limit_bytes = limit_bytes
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
-        if importance:
+        self._check_squares(importance)
+        return self._session.step(x, y, importance=importance)
+
+    def descend(
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+    ) -> None:
+        self._check_squares(importance)
+        self._session.descend(output_gradients, importance=importance)
+
+    def _check_squares(self, asked: bool) -> None:
+        if asked:
             what = "a training step with Σ g² of all coordinates"
             check_fits(self._important_bytes, self._free_bytes, self._limit_bytes, what)
-        return self._session.step(x, y, importance=importance)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
