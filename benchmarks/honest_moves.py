@@ -81,7 +81,7 @@ class Watch:
         self.updates += len(moved)
         self.refused += len(step.record.rejected)
         kinds = {kind for each in moved.values() for kind in each} - {MODEL, BUFFERS}
-        known = moves if moves.suffice(phase, kinds) else moves.after(phase, moved.values())
+        known = moves if moves.suffice(phase, kinds) else moves.after(phase, moved)
         for kind, most in known.bound(None, phase).most.items():
             median = most / (FACTOR if kind in (MODEL, BUFFERS) else STATISTIC_FACTOR)
             name = kind if kind in (MODEL, BUFFERS) else "statistics"

@@ -62,12 +62,8 @@ def _place(type_: Any, tokens: Sequence[Any]) -> Path:
 
 
 def _norm(type_: Any, tokens: Sequence[Any]) -> float:
-    """0 is what `off` is called in a configuration."""
     del type_
-    try:
-        return 0.0 if tokens[0].value == "off" else float(tokens[0].value)
-    except ValueError:
-        raise ValueError("expected a number or off") from None
+    return configs.max_update_norm(tokens[0].value)
 
 
 Norm = Annotated[float, Parameter(converter=_norm)]

@@ -119,8 +119,13 @@ def both(model: float, buffers: float = 0.0, asked: float = 0.0) -> Moved:
     return {MODEL: Move(model, asked), BUFFERS: Move(buffers)}
 
 
+def each(*moved: Moved) -> dict[int, Moved]:
+    """Of clients 0, 1, 2 ..."""
+    return dict(enumerate(moved))
+
+
 def history(*trained: float, phase: str = "train") -> Moves:
-    return Moves().after(phase, [both(far, far / 10) for far in trained])
+    return Moves().after(phase, each(*[both(far, far / 10) for far in trained]))
 
 
 def test_the_bound_is_a_multiple_of_the_lower_median():
@@ -148,7 +153,7 @@ def test_too_few_moves_or_none_at_all_say_nothing():
 def test_another_phase_begins_anew():
     moves = history(1, 2, 3)
     assert moves.bound(None, "prune") == Bound() and not moves.suffice("prune", ())
-    assert moves.after("prune", [both(7)]).last[MODEL] == (7,)
+    assert moves.after("prune", each(both(7))).last[MODEL] == ((0, 7),)
 
 
 def test_what_is_given_counts_alone_and_0_is_off():
@@ -171,7 +176,7 @@ def test_a_statistic_has_a_bound_of_its_own():
     update = ClientUpdate(0, 40, {}, SubModel(), statistics)
     far = moved_of(update, task(), forms)
     assert (far["slopes"], far["importance"]) == (Move(5), Move(7))  # of squares, the root
-    moves = Moves().after("train", [far] * 3)
+    moves = Moves().after("train", each(far, far, far))
     bound = moves.bound(None, "train")
     assert bound.most["slopes"] == STATISTIC_FACTOR * 5
     assert bound.exceeded({"slopes": Move(499)}) is None
@@ -182,19 +187,45 @@ def test_a_statistic_has_a_bound_of_its_own():
     assert moves.suffice("train", ["slopes"]) and not moves.suffice("train", ["gradient"])
 
 
-def test_a_jump_of_all_clients_passes_in_the_third_round():
+@pytest.mark.parametrize("cohort", [3, 4, 6, 10, 50])
+def test_a_jump_of_all_clients_passes_in_the_third_round(cohort):
     """Honest moves that grow a hundredfold at once are refused twice, not for good."""
-    moves, taken = history(*[1.0] * 6), []
+    moves, taken = history(*[1.0] * cohort), []
+    for _ in range(9):
+        moves = moves.after("train", each(*[both(1.0)] * cohort))
     for _ in range(3):
         bound = moves.bound(None, "train")
         taken.append(bound.exceeded(both(100.0)) is None)
-        moves = moves.after("train", [both(100.0)] * 6)
-    assert taken == [False, False, True] or taken == [False, True, True]
+        moves = moves.after("train", each(*[both(100.0)] * cohort))
+    assert taken == [False, False, True]
+
+
+def test_two_clients_set_each_other_no_bound():
+    """However often they have moved: one that hardly moves would have the other refused."""
+    moves = Moves()
+    for _ in range(9):
+        moves = moves.after("train", each(both(1e-6), both(1.0)))
+    assert moves.bound(None, "train").exceeded(both(1.0)) is None
+    assert not moves.suffice("train", ())
+
+
+def test_moves_of_clients_that_are_drawn_one_at_a_time():
+    moves = Moves()
+    for client in range(8):
+        assert moves.suffice("train", ()) == (client >= LEAST)
+        moves = moves.after("train", {client: both(1.0)})
+    assert moves.bound(None, "train").most[MODEL] == FACTOR
+
+
+def test_a_statistic_that_was_sent_too_seldom_is_waited_for():
+    twice = each(*[{MODEL: Move(1.0), "s": Move(1.0)}] * 2)
+    moves = Moves().after("train", twice).after("train", each(*[both(1.0)] * 3))
+    assert moves.suffice("train", ()) and not moves.suffice("train", ["s"])
 
 
 def test_a_rogue_in_every_round_does_not_lift_the_bound():
     moves = Moves()
     for _ in range(50):
-        moves = moves.after("train", [both(1.0)] * 4 + [both(1e17)])
+        moves = moves.after("train", each(*[both(1.0)] * 4, both(1e17)))
     assert moves.bound(None, "train").most[MODEL] == FACTOR
     assert len(moves.last[MODEL]) == max(KEPT, 10)

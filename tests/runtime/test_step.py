@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from federation import CLIENTS, SPEC, Around, fresh_dispatch, params, run, same, server
 
-from fedlean.core import ClientUpdate, FederatedAlgorithm, Masks, Params, Work
+from fedlean.core import ClientUpdate, Device, FederatedAlgorithm, Masks, Params, Work
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.ntk_zo import ntk_zo
+from fedlean.methods.prunefl import prunefl
+from fedlean.runtime.checks import beyond_order
 from fedlean.runtime.merged import GROWTH, fault, suspects
 from fedlean.runtime.moves import BUFFERS, MODEL, Move, Moved
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.rounds import REFUSED_STEPS, Progress, RunFailed
 from fedlean.runtime.step import ATTEMPTS
+from fedlean.tree import apply_mask
 
 ROGUE = 1
 Change = Callable[[ClientUpdate], ClientUpdate]
@@ -162,6 +165,24 @@ def test_a_claim_beyond_the_order(name):
     assert reason in record.rejected[ROGUE]
     assert record.cost.flops <= honest[0].cost.flops * CLIENTS / (CLIENTS - 1)
     assert set(record.metrics) <= {"train_loss"}
+
+
+def test_work_on_pruned_weights():
+    """The task keeps some weights; a claim of all would be charged a dense step."""
+    algorithm = prunefl(
+        server(1), local_steps=2, batch_size=4, initial_pruning=False, reconfigure_every=0
+    )
+    first = algorithm.init(params())
+    masks = {name: np.arange(m.size).reshape(m.shape) % 3 > 0 for name, m in first.masks.items()}
+    state = replace(first, params=apply_mask(params(), masks), masks=masks)
+    (task,) = algorithm.configure(state, [Device(0)])
+    (honest,) = algorithm.work(task)
+    assert beyond_order([honest], task, [honest]) is None
+    assert beyond_order([replace(honest, steps=1)] * 2, task, [honest]) is None
+    assert beyond_order([Work()], task, [honest]) is None
+    for kept in ({}, {**honest.kept, "fc1.weight": honest.kept["fc1.weight"] + 1}):
+        reason = beyond_order([replace(honest, kept=kept)], task, [honest]) or ""
+        assert "work on all weights of" in reason
 
 
 def test_as_much_work_as_ordered_is_taken_and_less_too():

@@ -54,7 +54,7 @@ def remedy(reason: str) -> str:
     if diverged(reason):
         return "training diverges: try a lower --lr"
     if reason.startswith(("moved the ", "sent the statistic ")):
-        return "try a lower --lr, or a higher --max-update-norm"
+        return "try a lower --lr, or another --max-update-norm"
     return "the clients answer other tasks than they get: do they run this version of FedLean?"
 
 
@@ -146,6 +146,18 @@ def beyond_order(
     for what, most in _amounts(ordered).items():
         if claimed[what] > most:
             return f"claims work of {claimed[what]} {what}, the task takes at most {most}"
+    return _on_more_weights(work, ordered)
+
+
+def _on_more_weights(work: Sequence[Work], ordered: Sequence[Work]) -> str | None:
+    """Where all of the order is about masked tensors, so is every claim."""
+    if not all(one.kept for one in ordered):
+        return None
+    for name in {name for one in ordered for name in one.kept}:
+        most = max(one.kept.get(name, 0) for one in ordered)
+        for one in work:
+            if (one.steps or one.forward_examples) and one.kept.get(name, most + 1) > most:
+                return f"claims work on all weights of {name!r}, or on more than the {most} kept"
     return None
 
 

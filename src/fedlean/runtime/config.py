@@ -148,6 +148,22 @@ def _is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, kinds)
 
 
+def max_update_norm(text: str) -> float:
+    """A user's bound: a positive number, or "off", which a configuration calls 0.
+
+    Raises ValueError for anything else, 0 among it: it might mean either end.
+    """
+    if text == "off":
+        return 0.0
+    try:
+        norm = float(text)
+    except ValueError:
+        norm = 0.0
+    if not 0 < norm < math.inf:
+        raise ValueError(f"expected a positive number, or off for no bound, got {text!r:.40}")
+    return norm
+
+
 def check(config: RunConfig) -> None:
     """Raises ValueError naming the first value that makes no sense; `clients` may be open."""
     clients = config.num_clients

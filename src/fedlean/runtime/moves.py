@@ -8,7 +8,7 @@ and its numbers are ours; docs/untrusted-clients.md has what honest runs of ever
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from statistics import median_low
@@ -24,7 +24,7 @@ STATISTIC_FACTOR = 100.0  # the same of statistics: what one has learnt, another
 # Of the norm of what was asked with: less is always taken.  Where most clients have learnt what
 # there is to learn, the median is next to nothing, and one with something new is no rogue.
 SMALL = 0.1
-LEAST = 3  # moves from which a median says something: of two, either may be the wrong one
+LEAST = 3  # clients from which a median says something: of two, either may be the wrong one
 KEPT = 8  # of the last moves, at least; and those of the last KEPT_COHORTS cohorts
 KEPT_COHORTS = 2
 MODEL, BUFFERS = "model", "running statistics"
@@ -76,41 +76,43 @@ class Moves:
     """
 
     phase: str = ""
-    last: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by kind
-    clients: int = 0  # whose moves these are, up to LEAST
+    last: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
     def bound(self, max_norm: MaxNorm, phase: str) -> Bound:
         if max_norm is not None:
             return Bound(given=max_norm or inf)
         if phase != self.phase:
             return Bound()
-        return Bound({kind: _bound(kind, far) for kind, far in self.last.items()})
+        return Bound({kind: _bound(kind, moves) for kind, moves in self.last.items()})
 
     def suffice(self, phase: str, statistics: Collection[str]) -> bool:
         """Whether they give a bound for updates of this phase with these statistics."""
-        enough = phase == self.phase and self.clients >= LEAST
-        return enough and all(key in self.last for key in statistics)
+        return phase == self.phase and all(
+            _clients(self.last.get(kind, ())) >= LEAST for kind in (MODEL, *statistics)
+        )
 
-    def after(self, phase: str, moved: Iterable[Moved]) -> Moves:
-        """With those of one more round."""
-        new = list(moved)
-        old = self if phase == self.phase else Moves()
-        last = dict(old.last)
-        for kind in {kind for each in new for kind in each}:
-            far = [each[kind].far for each in new if kind in each]
-            last[kind] = (*last.get(kind, ()), *far)[-max(KEPT, KEPT_COHORTS * len(far)) :]
-        return Moves(phase, last, min(LEAST, old.clients + len(new)))
+    def after(self, phase: str, moved: Mapping[int, Moved]) -> Moves:
+        """With those of one more round, by client."""
+        last = dict(self.last) if phase == self.phase else {}
+        for kind in {kind for each in moved.values() for kind in each}:
+            new = [(client, each[kind].far) for client, each in moved.items() if kind in each]
+            last[kind] = (*last.get(kind, ()), *new)[-max(KEPT, KEPT_COHORTS * len(new)) :]
+        return Moves(phase, last)
+
+
+def _clients(moves: Sequence[tuple[int, float]]) -> int:
+    return len({client for client, _ in moves})
 
 
 def _factor(kind: str) -> float:
     return FACTOR if kind in (MODEL, BUFFERS) else STATISTIC_FACTOR
 
 
-def _bound(kind: str, far: Sequence[float]) -> float:
-    """Infinite where there are too few; a median of 0 says nothing."""
-    if len(far) < LEAST:
+def _bound(kind: str, moves: Sequence[tuple[int, float]]) -> float:
+    """Infinite where they are of too few clients; a median of 0 says nothing."""
+    if _clients(moves) < LEAST:
         return inf
-    return _factor(kind) * median_low(far) or inf
+    return _factor(kind) * median_low(far for _, far in moves) or inf
 
 
 def moved(update: ClientUpdate, task: ClientTask, forms: Mapping[str, StatisticForm]) -> Moved:

@@ -20,7 +20,7 @@ from fedlean.models.initialise import check_params
 from fedlean.runtime.checkpoint import begin_anew
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.moves import Moves
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, Progress
 from fedlean.runtime.runlog import Totals
 from fedlean.spec import ModelSpec
 
@@ -44,9 +44,10 @@ def restored(folder: Path, tree: Mapping[str, Any], initial: Any, spec: ModelSpe
             _state(tree["state"], initial, spec),
             ClientStore(_store(tree["store"])),
             _count("step", tree["step"]),
-            _count("empty_steps", tree["empty_steps"]),
-            _count("refused_steps", tree.get("refused_steps", 0)),  # early versions have none
-            Moves(**tree.get("moves", {})),
+            _below("empty_steps", tree["empty_steps"], EMPTY_STEPS),
+            # early versions have neither of these
+            _below("refused_steps", tree.get("refused_steps", 0), REFUSED_STEPS),
+            _moves(tree.get("moves", {})),
         )
         totals = _totals(tree["totals"])
         return Restored(
@@ -77,6 +78,23 @@ def _state(values: Mapping[str, Any], initial: Any, spec: ModelSpec) -> Any:
     check_params(spec, _arrays("params", state.params))
     check_masks(spec, _arrays("masks", state.masks))
     return state
+
+
+def _below(name: str, value: Any, limit: int) -> int:
+    """A count that ended the run begins anew: whoever goes on has changed something."""
+    return count if (count := _count(name, value)) < limit else 0
+
+
+def _moves(values: Mapping[str, Any]) -> Moves:
+    moves = Moves(**values)
+    if not isinstance(moves.phase, str):
+        raise TypeError(f"the phase of its moves is {moves.phase!r:.40}")
+    for kind, last in moves.last.items():
+        for client, far in last:
+            _count(f"a client of the moves of {kind!r:.40}", client)
+            if not isinstance(far, float) or not 0 <= far < math.inf:
+                raise ValueError(f"a move of {kind!r:.40} is {far!r:.40}")
+    return moves
 
 
 def _kind(value: Any) -> str | None:

@@ -67,7 +67,7 @@ class Step:
         record.notes += self._dispatch.notes()
         record.wall_seconds = time.perf_counter() - began
         phase = record.tasks[0].phase if record.tasks else moves.phase
-        return after, moves.after(phase, record.moved.values()) if record.moved else moves
+        return after, moves.after(phase, record.moved) if record.moved else moves
 
     def _tasks(self, state: Any, devices: Sequence[Device]) -> list[ClientTask]:
         """Without the clients whose updates this step has refused: they would do the same again."""
@@ -167,7 +167,7 @@ class Step:
 
         def too_far(client: int) -> bool:
             phase = asked[client].phase
-            moves = self._moves.after(phase, self.record.moved.values())
+            moves = self._moves.after(phase, self.record.moved)
             why = moves.bound(self._max_norm, phase).exceeded(self.record.moved[client])
             if why is not None:
                 self.record.rejected[client] = why

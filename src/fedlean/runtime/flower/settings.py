@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedlean.runtime.config import CLIENTS, RunConfig
+from fedlean.runtime.config import CLIENTS, RunConfig, max_update_norm
 from fedlean.runtime.method import given_settings, nearest
 from fedlean.runtime.remote.dispatch import Terms
 
@@ -57,7 +57,7 @@ def server_settings(flat: Flat) -> ServerSettings:
         method=method,
         target_accuracy=_accuracies(str(given.get("target_accuracy", ""))),
         eval_examples=_whole("eval_examples", given.get("eval_examples", 0)) or None,
-        max_update_norm=_norm(given.get("max_update_norm", 0)),
+        max_update_norm=_norm(given.get("max_update_norm", "")),
         settings=given_settings(method, shlex.split(str(given.get("settings", "")))),
         **plain,
     )
@@ -86,9 +86,11 @@ def _number(name: str, value: object) -> float:
 
 
 def _norm(value: object) -> float | None:
-    """0: as if it were not given; below: off, which a configuration calls 0."""
-    number = _number("max_update_norm", value)
-    return None if number == 0 else max(0.0, number)
+    text = str(value)
+    try:
+        return max_update_norm(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"max-update-norm: {error}") from None
 
 
 def _accuracies(text: str) -> tuple[float, ...]:
