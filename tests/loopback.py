@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from federation import CLIENTS, ENGINE, client_data, dataset
 
-from fedlean.runtime.remote import attendance, budget, dispatch, exchange, roster
+from fedlean.runtime.remote import attendance, budget, dispatch, exchange, roster, unwilling
 from fedlean.runtime.remote.dispatch import RemoteDispatch, Terms
 from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.remote.worker import Worker
@@ -41,7 +41,7 @@ class Clock:
 def stand_in(monkeypatch) -> Clock:
     """The clock of all that waits for devices, and of the devices."""
     clock = Clock()
-    for module in (attendance, budget, dispatch, exchange, roster):
+    for module in (attendance, budget, dispatch, exchange, roster, unwilling):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

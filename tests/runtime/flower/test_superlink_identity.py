@@ -11,7 +11,9 @@ import stat
 import subprocess
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,17 @@ def test_a_fingerprint_is_that_of_ssh_keygen(tmp_path):
         command = ["ssh-keygen", "-lf", str(tmp_path / "key")]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert key.fingerprint in shown.split()
+
+
+def test_what_a_device_is_known_by_cannot_be_had_from_its_public_key(tmp_path):
+    """It is a digest of the private number, and stays the same as long as the key does."""
+    keys = [identity.PrivateKey(ec.derive_private_key(n, ec.SECP384R1())) for n in (5, 5, 6)]
+    five = blake2b(b"\x05", digest_size=16, person=b"fedlean device").hexdigest()
+    assert [key.device == f"{keys[0].fingerprint} {five}" for key in keys] == [True, True, False]
+    assert all(five not in value for value in keys[0].headers().values())
+    make_certificates(tmp_path)
+    settings: Any = {"root_certificates": tmp_path / "ca.crt", "insecure": False, "limit_bytes": 1}
+    assert SuperLink("127.0.0.1:9", key=keys[0], say=str, **settings).device == keys[0].device
 
 
 P384 = ec.generate_private_key(ec.SECP384R1())

@@ -149,37 +149,7 @@ def test_class_names_that_cannot_be_sent_are_found_at_the_start(tmp_path, monkey
         remote(Loopback(tmp_path))
 
 
-# Numbers
-
-
-def test_a_number_that_two_devices_claim_is_refused_by_their_keys(tmp_path, caplog):
-    """The first keeps it; the second is told, and let in once the first is gone."""
-    post = Odd(tmp_path, identity="SHA256:second")
-    post.workers[101] = Worker(
-        tmp_path / "1", client_data()[1], client=2, engine="native", identity="SHA256:first"
-    )
-    dispatch, lines = remote(post, min_clients=3)
-    with caplog.at_level(logging.ERROR, "fedlean"):
-        run(everybody(), dispatch=dispatch)
-    claimed = (
-        "number 2 is claimed twice: by SHA256:first (node 101), which has it, and by SHA256:second "
-        "(node 102): give each its own --client"
-    )
-    assert f"node 102 cannot take part: {claimed}" in lines
-    assert any(claimed in record.message for record in caplog.records)
-    post.there.discard(101)
-    assert dispatch._roster.present("a1", seconds=1.0)[2] == 102
-
-
-def test_a_device_that_starts_again_has_its_number_by_the_newest_connection(tmp_path):
-    """Its old connection is not known to be dead yet."""
-    post = Loopback(tmp_path)
-    dispatch, lines = remote(post, min_clients=CLIENTS)
-    assert dispatch._roster.present("a1", seconds=1.0)[1] == 101
-    post.workers[201] = post.new_worker(1)
-    post.there.add(201)
-    assert dispatch._roster.present("a1", seconds=1.0)[1] == 201
-    assert not any("claimed twice" in line for line in lines)
+# Who a device is
 
 
 def test_who_a_device_is_stays_the_same_in_its_folder(tmp_path):
@@ -191,6 +161,7 @@ def test_who_a_device_is_stays_the_same_in_its_folder(tmp_path):
 
     first = identity(tmp_path / "a")
     assert identity(tmp_path / "a") == first != identity(tmp_path / "b")
+    assert (tmp_path / "a" / "identity").stat().st_mode & 0o077 == 0
     (tmp_path / "a" / "identity").write_bytes(b"\xff torn")
     assert identity(tmp_path / "a") != first
     assert identity(tmp_path / "a", identity="SHA256:x") == "SHA256:x"

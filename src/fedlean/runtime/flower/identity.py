@@ -7,7 +7,7 @@ import os
 import stat
 from base64 import b64decode, b64encode
 from datetime import UTC, datetime
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ class PrivateKey:
         ssh = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
         digest = b64encode(sha256(b64decode(ssh)).digest()).decode("ascii")
         self.fingerprint = f"SHA256:{digest.rstrip('=')}"  # as ssh-keygen -lf shows it
+        self.device = f"{self.fingerprint} {_secret(key)}"  # what a server knows the device by
         self._key, self._sha256 = key, SHA256()
 
     def headers(self) -> dict[str, str]:
@@ -42,6 +43,13 @@ class PrivateKey:
             "flwr-timestamp": now,
             "flwr-signature": b64encode(signature).decode("ascii"),
         }
+
+
+def _secret(key: EllipticCurvePrivateKey) -> str:
+    """What only the key's holder can say, and which does not give the key away."""
+    value = key.private_numbers().private_value
+    data = value.to_bytes((value.bit_length() + 7) // 8, "big")
+    return blake2b(data, digest_size=16, person=b"fedlean device").hexdigest()
 
 
 def new_key() -> PrivateKey:

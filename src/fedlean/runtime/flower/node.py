@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, _stop)
     try:
         link = connection(options)
-        worker = device(options, link.fingerprint)
+        worker = device(options, link.device)
         _check_writable(options.state / _folder_name(options))
     except (ValueError, OSError) as error:
         return _fail(error)
@@ -152,7 +152,7 @@ def connection(options: argparse.Namespace) -> SuperLink:
 
 
 def device(options: argparse.Namespace, identity: str = "") -> Worker:
-    """identity: of the node's key, if it has one.
+    """identity: the device by the node's key, if it has one.
 
     Raises ValueError for data that cannot be read or does not fit, and impossible numbers."""
     if options.poll <= 0:

@@ -83,7 +83,7 @@ class SuperLink:
         self._protos = protobufs()
         self._address, self._say, self._limit_bytes = str(where), say, limit_bytes
         self._registers, self._key = key is None, key or new_key()
-        self.fingerprint = key.fingerprint if key else ""  # of a key that stays
+        self.device = key.device if key else ""  # by a key that stays
         self._activation_seconds = activation_seconds
         context = None if root_certificates is None else trust(root_certificates)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 
 from fedlean.core import Device
@@ -36,6 +36,17 @@ class Terms:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What came of asking clients once, as sets of them."""
+
+    began: float  # monotonic seconds
+    tried: Set[int]
+    failed: Set[int]  # of those, who gave nothing that can be used
+    silent: Set[int]  # of those, who gave no answer
+    refused: Set[int]  # of those, whose update the checks refused
+
+
 class NobodyThere(RuntimeError):
     """Too few devices are connected; the run can be resumed."""
 
@@ -44,24 +55,40 @@ class Attendance:
     """Of the clients of one run, step by step."""
 
     def __init__(
-        self, exchange: Exchange, roster: Roster, terms: Terms, *, say: Callable[[str], None]
+        self,
+        exchange: Exchange,
+        roster: Roster,
+        terms: Terms,
+        *,
+        clients: int,
+        say: Callable[[str], None],
     ):
         self.patience = Patience(say)
         self._exchange, self._roster, self._terms, self._say = exchange, roster, terms, say
+        self._clients = clients
+        self._wanted = max(terms.min_clients, terms.min_replies)
         self._unheard: set[int] = set()  # asked in vain; those that died are let in again soon
-        self._again = 0.0  # the monotonic second until which they are waited for
+        self._again = 0.0  # the monotonic second before which nobody is asked as in vain before
+        self._vain = 0  # the last step in which an attempt was in vain; in all of its attempts:
+        self._tried: set[int] = set()  # whom they asked
+        self._failed: set[int] = set()  # who gave nothing that can be used
 
     def gather(self, run: str, step: int) -> list[Device]:
         """The clients to choose from in `step`.
 
-        After an attempt in vain it waits until those that gave no answer are heard, or
-        READMIT_SECONDS have passed since it began: attempts in a row would all meet the same dead
-        node.  Then it waits until max(min_clients, min_replies) clients are connected.  Raises
-        NobodyThere after `join_seconds`.
+        After an attempt in vain it waits until those that gave no answer are heard or, where all
+        answered, until a client is there that was not asked; until READMIT_SECONDS have passed
+        since the attempt began at most.  Attempts in a row would all meet the same dead node, or
+        the same device that answers at once, and uselessly.  Then it waits until max(min_clients,
+        min_replies) clients are connected.  Raises NobodyThere after `join_seconds`.
+
+        Nobody is left out once an attempt at the step was in vain.
         """
-        self._wait_for_unheard(run, step)
+        self._wait_for_others(run, step)
         here = self._wait_for_enough(run, step)
-        out = self.patience.left_out(here, step, least=self._terms.min_replies)
+        out = set[int]()
+        if step != self._vain:
+            out = self.patience.left_out(here, step, least=self._terms.min_replies)
         examples = self._roster.num_examples
         return [Device(client, examples.get(client)) for client in here if client not in out]
 
@@ -69,26 +96,37 @@ class Attendance:
         """It is there, whatever it said."""
         self._unheard.discard(client)
 
-    def in_vain(self, unheard: Collection[int], began: float) -> None:
-        """An attempt that began at that monotonic second gave too little; from these, nothing."""
-        self._unheard, self._again = set(unheard), began + READMIT_SECONDS
+    def in_vain(self, step: int, attempt: Attempt) -> None:
+        """It gave too little."""
+        if step != self._vain:
+            self._vain, self._tried, self._failed = step, set(), set()
+        self._tried |= attempt.tried
+        self._failed |= attempt.failed
+        self._unheard, self._again = set(attempt.silent), attempt.began + READMIT_SECONDS
+        # without those that were refused the others are another question, asked at once
+        others = attempt.refused and attempt.tried - attempt.failed
+        nobody_is_left = len(self._failed) == self._clients
+        if not attempt.silent and (others or nobody_is_left):
+            self._again = 0.0
 
-    def _wait_for_unheard(self, run: str, step: int) -> None:
-        said = False
-        while self._unheard and (left := self._again - time.monotonic()) > 0:
-            self._look(run, step, left)
-            if not self._unheard:
+    def _wait_for_others(self, run: str, step: int) -> None:
+        said, silent = False, bool(self._unheard)
+        while (left := self._again - time.monotonic()) > 0:
+            here = self._look(run, step, left)
+            if not self._unheard if silent else set(here) - self._tried:
                 break
             if not said:
-                which = some([str(client) for client in sorted(self._unheard)])
-                self._say(f"waiting up to {left:.0f} s until silent clients are heard: {which}")
+                until, which = "silent clients are heard", self._unheard
+                if not silent:
+                    until, which = "others are there than those just asked in vain", self._tried
+                named = some([str(client) for client in sorted(which)])
+                self._say(f"waiting up to {left:.0f} s until {until}: {named}")
                 said = True
             time.sleep(min(left, self._terms.poll_seconds))
-        self._unheard = set()
+        self._unheard, self._again = set(), 0.0
 
     def _wait_for_enough(self, run: str, step: int) -> Collection[int]:
-        terms, said = self._terms, False
-        wanted = max(terms.min_clients, terms.min_replies)
+        terms, wanted, said = self._terms, self._wanted, False
         ends = time.monotonic() + terms.join_seconds
         while True:
             here = self._look(run, step, ends - time.monotonic())
@@ -111,8 +149,8 @@ class Attendance:
         """Who is there now; the silent are greeted, and whoever has spoken is heard."""
         self._exchange.listen()
         knock = self.patience.silent(step) | self._unheard
-        here = self._roster.present(run, seconds=seconds, knock=knock)
+        here = self._roster.present(run, seconds=seconds, wanted=self._wanted, knock=knock)
         for client in self._roster.spoken():
-            self.patience.spoke(client)
-            self.heard(client)
+            if self.patience.spoke(client):
+                self.heard(client)
         return here

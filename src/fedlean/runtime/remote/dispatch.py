@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,17 +22,17 @@ from fedlean.data.dataset import Dataset
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
-from fedlean.runtime.remote.attendance import Attendance, NobodyThere, Terms
+from fedlean.runtime.remote.attendance import Attempt, Attendance, NobodyThere, Terms
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, Post, printable
 from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.replysize import Statistics, reply_bytes
 from fedlean.runtime.remote.roster import GREETING, Roster
+from fedlean.runtime.remote.unwilling import Unwilling
 from fedlean.runtime.waiting import NoRoom, Waiting, read
 
 SPARE_BYTES = 1 << 22  # of a reply, for headers, metrics and small statistics
 EARLY_BYTES = 1 << 28  # of late replies that are kept in memory for the next attempt
-REFUSAL_SECONDS = 600.0  # until a client that will not do a task is asked for the same again
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,6 @@ class Missing:
 
     what: str
     reason: str
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """A client will not do a task, and would not if it were asked again."""
-
-    reason: str
-    model: tuple[str, str]  # of the task, as `_model` names it
-    until: float  # monotonic seconds; its operator may have changed something by then
 
 
 __all__ = ["Failed", "NobodyThere", "RemoteDispatch", "Terms"]
@@ -94,7 +86,7 @@ class RemoteDispatch:
                     "lower it, or raise clients"
                 )
         self._roster = Roster(self._exchange, expected=expected, clients=clients, say=say)
-        self._attendance = Attendance(self._exchange, self._roster, terms, say=say)
+        self._attendance = Attendance(self._exchange, self._roster, terms, clients=clients, say=say)
         self._exchange.late = self._late
         self._store = ClientStore()  # the runtime's own, set by `begin`
         self._step = 0
@@ -102,9 +94,10 @@ class RemoteDispatch:
         self._seconds: dict[int, float] = {}
         self._troubles: dict[int, str] = {}
         self._repeated_bytes = 0
-        self._final: dict[int, _Refusal] = {}  # by client
+        self._unwilling = Unwilling()
         self._asked: set[int] = set()  # clients to which a task went out in the last call
         self._silent: set[int] = set()  # of those, who gave no answer
+        self._refused: set[int] = set()  # of those, whose update the checks refused
         self._early: dict[int, bytes] = {}  # by client: a reply to this step, come between attempts
 
     def begin(self, store: ClientStore, step: int) -> list[Device]:
@@ -118,7 +111,7 @@ class RemoteDispatch:
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         """Updates in the order of `tasks`; none, where fewer than `min_replies` are good."""
         self._seconds, self._troubles, self._repeated_bytes = {}, {}, 0
-        self._asked, self._silent = set(), set()
+        self._asked, self._silent, self._refused = set(), set(), set()
         began = time.monotonic()
         enough = min(self._terms.min_replies, len(tasks))
         with Waiting("fedlean-replies-") as waiting:
@@ -127,7 +120,9 @@ class RemoteDispatch:
             self._check()
             good, decoded = self._good(replies, asked, refuse, enough)
             if good < enough:
-                self._attendance.in_vain(self._silent, began)
+                failed = self._troubles.keys()
+                attempt = Attempt(began, asked.keys(), failed, self._silent, self._refused)
+                self._attendance.in_vain(self._step, attempt)
                 self._say(
                     f"round {tasks[0].round}: {good} of {len(tasks)} gave an answer that can be "
                     f"used within {self._terms.deadline_seconds:g} s, {enough} are needed: nothing "
@@ -141,7 +136,7 @@ class RemoteDispatch:
                     if isinstance(update, ClientUpdate):
                         yield update
                     else:
-                        self._trouble(task.client, update)
+                        self._useless(task.client, update)
 
     def _good(
         self,
@@ -155,21 +150,25 @@ class RemoteDispatch:
         And the first of them, decoded.  The others are decoded once more when they are used: all of
         them together may not fit into memory.
         """
-        good, objections, first = 0, dict[int, str](), dict[int, ClientUpdate]()
+        good, useless, refused = 0, dict[int, str](), dict[int, str]()
+        first: dict[int, ClientUpdate] = {}
         for client, path in replies.items():
             if good == enough:
                 break
             update = _decoded(path, asked[client])
-            why = update if isinstance(update, str) else refuse(update, asked[client])
-            if why is not None:
-                objections[client] = why
-                continue
-            good += 1
-            if not first and isinstance(update, ClientUpdate):
-                first[client] = update
+            if isinstance(update, str):
+                useless[client] = update
+            elif why := refuse(update, asked[client]):
+                refused[client] = why
+            else:
+                good += 1
+                first = first or {client: update}
         if good < enough:
-            for client, why in objections.items():
+            for client, why in useless.items():
+                self._useless(client, why)
+            for client, why in refused.items():
                 self._trouble(client, why)
+            self._refused = set(refused)
         return good, first
 
     def _collect(
@@ -190,7 +189,7 @@ class RemoteDispatch:
             update = self._update(asked[client], content)
             if isinstance(update, Missing):
                 if client in repeated:
-                    self._trouble(client, update.reason)
+                    self._useless(client, update.reason)
                     return {}
                 repeated.add(client)
                 self._say(f"client {client} lacks the {update.what}: it is sent again")
@@ -233,6 +232,7 @@ class RemoteDispatch:
             if len(nodes) >= enough or time.monotonic() >= ends:
                 break
             time.sleep(self._terms.poll_seconds)
+            self._exchange.listen()
             here = self._roster.present(self._run, seconds=ends - time.monotonic())
         for client in asked.keys() - nodes.keys():
             self._trouble(client, "is not connected")
@@ -241,13 +241,10 @@ class RemoteDispatch:
 
     def _willing(self, asked: Mapping[int, ClientTask]) -> dict[int, ClientTask]:
         """Without those that have just refused the same task for good."""
-        now, willing = time.monotonic(), dict(asked)
-        for client, task in asked.items():
-            refusal = self._final.get(client)
-            if refusal and refusal.model == _model(task) and now < refusal.until:
-                self._trouble(client, f"{refusal.reason} (it was not asked again)")
-                del willing[client]
-        return willing
+        unwilling = self._unwilling.among(asked)
+        for client, reason in unwilling.items():
+            self._trouble(client, f"{reason} (it was not asked again)")
+        return {client: task for client, task in asked.items() if client not in unwilling}
 
     def _letter(self, task: ClientTask, ends: float, *, whole: bool = False) -> bytes:
         """ends: the monotonic second of the deadline."""
@@ -273,32 +270,35 @@ class RemoteDispatch:
         client = task.client
         if isinstance(content, Failed):
             self._silent.add(client)
+            self._attendance.patience.missed(client, self._step)
             return self._trouble(client, content.reason)
-        patience = self._attendance.patience
         try:
             envelope = unseal(content, expected=(env.UPDATE, env.TROUBLE))
         except EnvelopeError as error:
-            return self._trouble(client, str(error))
+            return self._useless(client, str(error))
         fields = envelope.fields
         if envelope.kind == env.TROUBLE:
-            if fields["gave_up"]:
-                patience.missed(client, self._step, slow=True)
-                return self._trouble(client, fields["reason"])
-            patience.answered(client)
-            if fields["missing"]:
-                return Missing(fields["missing"], fields["reason"])
-            if fields["final"]:
-                until = time.monotonic() + REFUSAL_SECONDS
-                self._final[client] = _Refusal(printable(fields["reason"]), _model(task), until)
-            return self._trouble(client, fields["reason"])
+            return self._no_update(task, fields)
         if fields["step"] != self._step:
-            return self._trouble(client, f"answered step {fields['step']}, expected {self._step}")
-        patience.answered(client)
+            return self._useless(client, f"answered step {fields['step']}, expected {self._step}")
+        self._attendance.patience.answered(client)
         if fields["lost_state"]:
             self._say(f"client {client} has lost what it kept between rounds")
         claimed = float(fields["seconds"])
         self._seconds[client] = min(max(0.0, claimed), self._terms.deadline_seconds)
         return envelope
+
+    def _no_update(self, task: ClientTask, fields: Mapping[str, Any]) -> Missing | None:
+        """What a client says instead of an update."""
+        client, reason = task.client, fields["reason"]
+        if fields["missing"]:
+            return Missing(fields["missing"], reason)
+        if fields["gave_up"]:
+            self._attendance.patience.missed(client, self._step, slow=True)
+            return self._trouble(client, reason)
+        if fields["final"]:
+            self._unwilling.note(task, printable(reason))
+        return self._useless(client, reason)
 
     def _late(self, node: int, about: str, content: bytes | Failed) -> bool:
         """Of a reply that nobody waited for: whether it is of use, if only later."""
@@ -331,7 +331,15 @@ class RemoteDispatch:
         self._troubles[client] = reason
         self._say(f"client {client}: {reason}")
 
+    def _useless(self, client: int, reason: str) -> None:
+        """It has answered, with something that is no update: as if its update had been refused."""
+        self._attendance.patience.answered(client)
+        self._attendance.patience.refused(client, self._step)
+        self._trouble(client, reason)
+
     def acknowledge(self, taken: Iterable[int], refused: Iterable[int]) -> None:
+        taken = list(taken)
+        self._roster.served(taken)
         for client in taken:
             self._committed[client] = self._step
             self._attendance.patience.taken(client)
@@ -356,6 +364,8 @@ class RemoteDispatch:
             raise ValueError(
                 "this run's clients were in one process: continue it with 'fedlean resume'"
             )
+        if any(not {"step", "node"} <= state.keys() for state in states.values()):
+            raise ValueError("what the checkpoint says of its clients is not what devices keep")
         self._committed = {client: int(state["step"]) for client, state in states.items()}
         for state in states.values():
             self._run = bytes(state["run"]).hex()
@@ -373,11 +383,6 @@ class RemoteDispatch:
     def troubles(self) -> Mapping[int, str]:
         """Why clients of the last call gave nothing."""
         return dict(self._troubles)
-
-
-def _model(task: ClientTask) -> tuple[str, str]:
-    """What decides whether a device has the memory for a task."""
-    return task.spec.hash, wire.pattern_hash(task.sub_model.masks)
 
 
 def _decoded(path: Path, task: ClientTask) -> ClientUpdate | str:

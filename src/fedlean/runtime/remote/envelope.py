@@ -39,8 +39,9 @@ class Envelope:
     """`fields` by kind:
 
     HELLO    run; what it expects: input_shape, classes, value_range; refused (why, or null)
-    WELCOME  client (or null), num_examples, name, device (who it is, across restarts); what it
-             holds: input_shape, classes, value_range
+    WELCOME  client (or null), num_examples, name, device (who it is, across restarts: a secret of
+             its own, and before a space what may be shown); what it holds: input_shape, classes,
+             value_range
     TASK     run, method, step, committed (step whose client state counts, or null), classes, mean,
              std, deadline_seconds (for which the server waits, from sending on)
     UPDATE   step, seconds, lost_state

@@ -1,6 +1,6 @@
 """What a device keeps on its disk between messages: specs, patterns and client states, per run.
 
-    FOLDER/identity                                 who the device is, where it has no key
+    FOLDER/identity                                 what the device is known by, where it has no key
     FOLDER/<run>/spec-<hash>.json                   the model
     FOLDER/<run>/pattern-<hash>.safetensors         packed bits of the masks
     FOLDER/<run>/states-<client>/<step>.safetensors its state after that step (`checkpoint`)
@@ -161,6 +161,7 @@ def kept_identity(folder: Path) -> str:
     drawn = uuid.uuid4().hex
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, drawn.encode())
+    path.chmod(0o600)  # who reads it can sign in as this device
     return drawn
 
 

@@ -53,12 +53,12 @@ class Patience:
         self._of(client).slow = True
 
     def answered(self, client: int) -> None:
-        """In time; what its update is worth comes later."""
+        """In time, and not that it lacks something; what its update is worth comes later."""
         if streak := self._streaks.get(client):
             self._streaks[client] = _Streak(refusals=streak.refusals)
 
     def refused(self, client: int, step: int) -> None:
-        """The checks refused its update."""
+        """The checks refused its update, or what it sent instead is none."""
         streak = self._of(client)
         streak.refusals += 1
         if streak.refusals >= FIRST_REFUSAL:
@@ -68,14 +68,21 @@ class Patience:
         """Its update counts."""
         self._streaks.pop(client, None)
 
-    def spoke(self, client: int) -> None:
-        """It has signed in anew, answered a greeting, or answered a task late."""
+    def spoke(self, client: int) -> bool:
+        """It has signed in anew, answered a greeting, or answered a task late.
+
+        Whether that says anything: of one that speaks time and again without answers it does not.
+        """
         streak = self._streaks.get(client)
-        if streak and streak.misses and not streak.slow and streak.lifts < LIFTS:
-            streak.lifts += 1
-            if streak.said and streak.until:
-                self._say(f"client {client} is heard again, and asked again")
-            streak.until = 0
+        if not (streak and streak.misses):
+            return True
+        if streak.slow or streak.lifts >= LIFTS:
+            return False
+        streak.lifts += 1
+        if streak.said and streak.until:
+            self._say(f"client {client} is heard again, and asked again")
+        streak.until = 0
+        return True
 
     def silent(self, step: int) -> set[int]:
         """Those that would be left out of `step`, and asked again if they spoke."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -12,21 +12,26 @@ from fedlean.data.labels import listed
 from fedlean.runtime.notices import some
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import Exchange, Failed, Letters, printable
+from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, printable
 from fedlean.runtime.remote.holding import Holding, mismatch
 
-HELLO_SECONDS = 60.0  # for an answer
+HELLO_SECONDS = 60.0  # for an answer, while too few clients are there
 AGAIN_SECONDS = 60.0  # until a node that gave none is asked again: it may be at work
-KNOCK_SECONDS = 1.0  # for the answer of one that was silent; a later one counts all the same
+KNOCK_SECONDS = 1.0  # for any other answer; a later one counts all the same
 GREETING = "its greeting"
 MUCH = 1000  # times what others hold, of examples, from which on a client owns the mean
 
 
 class _No(NamedTuple):
-    """Why a node cannot take part, and the node without which it could."""
+    """Why a node cannot take part: for the log, and for the node, if that may not read the same.
+
+    rival: the node that has `client`, without which it could.
+    """
 
     why: str
-    rival: tuple[int, ...] = ()
+    told: str = ""
+    rival: int | None = None
+    client: int = 0
 
 
 class Roster:
@@ -34,7 +39,11 @@ class Roster:
 
     A node that names its number has it; to others the lowest free one is given.  Where one device
     claims it by two connections, the newest has it: the other is not known to be dead yet.  Where
-    two devices do, the first keeps it and the second is refused.
+    two devices do, the first keeps it and the second is refused; and where another came while it
+    was away, the one whose update was the first to count has it back.
+
+    A device is known by words that it alone and the server know.  What comes before their last
+    space may be shown, and no node is told any of them.
     """
 
     def __init__(
@@ -46,26 +55,39 @@ class Roster:
         self._say = say
         self.node: dict[int, int] = {}  # client -> node
         self._device: dict[int, str] = {}  # node -> who it says it is
+        self._owner: dict[int, str] = {}  # client -> device whose update was the first to count
         self._left: set[int] = set()  # nodes that were gone: asked anew when they are back
         self._refused: dict[int, _No] = {}  # by node
+        self._untold: set[int] = set()  # of those, whom nobody has told
         self._asked: dict[int, float] = {}  # node -> when, if it has not answered
+        self._hung_up: set[int] = set()  # of those, who are gone
         self._lacking: dict[int, int] = {}  # new client -> classes of which it has no example
         self.num_examples: dict[int, int] = {}  # by client, as it said when it joined
         self._owners: set[int] = set()  # clients that have been said to hold most of them
         self._spoken: set[int] = set()  # clients that have answered a greeting
         self._notes: list[str] = []
 
-    def present(self, run: str, *, seconds: float, knock: Collection[int] = ()) -> dict[int, int]:
+    def present(
+        self, run: str, *, seconds: float, wanted: int = 0, knock: Collection[int] = ()
+    ) -> dict[int, int]:
         """Client -> node, of those that are connected; asks new nodes for at most `seconds`.
 
-        knock: clients that are greeted once more, to see whether they are there.
+        wanted: how many clients must be there; for more of them it hardly waits, since a node that
+        never answers can be there at any time.  knock: clients that are greeted once more, to see
+        whether they are there.
         """
         nodes = set(self._exchange.post.nodes())
-        self._left |= set(self.node.values()) - nodes
-        self._refused = {n: no for n, no in self._refused.items() if {n, *no.rival} <= nodes}
-        self._asked = {node: when for node, when in self._asked.items() if node in nodes}
-        self._greet(nodes, run, seconds, {self.node[c] for c in knock if c in self.node})
+        self._forget(nodes)
+        patience = HELLO_SECONDS if len(self._among(nodes)) < wanted else KNOCK_SECONDS
+        again = {self.node[client] for client in knock if client in self.node}
+        self._greet(nodes, run, min(patience, seconds), again)
         return self._among(nodes)
+
+    def served(self, clients: Iterable[int]) -> None:
+        """Their updates count."""
+        for client in clients:
+            if device := self._device.get(self.node.get(client, 0)):
+                self._owner.setdefault(client, device)
 
     def spoken(self) -> set[int]:
         """Clients that have answered a greeting since the last call."""
@@ -77,6 +99,7 @@ class Roster:
         nodes = set(self._exchange.post.nodes())
         if node in nodes and node not in self._refused:
             self._answered(node, content, nodes)
+            self._note_owners()
 
     def refused(self) -> Sequence[str]:
         """Of the nodes that are connected and cannot take part, who and why."""
@@ -103,42 +126,59 @@ class Roster:
         self.node = dict(node)
         self._left = set(node.values())
 
+    def _forget(self, nodes: Set[int]) -> None:
+        """What holds no more now that these nodes are connected."""
+        self._left |= set(self.node.values()) - nodes
+        self._refused = {n: no for n, no in self._refused.items() if self._stands(n, no, nodes)}
+        self._untold &= self._refused.keys()
+        soon = time.monotonic() - AGAIN_SECONDS
+        self._asked = {n: when for n, when in self._asked.items() if n in nodes or when > soon}
+        known = nodes | set(self.node.values())
+        self._device = {node: who for node, who in self._device.items() if node in known}
+
+    def _stands(self, node: int, no: _No, nodes: Set[int]) -> bool:
+        there = node in nodes
+        if no.rival is None:
+            return there
+        return there and no.rival in nodes and self.node.get(no.client) == no.rival
+
     def _among(self, nodes: Collection[int]) -> dict[int, int]:
         there = set(nodes) - self._left
         return {client: node for client, node in sorted(self.node.items()) if node in there}
 
-    def _greet(
-        self, nodes: Collection[int], run: str, seconds: float, knock: Collection[int]
-    ) -> None:
+    def _greet(self, nodes: Set[int], run: str, seconds: float, knock: Collection[int]) -> None:
         now = time.monotonic()
         known = {*self.node.values(), *self._refused} - self._left - set(knock)
         waiting = {node for node, when in self._asked.items() if now - when < AGAIN_SECONDS}
-        asked = set(nodes) - known - waiting
+        back = self._hung_up & nodes
+        asked = nodes - known - (waiting - back)
         silent = {node for node in asked if node in self._asked or node in knock}
         self._asked |= dict.fromkeys(asked, now)
-        for group, patience in ((asked - silent, HELLO_SECONDS), (silent, KNOCK_SECONDS)):
-            if group:
-                self._ask(sorted(group), nodes, run, max(1.0, min(patience, seconds)))
+        self._hung_up = self._asked.keys() - nodes
+        hello = partial(self._hello, run)
+        self._ask(dict.fromkeys(sorted(asked - silent), hello), nodes, seconds)
+        told = {node: self._refused[node] for node in self._untold}
+        self._untold = set()
+        letters: dict[int, Letter] = dict.fromkeys(sorted(silent), hello)
+        letters |= {node: partial(hello, no.told or no.why) for node, no in told.items()}
+        self._ask(letters, nodes, min(KNOCK_SECONDS, seconds))
 
-    def _ask(self, new: Sequence[int], nodes: Collection[int], run: str, seconds: float) -> None:
-        letters = dict.fromkeys(new, partial(self._hello, run))
-
+    def _ask(self, letters: Letters, nodes: Set[int], seconds: float) -> None:
         def take(node: int, content: bytes | Failed) -> Letters:
-            if node in self._refused:  # it has been told
-                return {}
-            self._answered(node, content, nodes)
-            no = self._refused.get(node)
-            return {} if no is None else {node: partial(self._hello, run, no.why)}
+            if node not in self._refused:  # else it has been told
+                self._answered(node, content, nodes)
+            return {}
 
-        ends = time.monotonic() + seconds
-        self._exchange.run(letters, ends=ends, about=GREETING, take=take)
-        self._note_owners()
+        if letters:
+            ends = time.monotonic() + max(1.0, seconds)
+            self._exchange.run(letters, ends=ends, about=GREETING, take=take)
+            self._note_owners()
 
     def _hello(self, run: str, refused: str | None = None) -> bytes:
         fields = {"run": run, **self._expected.to_fields(), "refused": refused}
         return seal(Envelope(env.HELLO, fields))
 
-    def _answered(self, node: int, content: bytes | Failed, nodes: Collection[int]) -> None:
+    def _answered(self, node: int, content: bytes | Failed, nodes: Set[int]) -> None:
         if isinstance(content, Failed):
             self._say(f"node {node}: {content.reason}")
             return
@@ -149,22 +189,30 @@ class Roster:
             self._refuse(node, _No(str(error)))
             return
         held = Holding.from_fields(fields)
+        before, self._device[node] = self._device.get(node), printable(fields["device"])
         client = fields["client"]
         if client is None:
             client = self._number(node, nodes)
-        before, self._device[node] = self._device.get(node), printable(fields["device"])
-        same = self.node.get(client) == node and node not in self._left
+        rival = self.node.get(client)
+        same = rival == node and node not in self._left
         if no := self._problem(client, node, held, nodes):
             self._refuse(node, no)
             return
-        if self.node.get(client) in set(nodes) - {node}:
-            self._refused[self.node[client]] = _No(f"node {node} is client {client} now")
+        if rival is not None and rival in nodes - {node}:
+            self._replaced(rival, node, client)
         self.node = {c: n for c, n in self.node.items() if n != node} | {client: node}
         self._left.discard(node)
         self._spoken.add(client)
         self.num_examples[client] = fields["num_examples"]
         if not (same and before == self._device[node]):
             self._admitted(client, node, printable(fields["name"]), fields["num_examples"], held)
+
+    def _replaced(self, rival: int, node: int, client: int) -> None:
+        no = _No(f"node {node} is client {client} now")
+        if self._device.get(rival) == self._device[node]:  # it is dead, and has nothing to be told
+            self._refused[rival] = no
+        else:
+            self._refuse(rival, no._replace(rival=node, client=client))
 
     def _admitted(self, client: int, node: int, name: str, examples: int, held: Holding) -> None:
         named = f" ({name})" if name else ""
@@ -187,28 +235,43 @@ class Roster:
                 self._say(line)
                 self._notes.append(line)
 
-    def _number(self, node: int, nodes: Collection[int]) -> int:
+    def _number(self, node: int, nodes: Set[int]) -> int:
         """The one that it had, or the lowest that is free or whose node is gone."""
         had = [client for client, other in self.node.items() if other == node]
+        had += [client for client, device in self._owner.items() if device == self._device[node]]
         free = [c for c in range(self._clients) if self.node.get(c) not in nodes]
         return next(iter([*had, *free]), self._clients)
 
-    def _problem(self, client: int, node: int, held: Holding, nodes: Collection[int]) -> _No | None:
+    def _problem(self, client: int, node: int, held: Holding, nodes: Set[int]) -> _No | None:
         if client >= self._clients:
             return _No(f"it is client {client}, the run has {self._clients}, numbered from 0")
-        rival = self.node.get(client, node)
-        other = self._device.get(rival)  # None: it joined before the server started again
-        if rival in set(nodes) - {node} and other not in (None, self._device[node]):
-            why = (
-                f"number {client} is claimed twice: by {other} (node {rival}), which has it, and "
-                f"by {self._device[node]} (node {node}): give each its own --client"
-            )
-            return _No(why, (rival,))
         why = mismatch(held, self._expected)
-        return None if why is None else _No(why)
+        return self._claimed_twice(client, node, nodes) if why is None else _No(why)
+
+    def _claimed_twice(self, client: int, node: int, nodes: Set[int]) -> _No | None:
+        rival, mine = self.node.get(client, node), self._device[node]
+        known = self._device.get(rival)
+        if rival not in nodes - {node} or mine in (known, self._owner.get(client)):
+            return None
+        has = "which has it"
+        if known is None:
+            has = "which had it before the server started again, and has not answered yet"
+        why, told = (
+            f"number {client} is claimed twice: by {by(rival)}, {has}, and by {by(node)}: give "
+            "each its own --client"
+            for by in (self._named, lambda node: f"node {node}")
+        )
+        return _No(why, told, rival, client)
+
+    def _named(self, node: int) -> str:
+        """With what may be shown of the device that it says it is."""
+        shown = self._device.get(node, "").rpartition(" ")[0]
+        return f"node {node} ({shown})" if shown else f"node {node}"
 
     def _refuse(self, node: int, no: _No) -> None:
-        self._refused[node] = no._replace(why=printable(no.why)[:1000])
+        self._refused[node] = no._replace(why=printable(no.why)[:1000], told=no.told[:1000])
+        self._untold.add(node)
+        self.node = {client: other for client, other in self.node.items() if other != node}
         self._left.discard(node)
         line = f"node {node} cannot take part: {self._refused[node].why}"
         self._say(line)
