@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""`text` with its escape sequences, line ends and the like spelled out.
+    r"""`text` with its escape sequences, line ends and the like spelled out, which makes it longer.
 
     Also with invisible marks that turn the direction of reading, and with what is not UTF-8.
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
-from fedlean.runtime.remote.exchange import printable
+from fedlean.printable import printable
 from fedlean.tree import is_packed, num_kept
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
 # Of a value of the model: its square is a float32, and so are means and variances of such values.
 MAX_VALUE = 1e18
 MAX_STATISTIC = 1e30  # of any other value: the sum over all clients of a run is a float32
+MAX_REASON = 400  # characters
 MAX_METRICS, MAX_METRIC_NAME = 64, 64
 MAX_WORKS = 256
 MAX_WORK_EXAMPLES = 10**12  # of one stretch, where a method does not say what a task takes
@@ -46,7 +47,7 @@ def refusal(update: ClientUpdate, task: ClientTask, expected: Expected) -> str |
         lambda: _other_statistics(update.statistics, expected.forms),
     )
     reason = next((reason for check in checks if (reason := check()) is not None), None)
-    return None if reason is None else printable(reason)
+    return None if reason is None else printable(reason)[:MAX_REASON]
 
 
 def remedy(reason: str) -> str:

@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedlean.printable import printable
+
 NAME = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # some network mounts
 # of what is no file: a link, a folder, a socket or a device without its driver
@@ -185,4 +187,4 @@ def _holder(file: int) -> str:
         what = f"{holder['command']}, process {process} on {host} since {holder['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
-    return "".join(each if each.isprintable() else "?" for each in what)[:300]
+    return printable(what)[:300]

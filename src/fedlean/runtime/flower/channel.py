@@ -18,6 +18,7 @@ from http.client import (
     RemoteDisconnected,
 )
 
+from fedlean.printable import printable
 from fedlean.runtime.flower.address import Address
 from fedlean.runtime.flower.identity import PrivateKey
 from fedlean.runtime.flower.objects import Buffer
@@ -64,8 +65,7 @@ class Away(LinkError):
 
 def plain(text: object, length: int = 200) -> str:
     """What another machine wrote, fit for one line of a log."""
-    cut = str(text)[:length]
-    return "".join(each if each.isprintable() else "?" for each in cut)
+    return printable(str(text)[:length])[:length]
 
 
 def delays(first: float = 0.5, last: float = 30.0) -> Iterator[float]:

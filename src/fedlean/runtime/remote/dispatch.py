@@ -19,18 +19,20 @@ import numpy as np
 from fedlean import wire
 from fedlean.core import ClientState, ClientTask, ClientUpdate, Device
 from fedlean.data.dataset import Dataset
+from fedlean.printable import printable
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.attendance import Attempt, Attendance, NobodyThere, Terms
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, Post, printable
+from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, Post
 from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.replysize import Statistics, reply_bytes
 from fedlean.runtime.remote.roster import GREETING, Roster
 from fedlean.runtime.remote.unwilling import Unwilling
 from fedlean.runtime.waiting import NoRoom, Waiting, read
 
+MAX_REASON = 1000  # characters of what a device says that are kept
 SPARE_BYTES = 1 << 22  # of a reply, for headers, metrics and small statistics
 EARLY_BYTES = 1 << 28  # of late replies that are kept in memory for the next attempt
 
@@ -327,7 +329,7 @@ class RemoteDispatch:
         return f"step {self._step}"
 
     def _trouble(self, client: int, reason: str) -> None:
-        reason = printable(reason)
+        reason = printable(reason)[:MAX_REASON]
         self._troubles[client] = reason
         self._say(f"client {client}: {reason}")
 

@@ -49,11 +49,6 @@ Take = Callable[[int, bytes | Failed], Letters]  # node and its reply -> letters
 Limit = Callable[[int], int]  # node -> bytes that its reply may have
 
 
-def printable(text: str) -> str:
-    """What another machine wrote, fit for one line of a log."""
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
 def too_large(num_bytes: int, limit_bytes: int) -> str:
     """Why a reply is refused."""
     return f"its reply has {num_bytes} bytes, an answer to what it was asked at most {limit_bytes}"

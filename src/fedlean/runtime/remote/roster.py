@@ -9,10 +9,11 @@ from statistics import median
 from typing import NamedTuple
 
 from fedlean.data.labels import listed
+from fedlean.printable import printable
 from fedlean.runtime.notices import some
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, printable
+from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters
 from fedlean.runtime.remote.holding import Holding, mismatch
 
 HELLO_SECONDS = 60.0  # for an answer, while too few clients are there
