@@ -24,7 +24,7 @@ from federation import (
 from live_memory import peak_bytes
 
 from fedlean.core import FederatedAlgorithm
-from fedlean.cost.price import work_memory_bytes
+from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.open import NAMES, open_engine
 from fedlean.engine.protocol import Engine
 from fedlean.methods.fedavg import fedavg
@@ -245,12 +245,32 @@ class Remembering:
         self.engine, self.sessions = engine, []
 
     def open(self, *arguments, **settings):
-        self.sessions.append(self.engine.open(*arguments, **settings))
+        self.sessions.append(Watched(self.engine.open(*arguments, **settings)))
         return self.sessions[-1]
 
     def open_forward(self, *arguments, **settings):
         self.sessions.append(self.engine.open_forward(*arguments, **settings))
         return self.sessions[-1]
+
+
+class Watched:
+    """A session with the gradients that it held while it ran backward, and has dropped since."""
+
+    def __init__(self, session):
+        self._session, self._gradient_bytes = session, 0
+
+    @property
+    def held_bytes(self):
+        return self._session.held_bytes + self._gradient_bytes
+
+    def backward(self, output_gradients, *, dense=False):
+        gradients = self._session.backward(output_gradients, dense=dense)
+        if dense:  # as they were in the session, all coordinates
+            self._gradient_bytes = sum(values.nbytes for values in gradients.values())
+        return gradients
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
 
 
 def test_engines_agree(name):

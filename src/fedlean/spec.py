@@ -218,6 +218,10 @@ class ModelSpec:
         """32 hex digits of the canonical JSON."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
+    def __hash__(self) -> int:
+        """Of `hash`, which is computed once: caches by spec are asked often."""
+        return hash(self.hash)
+
 
 _ENTRIES = {"name": str, "layer": str, "inputs": list, "block": str, "prunable": bool}
 

@@ -12,15 +12,10 @@ from hypothesis import strategies as st
 
 from fedlean.core import Work
 from fedlean.cost.measured import LayerTime, MeasuredTime, OperationTime, measured_from
+from fedlean.cost.price import round_seconds
 from fedlean.cost.profile import from_document, load_profile, other_model, to_document
-from fedlean.cost.time import (
-    as_done,
-    forward_seconds,
-    linear_round_time,
-    round_seconds,
-    step_seconds,
-    work_seconds,
-)
+from fedlean.cost.time import forward_seconds, linear_round_time, step_seconds, work_seconds
+from fedlean.cost.way import as_done
 from fedlean.layers import Linear
 from fedlean.spec import sequential
 
@@ -95,7 +90,38 @@ def test_work_opens_one_session():
 
 def test_work_is_done_densely_where_that_is_shorter():
     work = Work(5, 10, kept=SIZES)  # masked: 2 + 2.5 + 3.75 to open, then dense steps
-    assert as_done(SPEC, work, PROFILE).kept == {}
+    assert as_done(SPEC, work, PROFILE).work.kept == {}
+
+
+def test_frozen_layers_by_hand():
+    """fc1 frozen: its forward pass is left, and of fc2's backward the half, no gradient flows on.
+
+    Kept 2 and 4: fc1 2 · 0.25 instead of 2 · 0.5; fc2, forward free, 4 · 1 / 2.  Of 8 outputs 3
+    take a gradient: 0.5 + 3/8 · (1 - 0.5).  Densely 2 + 6 · 15/50, where backward takes 20 + 15 +
+    15.  Of 35 importances 15 are left.
+    """
+    few, frozen = {"fc1.weight": 2, "fc2.weight": 4}, frozenset({"fc1.weight", "fc1.bias"})
+    sparse = 0.5 + 0.5 * 3 / 8 + 2 * 0.25 + 4 * 1.0 / 2
+    dense = 2 + 6 * 15 / 50
+    assert step_seconds(SPEC, few, 10, PROFILE, frozen=frozen) == pytest.approx(sparse)
+    assert step_seconds(SPEC, {}, 20, PROFILE, frozen=frozen) == pytest.approx(2 * dense)
+    many = step_seconds(SPEC, few, 10, PROFILE, importance=True, frozen=frozen)
+    assert many == pytest.approx(min(sparse + 1.5 * 15 / 35, dense + 0.25 * 15 / 35))
+    alone = step_seconds(SPEC, SIZES, 10, PROFILE, frozen=frozen, dense_too=False)
+    assert alone == pytest.approx(0.6875 + 5 + 7 / 2)  # 20 · 0.25, and fc2 in full
+    time = linear_round_time(SPEC, PROFILE, batch_size=20, local_steps=2, frozen=frozen)
+    assert time.constant_seconds == pytest.approx(2 + 4 * 0.6875 + 8 * 3)
+    assert time.seconds_per_weight == {
+        "fc1.weight": 0.125 + 4 * 0.25 + 3,
+        "fc2.weight": 0.25 + 4 * 0.5 + 3,
+    }
+    # all frozen: a forward pass; where nothing that trains is frozen, to the bit what it was
+    everything = frozenset(SPEC.param_shapes)
+    passed = forward_seconds(SPEC, few, 10, PROFILE)
+    assert step_seconds(SPEC, few, 10, PROFILE, frozen=everything) == passed
+    assert step_seconds(SPEC, {}, 10, PROFILE, importance=True, frozen=everything) == 2
+    biases = frozenset({"fc1.bias"})
+    assert step_seconds(SPEC, few, 10, PROFILE, frozen=biases) == 1 + 1 + 4
 
 
 def test_the_linear_round_by_hand():

@@ -1,4 +1,4 @@
-"""`cost` against the messages that are really sent, and against its parts."""
+"""`cost`: the price of the execution that is timed, for the ledger and for T(M)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Statistic, SubModel, Work
+from fedlean.core import SubModel, Work
 from fedlean.cost.flops import step_flops, work_flops
-from fedlean.cost.price import cost, work_memory_bytes
+from fedlean.cost.price import Model, cost, round_seconds
 from fedlean.cost.profile import load_profile
-from fedlean.cost.time import link_seconds, round_seconds, work_seconds
+from fedlean.cost.time import link_seconds, work_seconds
+from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.memory import forward_memory, step_memory
-from fedlean.engine.protocol import SGD
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU
 from fedlean.spec import sequential
-from fedlean.tree import apply_mask, kept_counts
+from fedlean.tree import kept_counts
 
 SPEC = sequential(
     (2, 6, 6),
@@ -32,8 +31,6 @@ SPEC = sequential(
 )
 PI = load_profile("raspberry_pi_4")
 SPARSE = replace(PI, dense_flops_per_s=1.0)  # a device on which the sparse way always wins
-SETTING = {"batch_size": 4, "local_steps": 3, "optimizer": SGD(0.1)}
-NAMES_BYTES = (len(SPEC.tensor_shapes) + 7) // 8  # one bit per tensor: which ones follow
 
 
 def masked(density):
@@ -42,112 +39,74 @@ def masked(density):
     return SubModel(masks=masks)
 
 
-def values(sub_model):
-    rng = np.random.default_rng(1)
-    drawn = {n: rng.standard_normal(s).astype(np.float32) for n, s in SPEC.tensor_shapes.items()}
-    return apply_mask(drawn, sub_model.masks)
-
-
-def task(sub_model):
-    return ClientTask(0, "train", 3, 5, SPEC, values(sub_model), sub_model, {"lr": 0.1})
-
-
-def payload_bytes(message):
-    """All but the 80-byte header, whose last 12 bytes hold the length of the JSON, and the JSON."""
-    json_bytes = int.from_bytes(message[wire.HEADER_BYTES - 12 : wire.HEADER_BYTES - 8], "little")
-    return len(message) - wire.HEADER_BYTES - json_bytes
-
-
 SUB_MODELS = [SubModel(), masked(0.5), masked(0.02), masked(0.0), masked(1.1)]
+BEGINNING = frozenset({"conv.weight", "conv.bias"})
 
 
-@pytest.mark.parametrize("sub_model", SUB_MODELS)
-@pytest.mark.parametrize("value_dtype", ["fp32", "fp16", "int8"])
-def test_uplink_is_what_an_update_takes(sub_model, value_dtype):
-    claim = cost(SPEC, sub_model, PI, value_dtype=value_dtype, **SETTING).uplink_bytes
-    answer = ClientUpdate(3, 10, values(sub_model), sub_model, metrics={"loss": 0.5})
-    message = wire.encode_update(answer, task(sub_model), value_dtype=value_dtype)
-    assert payload_bytes(message) == claim + NAMES_BYTES
-    assert len(message) <= claim + 250  # "about a hundred bytes" of header, and the JSON
-
-
-@pytest.mark.parametrize("sub_model", SUB_MODELS)
-@pytest.mark.parametrize(("each", "value"), [(4, 0.1), (2, 1.0)])
-def test_uplink_with_full_importance(sub_model, each, value):
-    """1 is a bfloat16, 0.1 is not."""
-    plain, full = (
-        cost(SPEC, sub_model, PI, importance_bytes=size * SPEC.num_params, **SETTING).uplink_bytes
-        for size in (0, each)
-    )
-    assert full - plain == each * SPEC.num_params
-    sums = {name: np.full(shape, value, np.float32) for name, shape in SPEC.param_shapes.items()}
-    statistics = {"importance": Statistic(sums, "mean")}
-    answer = ClientUpdate(3, 10, values(sub_model), sub_model, statistics)
-    message = wire.encode_update(answer, task(sub_model))
-    assert payload_bytes(message) == full + NAMES_BYTES
-
-
-@pytest.mark.parametrize("sub_model", SUB_MODELS)
-@pytest.mark.parametrize("pattern_known", [True, False])
-def test_downlink_is_what_a_task_takes(sub_model, pattern_known):
-    priced = cost(SPEC, sub_model, PI, pattern_known=pattern_known, **SETTING)
-    patterns = {wire.pattern_hash(sub_model.masks)} if pattern_known else set()
-    known = wire.Known(frozenset({SPEC.hash}), frozenset(patterns))
-    message = wire.encode_task(task(sub_model), known)
-    names = NAMES_BYTES if pattern_known or not sub_model.masks else 2 * NAMES_BYTES
-    assert payload_bytes(message) == priced.downlink_bytes + names
-
-
-@pytest.mark.parametrize("sub_model", SUB_MODELS)
-def test_an_unknown_pattern_adds_its_bytes_down_only(sub_model):
-    known, unknown = (
-        cost(SPEC, sub_model, PI, pattern_known=flag, **SETTING) for flag in (True, False)
-    )
-    pattern = wire.pattern_payload_bytes(sub_model.masks)
-    assert unknown.downlink_bytes - known.downlink_bytes == pattern
-    assert unknown.uplink_bytes == known.uplink_bytes
-    assert unknown.seconds - known.seconds == pytest.approx(link_seconds(pattern, 0, PI), abs=1e-9)
-
-
-def test_dense_bytes_by_hand():
-    """Buffers included."""
-    every = SPEC.num_params + 2 * 8
-    priced = cost(SPEC, SubModel(), PI, **SETTING)
-    assert priced.uplink_bytes == priced.downlink_bytes == 4 * every
-
-
-def test_seconds_and_flops_are_those_of_the_work():
-    sub_model = masked(0.1)
+def price(sub_model, device, *, steps=3, importance_steps=0, floats=0):
     kept = kept_counts(sub_model.masks)
-    priced = cost(
-        SPEC, sub_model, SPARSE, importance_steps=2, importance_bytes=4 * SPEC.num_params, **SETTING
-    )
+    work = Work(steps, 4, importance_steps, kept=kept, optimizer_floats=floats)
+    return cost(Model(SPEC, sub_model), (work,), device)
+
+
+@pytest.mark.parametrize("frozen", [frozenset(), BEGINNING])
+def test_seconds_and_flops_are_those_of_the_work(frozen):
+    sub_model = replace(masked(0.1), frozen=frozen)
+    kept = kept_counts(sub_model.masks)
+    found = price(sub_model, SPARSE, importance_steps=2)
     work = Work(3, 4, 2, kept=kept)
-    link = link_seconds(priced.downlink_bytes, priced.uplink_bytes, SPARSE)
-    assert priced.flops == work_flops(SPEC, work)
-    plain, dense = (step_flops(SPEC, kept, 4, importance=flag) for flag in (False, True))
-    assert priced.flops == plain + 2 * dense
-    assert priced.seconds == pytest.approx(work_seconds(SPEC, work, SPARSE) + link)
+    assert found.flops == work_flops(SPEC, work, frozen=frozen)
+    plain, dense = (
+        step_flops(SPEC, kept, 4, importance=flag, frozen=frozen) for flag in (False, True)
+    )
+    assert found.flops == plain + 2 * dense
+    assert found.flops_dense_gradient == 3 * dense
+    assert found.seconds == work_seconds(SPEC, work, SPARSE, frozen=frozen)
+
+
+def test_frozen_tensors_save_all_of_it():
+    whole = price(masked(0.1), SPARSE, importance_steps=1)
+    less = price(replace(masked(0.1), frozen=BEGINNING), SPARSE, importance_steps=1)
+    assert less.flops < whole.flops and less.flops_dense_gradient < whole.flops_dense_gradient
+    assert less.seconds < whole.seconds
+    assert less.peak_memory_bytes < whole.peak_memory_bytes
+
+
+def test_stretches_of_work_add_up_and_memory_is_of_the_neediest():
+    task = Model(SPEC, SubModel())
+    works = (Work(2, 4), Work(1, 64, optimizer_floats=1), Work(0, 4, forward_examples=40))
+    parts = [cost(task, (work,), PI) for work in works]
+    together = cost(task, works, PI)
+    assert together.flops == sum(part.flops for part in parts)
+    assert together.seconds == pytest.approx(sum(part.seconds for part in parts))
+    memory = [part.peak_memory_bytes for part in parts]
+    assert together.peak_memory_bytes == max(memory) == memory[1]
+    nothing = cost(task, (), PI)
+    assert (nothing.flops, nothing.seconds, nothing.peak_memory_bytes) == (0, 0, 0)
 
 
 def test_flops_and_memory_are_of_the_execution_that_is_timed():
     """Where the dense way is faster, its operations and its memory are charged with its time."""
     fast = replace(PI, dense_flops_per_s=1e15)
-    masked_price = cost(SPEC, masked(0.1), fast, **SETTING)
-    dense_price = cost(SPEC, SubModel(), fast, **SETTING)
+    masked_price, dense_price = price(masked(0.1), fast), price(SubModel(), fast)
     assert masked_price.flops == dense_price.flops
     assert masked_price.peak_memory_bytes == dense_price.peak_memory_bytes
-    assert masked_price.uplink_bytes < dense_price.uplink_bytes
-    slow = cost(SPEC, masked(0.1), SPARSE, **SETTING)
-    assert slow.flops < dense_price.flops
+    assert price(masked(0.1), SPARSE).flops < dense_price.flops
 
 
 @pytest.mark.parametrize("sub_model", SUB_MODELS)
-def test_a_values_only_round_agrees_with_round_seconds(sub_model):
-    priced = cost(SPEC, sub_model, PI, **SETTING).seconds
+@pytest.mark.parametrize("device", [PI, SPARSE])
+def test_a_round_costs_what_is_charged_for_it(sub_model, device):
+    """PruneFL plans with the price of the ledger, to the bit."""
     kept = kept_counts(sub_model.masks)
-    expected = round_seconds(SPEC, kept, PI, batch_size=4, local_steps=3)
-    assert priced == pytest.approx(expected)
+    values = 4 * (sum(kept.values()) if kept else sum(map(_size, SPEC.prunable)))
+    values += 4 * sum(_size(name) for name in SPEC.tensor_shapes if name not in SPEC.prunable)
+    expected = price(sub_model, device).seconds + link_seconds(values, values, device)
+    assert round_seconds(SPEC, kept, device, batch_size=4, local_steps=3) == expected
+
+
+def _size(name):
+    return int(np.prod(SPEC.tensor_shapes[name]))
 
 
 def test_kept_counts():
@@ -160,17 +119,16 @@ def test_kept_counts():
 def test_memory_is_that_of_the_model():
     sub_model = masked(0.3)
     kept = kept_counts(sub_model.masks)
-    plain = cost(SPEC, sub_model, SPARSE, **SETTING).peak_memory_bytes
+    plain = price(sub_model, SPARSE).peak_memory_bytes
     assert plain == step_memory(SPEC, kept, batch_size=4).peak_bytes
-    momentum = {**SETTING, "optimizer": SGD(0.1, momentum=0.9)}
     frozen = SubModel(sub_model.masks, frozen=frozenset({"fc1.weight"}))
-    assert cost(SPEC, sub_model, SPARSE, **momentum).peak_memory_bytes > plain
-    assert cost(SPEC, sub_model, SPARSE, importance_steps=1, **SETTING).peak_memory_bytes > plain
-    trained, held = (cost(SPEC, s, SPARSE, **momentum) for s in (sub_model, frozen))
+    assert price(sub_model, SPARSE, floats=1).peak_memory_bytes > plain
+    assert price(sub_model, SPARSE, importance_steps=1).peak_memory_bytes > plain
+    trained, held = (price(one, SPARSE, floats=1) for one in (sub_model, frozen))
     saved = trained.peak_memory_bytes - held.peak_memory_bytes
     assert saved >= 4 * kept["fc1.weight"]  # a frozen weight has no momentum
     work = Work(3, 4, 1, kept=kept, optimizer_floats=1)
-    expected = cost(SPEC, sub_model, SPARSE, importance_steps=1, **momentum).peak_memory_bytes
+    expected = price(sub_model, SPARSE, importance_steps=1, floats=1).peak_memory_bytes
     assert work_memory_bytes(SPEC, work) == expected
 
 

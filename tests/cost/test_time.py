@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from fedlean.core import Work
 from fedlean.cost.flops import forward_flops, step_flops
+from fedlean.cost.price import round_seconds
 from fedlean.cost.profile import Profile, load_profile
 from fedlean.cost.time import (
     activations,
     forward_seconds,
     linear_round_time,
     link_seconds,
-    round_seconds,
     step_seconds,
     work_seconds,
 )
@@ -158,15 +158,18 @@ rate = st.floats(1e3, 1e12)
 per_flop = st.floats(0, 1e-3)
 profiles = st.builds(
     Profile, st.just("p"), st.just(""), st.just(""), rate, per_flop, per_flop, per_flop, rate, rate,
-    st.just(1),
+    st.just(10**9),
 )  # fmt: skip
 batches = st.integers(1, 64)
 steps = st.integers(1, 10)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=150)
 @given(counts, profiles, batches, steps, st.data())
 def test_round_seconds_is_monotone_in_every_count(kept, profile, batch_size, local_steps, data):
+    """Also where the memory decides which way is taken: a step takes 20 to 500 KB."""
+    memory = data.draw(st.sampled_from([1, 10**9]) | st.integers(20_000, 500_000))
+    profile = replace(profile, memory_bytes=memory)
     name = data.draw(st.sampled_from(sorted(SIZES)))
     more = {**kept, name: data.draw(st.integers(kept[name], SIZES[name]))}
     low, high = (

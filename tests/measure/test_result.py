@@ -11,8 +11,9 @@ from measure.fake import FORWARD, OPEN, SIZES, SPEC, STEP, TICK, Engine
 
 from fedlean.core import Work
 from fedlean.cost.flops import layer_flops, step_flops
+from fedlean.cost.price import round_seconds
 from fedlean.cost.profile import load_profile
-from fedlean.cost.time import activations, linear_round_time, round_seconds, work_seconds
+from fedlean.cost.time import activations, linear_round_time, work_seconds
 from fedlean.measure.cases import plan
 from fedlean.measure.link import Link
 from fedlean.measure.result import measurement, write

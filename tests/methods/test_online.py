@@ -14,8 +14,9 @@ from conformance import Case
 from federation import ENGINE, SPEC, client_data, devices, params, run, same, server
 
 from fedlean.core import ClientUpdate, SubModel
+from fedlean.cost.price import round_seconds
 from fedlean.cost.profile import load_profile
-from fedlean.cost.time import linear_round_time, round_seconds
+from fedlean.cost.time import linear_round_time
 from fedlean.engine.protocol import SGD as Optimizer
 from fedlean.methods.online import client_update, online
 from fedlean.pruning.density import density, layer_density

@@ -77,6 +77,21 @@ def test_stretches_of_work_add_up():
     assert cost.compute_seconds == pytest.approx(0.480)
 
 
+def test_frozen_layers_cost_no_backward():
+    """The weight's gradient is half of a step; frozen with its bias, a step is a forward pass."""
+    costs = []
+    for names in ((), ("fc.bias",), ("fc.weight",), ("fc.weight", "fc.bias")):
+        frozen = replace(task(0), sub_model=SubModel(frozen=frozenset(names)))
+        ledger = Ledger([frozen], ClientStore(), DEVICE)
+        ledger.answer(frozen, update(0, SLOW))
+        costs.append(ledger.cost)
+    assert [cost.flops for cost in costs] == [480, 480, 240, 240]
+    assert [cost.flops_dense_gradient for cost in costs] == [480, 480, 240, 240]
+    assert [cost.compute_seconds for cost in costs] == pytest.approx([0.48, 0.48, 0.24, 0.24])
+    memory = [cost.peak_memory_bytes for cost in costs]
+    assert memory == sorted(memory, reverse=True) and memory[-1] < memory[0]
+
+
 def test_link_and_computation_decide_together():
     """The client that computes less takes longer, for it must be sent the spec."""
     store = ClientStore()

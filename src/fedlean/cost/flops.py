@@ -2,15 +2,18 @@
 
 Counted are the multiply-adds of Linear and Conv2d layers, two operations each, with the kept
 weights only: those are what pruning saves.  Biases, norms, pooling and activations are not counted.
+A frozen weight (`frozen` names tensors that are not trained) takes no gradient of its own, and
+where nothing below a layer trains, none flows to its input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from fedlean.core import Work
+from fedlean.engine.gradient_flow import needs_gradient
 from fedlean.layers import Conv2d, Linear
 from fedlean.spec import ModelSpec, Node
 
@@ -21,7 +24,7 @@ class LayerFlops:
 
     PruneFL's count per layer: forward 2·d·n_in·n_out·B, grad-input the same, grad-weight
     2·d·n_in·n_out·B when only kept coordinates are computed.  A layer that reads the model's input
-    needs no grad-input.
+    needs no grad-input, nor does one below which nothing trains; a frozen weight no grad-weight.
     """
 
     forward: int
@@ -45,40 +48,82 @@ def positions(spec: ModelSpec, node: Node) -> int:
 
 
 def layer_flops(
-    spec: ModelSpec, node: Node, kept: Mapping[str, int], batch_size: int
+    spec: ModelSpec,
+    node: Node,
+    kept: Mapping[str, int],
+    batch_size: int,
+    frozen: frozenset[str] = frozenset(),
 ) -> LayerFlops:
     """`kept` maps masked tensors to their number of kept coordinates; absent means dense."""
-    size = weight_size(spec, node)
-    uses = positions(spec, node) * batch_size
-    forward = 2 * kept.get(f"{node.name}.weight", size) * uses
-    grad_input = 0 if spec.reads_input(node) else forward
-    return LayerFlops(forward, grad_input, forward, 2 * size * uses)
+    return _of_layer(spec, node, kept, batch_size, frozen, needs_gradient(spec, frozen))
+
+
+def flops_by_layer(
+    spec: ModelSpec, kept: Mapping[str, int], batch_size: int, frozen: frozenset[str] = frozenset()
+) -> Iterator[tuple[Node, LayerFlops]]:
+    """`layer_flops` of all weighted layers, in their order."""
+    flow = needs_gradient(spec, frozen)
+    for node in spec.weighted:
+        yield node, _of_layer(spec, node, kept, batch_size, frozen, flow)
+
+
+def _of_layer(
+    spec: ModelSpec,
+    node: Node,
+    kept: Mapping[str, int],
+    batch_size: int,
+    frozen: frozenset[str],
+    flow: Mapping[str, bool],
+) -> LayerFlops:
+    forward = _pass_flops(spec, node, kept, batch_size)
+    grad_input = forward if flow[node.inputs[0]] else 0
+    if f"{node.name}.weight" in frozen:
+        return LayerFlops(forward, grad_input, 0, 0)
+    return LayerFlops(forward, grad_input, forward, _pass_flops(spec, node, {}, batch_size))
+
+
+def _pass_flops(spec: ModelSpec, node: Node, kept: Mapping[str, int], examples: int) -> int:
+    """Each kept weight at each of its positions, once."""
+    values = kept.get(f"{node.name}.weight", weight_size(spec, node))
+    return 2 * values * positions(spec, node) * examples
 
 
 def forward_flops(spec: ModelSpec, kept: Mapping[str, int], examples: int) -> int:
-    return sum(layer_flops(spec, node, kept, examples).forward for node in spec.weighted)
+    return sum(_pass_flops(spec, node, kept, examples) for node in spec.weighted)
 
 
 def step_flops(
-    spec: ModelSpec, kept: Mapping[str, int], batch_size: int, *, importance: bool = False
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    batch_size: int,
+    *,
+    importance: bool = False,
+    frozen: frozenset[str] = frozenset(),
 ) -> int:
     """One training step.  With `importance` the weight gradient is dense: (2+4d)·n_in·n_out·B."""
     total = 0
-    for node in spec.weighted:
-        flops = layer_flops(spec, node, kept, batch_size)
+    for _, flops in flops_by_layer(spec, kept, batch_size, frozen):
         total += flops.step
         if importance:
             total += flops.dense_grad_weight - flops.grad_weight
     return total
 
 
-def work_flops(spec: ModelSpec, work: Work, *, dense_gradient: bool = False) -> int:
+def work_flops(
+    spec: ModelSpec,
+    work: Work,
+    *,
+    dense_gradient: bool = False,
+    frozen: frozenset[str] = frozenset(),
+) -> int:
     """All operations of a stretch of work.
 
     With `dense_gradient` every step takes the weights' gradients densely, as the PruneFL paper
     counts: its kernels cannot sample them.
     """
-    dense = step_flops(spec, work.kept, work.batch_size, importance=True)
-    plain = dense if dense_gradient else step_flops(spec, work.kept, work.batch_size)
+    plain, dense = (
+        step_flops(spec, work.kept, work.batch_size, importance=flag, frozen=frozen)
+        for flag in (dense_gradient, True)
+    )
     steps = (work.steps - work.importance_steps) * plain + work.importance_steps * dense
     return steps + forward_flops(spec, work.kept, work.forward_examples)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from sys import float_info
 from typing import Any, TypeGuard
 
+from fedlean.cost.backward import BackwardLeft
 from fedlean.spec import ModelSpec
 
 MOST_SECONDS = 1e12  # of anything measured, so that no sum of them is beyond a float
@@ -41,10 +42,14 @@ class OperationTime:
         if not kept and self.dense_seconds is not None:
             return self.dense_seconds
         total = self.constant_seconds
-        for name, layer in self.layers.items():
-            linear = layer.seconds_per_weight * kept.get(name, sizes[name])
-            total += linear if layer.full_seconds is None else min(linear, layer.full_seconds)
+        for name in self.layers:
+            total += self.layer_seconds(name, kept.get(name, sizes[name]))
         return total
+
+    def layer_seconds(self, name: str, kept: int) -> float:
+        layer = self.layers[name]
+        linear = layer.seconds_per_weight * kept
+        return linear if layer.full_seconds is None else min(linear, layer.full_seconds)
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,77 @@ class MeasuredTime:
         return True
 
     def step_seconds(
-        self, kept: Mapping[str, int], sizes: Mapping[str, int], batch_size: int, importance: bool
+        self,
+        kept: Mapping[str, int],
+        sizes: Mapping[str, int],
+        batch_size: int,
+        importance: bool,
+        *,
+        left: BackwardLeft | None = None,
+        dense_too: bool = True,
     ) -> float:
-        """One training step.  Ours: time grows with the batch, as what was measured does."""
-        sparse, dense = self.step.seconds(kept, sizes), self.step.seconds({}, sizes)
-        if importance:
-            sparse += self.importance_seconds if kept else self.dense_importance_seconds
-            dense += self.dense_importance_seconds
-        return min(sparse, dense) * batch_size / self.batch_size
+        """One training step.  Ours: time grows with the batch, as what was measured does.
+
+        `left` is what frozen tensors leave of its backward pass.  Without `dense_too`, the sparse
+        way is taken even where the dense one is shorter.
+        """
+        share = left.importance if left else 1.0
+        extra = self.importance_seconds if kept else self.dense_importance_seconds
+        least = self._step(kept, sizes, left) + (share * extra if importance else 0.0)
+        if kept and dense_too:
+            dense = self._step({}, sizes, left)
+            dense += share * self.dense_importance_seconds if importance else 0.0
+            least = min(least, dense)
+        return least * batch_size / self.batch_size
+
+    def _step(
+        self, kept: Mapping[str, int], sizes: Mapping[str, int], left: BackwardLeft | None
+    ) -> float:
+        if left is None:
+            return self.step.seconds(kept, sizes)
+        step, forward = self.step, self.forward
+        if not kept and step.dense_seconds is not None:
+            return _with(left.operations, forward.seconds({}, sizes), step.dense_seconds)
+        total = _with(left.activations, forward.constant_seconds, step.constant_seconds)
+        for name in step.layers:
+            counts = name, kept.get(name, sizes[name])
+            part = step.layer_seconds(*counts)
+            total += _with(left.layers[name], forward.layer_seconds(*counts), part)
+        return total
+
+    def seconds_per_weight(self, name: str, left: BackwardLeft | None) -> float:
+        """What each kept weight of a tensor adds to a step."""
+        step = self.step.layers[name].seconds_per_weight
+        if left is None:
+            return step
+        return _with(left.layers[name], self.forward.layers[name].seconds_per_weight, step)
+
+    def constant_seconds(self, left: BackwardLeft | None) -> float:
+        """What a step takes whatever is kept."""
+        step = self.step.constant_seconds
+        return (
+            step if left is None else _with(left.activations, self.forward.constant_seconds, step)
+        )
 
     def forward_seconds(
-        self, kept: Mapping[str, int], sizes: Mapping[str, int], examples: int
+        self,
+        kept: Mapping[str, int],
+        sizes: Mapping[str, int],
+        examples: int,
+        *,
+        dense_too: bool = True,
     ) -> float:
         """Of `examples` examples; as a step, in proportion to the batch."""
-        least = min(self.forward.seconds(kept, sizes), self.forward.seconds({}, sizes))
+        least = self.forward.seconds(kept, sizes)
+        if dense_too:
+            least = min(least, self.forward.seconds({}, sizes))
         return least * examples / self.batch_size
+
+
+def _with(share: float, forward: float, step: float) -> float:
+    """A step with that share of its backward pass; forward may have been measured longer."""
+    forward = min(forward, step)
+    return forward + share * (step - forward)
 
 
 def measured_from(document: Any) -> MeasuredTime:

@@ -1,80 +1,96 @@
-"""`cost`: what one client pays for one round, before it happens."""
+"""`cost`: what a client pays to compute, for the run's clock and for methods that plan by it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple, Protocol
 
-from fedlean import wire
 from fedlean.core import SubModel, Work
 from fedlean.cost.flops import work_flops
 from fedlean.cost.profile import Profile
-from fedlean.cost.time import as_done, link_seconds, work_seconds
-from fedlean.engine.memory import forward_memory, step_memory
-from fedlean.engine.protocol import SGD
+from fedlean.cost.time import VALUE_BYTES, link_seconds
+from fedlean.cost.way import Done, as_done, work_memory_bytes
 from fedlean.spec import ModelSpec
-from fedlean.tree import kept_counts
+
+
+class Priced(Protocol):
+    """What of a task its price depends on; a `ClientTask` is one."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def sub_model(self) -> SubModel: ...
+
+
+class Model(NamedTuple):
+    """A task before there is one: what is priced to plan by."""
+
+    spec: ModelSpec
+    sub_model: SubModel
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One client, one round.  Bytes are payload: values, pattern, full gradients.
+    """Of one client's computation, nothing sent; each figure is computed when it is asked for."""
 
-    Message headers (about a hundred bytes) are left out here and counted in the run log.
+    spec: ModelSpec
+    frozen: frozenset[str]
+    done: tuple[Done, ...]  # the stretches of work as the device does them
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.done)
+
+    @cached_property
+    def flops(self) -> int:
+        return sum(work_flops(self.spec, one.work, frozen=self.frozen) for one in self.done)
+
+    @cached_property
+    def flops_dense_gradient(self) -> int:
+        """With the weights' gradients taken densely, as PruneFL counts."""
+        return sum(
+            work_flops(self.spec, one.work, dense_gradient=True, frozen=self.frozen)
+            for one in self.done
+        )
+
+    @cached_property
+    def peak_memory_bytes(self) -> int:
+        """Of the neediest stretch."""
+        return max(
+            (work_memory_bytes(self.spec, one.work, frozen=self.frozen) for one in self.done),
+            default=0,
+        )
+
+
+def cost(task: Priced, works: Sequence[Work], device: Profile) -> Cost:
+    """The price on `device` of the `works` that a client did, or would do, for `task`.
+
+    Masks are the works' own (`Work.kept`); of the task count its model and what is frozen.
     """
-
-    flops: int
-    peak_memory_bytes: int
-    uplink_bytes: int
-    downlink_bytes: int
-    seconds: float
+    frozen = task.sub_model.frozen
+    done = tuple(as_done(task.spec, work, device, frozen) for work in works)
+    return Cost(task.spec, frozen, done)
 
 
-def cost(
+def round_seconds(
     spec: ModelSpec,
-    sub_model: SubModel,
-    device: Profile,
+    kept: Mapping[str, int],
+    profile: Profile,
     *,
     batch_size: int,
     local_steps: int,
-    optimizer: SGD,
-    importance_steps: int = 0,
-    importance_bytes: int = 0,
-    pattern_known: bool = True,
-    value_dtype: wire.ValueDtype = "fp32",
-) -> Cost:
-    """Price of a round of `local_steps` steps on `device`.
+    frozen: frozenset[str] = frozenset(),
+) -> float:
+    """PruneFL's T(M) of a values-only round, as it is charged: monotone in every count, not linear.
 
-    `importance_steps` of them also take the dense weight gradient, whose sums go up in
-    `importance_bytes` (of all trainable coordinates: two or four each, bfloat16 or float32);
-    `pattern_known` says whether the masks travel down.
+    `kept` maps masked tensors to kept coordinates; the link is included.
     """
-    floats = 1 if optimizer.momentum else 0
-    kept = kept_counts(sub_model.masks)
-    asked = Work(local_steps, batch_size, importance_steps, kept=kept, optimizer_floats=floats)
-    work = as_done(spec, asked, device)
-    values = wire.params_payload_bytes(spec, sub_model.masks, value_dtype=value_dtype)
-    down = values + (0 if pattern_known else wire.pattern_payload_bytes(sub_model.masks))
-    up = values + importance_bytes
-    memory = work_memory_bytes(spec, work, frozen=sub_model.frozen)
-    seconds = work_seconds(spec, work, device) + link_seconds(down, up, device)
-    return Cost(work_flops(spec, work), memory, up, down, seconds)
-
-
-def work_memory_bytes(
-    spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset(), sparse: bool = True
-) -> int:
-    """Modelled peak of a device that stores only what it trains (see `engine.memory`).
-
-    Work of forward passes alone needs no more than those: what is frozen may be perturbed in them.
-    """
-    if not work.steps:
-        return forward_memory(spec, work.kept, batch_size=work.batch_size, sparse=sparse).peak_bytes
-    return step_memory(
-        spec,
-        work.kept,
-        batch_size=work.batch_size,
-        optimizer_floats=work.optimizer_floats,
-        frozen=frozen,
-        importance=work.importance_steps > 0,
-        sparse=sparse,
-    ).peak_bytes
+    work = Work(local_steps, batch_size, kept=kept)
+    compute = cost(Model(spec, SubModel(frozen=frozen)), (work,), profile).seconds
+    values = sum(
+        kept.get(name, prod(shape)) * VALUE_BYTES for name, shape in spec.tensor_shapes.items()
+    )
+    return compute + link_seconds(values, values, profile)

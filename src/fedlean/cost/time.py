@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from fedlean.core import Work
-from fedlean.cost.flops import forward_flops, layer_flops, positions, step_flops
+from fedlean.cost.backward import FORWARD_SHARE, BackwardLeft, activations_of, backward_left
+from fedlean.cost.flops import flops_by_layer, forward_flops, step_flops
 from fedlean.cost.measured import MeasuredTime
 from fedlean.cost.profile import Profile
-from fedlean.layers import Conv2d, Flatten
+from fedlean.layers import Conv2d
 from fedlean.spec import ModelSpec, Node
 
-FORWARD_SHARE = 1 / 3  # of a step's work on activations; ours, no measurement is published
 VALUE_BYTES = 4
 
 
@@ -27,9 +27,8 @@ class LinearTime:
 
 def activations(spec: ModelSpec) -> int:
     """Outputs of all layers but Flatten (a view), per example."""
-    return sum(
-        prod(spec.shapes[node.name]) for node in spec.nodes if not isinstance(node.layer, Flatten)
-    )
+    counts = activations_of(spec)
+    return counts.trained + counts.passed
 
 
 def _seconds_per_flop(profile: Profile, node: Node) -> float:
@@ -60,62 +59,92 @@ def step_seconds(
     profile: Profile,
     *,
     importance: bool = False,
+    frozen: frozenset[str] = frozenset(),
+    dense_too: bool = True,
 ) -> float:
     """One training step, the shorter of the sparse and the dense way.
 
     A model without masks runs densely.  With `importance` the sparse way takes the weight gradient
-    densely, at the dense rate; the dense way has it already.  A profile that was measured on this
-    model gives what was measured, here and below.
+    densely, at the dense rate; the dense way has it already.  What is `frozen` takes no gradient,
+    and nothing runs backward below what trains.  Without `dense_too` the way is the sparse one.  A
+    profile that was measured on this model gives what was measured, here and below.
     """
     if measured := _measured(spec, profile):
-        return measured.step_seconds(kept, _sizes(spec), batch_size, importance)
-    dense = step_flops(spec, {}, batch_size) / profile.dense_flops_per_s
+        left = backward_left(spec, frozen)
+        return measured.step_seconds(
+            kept, _sizes(spec), batch_size, importance, left=left, dense_too=dense_too
+        )
+    dense = step_flops(spec, {}, batch_size, frozen=frozen) / profile.dense_flops_per_s
     if not kept:
         return dense
-    sparse = profile.sparse_seconds_per_activation * activations(spec) * batch_size
-    for node in spec.weighted:
-        flops = layer_flops(spec, node, kept, batch_size)
+    sparse = _activation_seconds(spec, profile, batch_size, frozen)
+    for node, flops in flops_by_layer(spec, kept, batch_size, frozen):
         if importance:
             sparse += (flops.step - flops.grad_weight) * _seconds_per_flop(profile, node)
             sparse += flops.dense_grad_weight / profile.dense_flops_per_s
         else:
             sparse += flops.step * _seconds_per_flop(profile, node)
-    return min(sparse, dense)
+    return min(sparse, dense) if dense_too else sparse
+
+
+def _activation_seconds(
+    spec: ModelSpec, profile: Profile, examples: int, frozen: frozenset[str]
+) -> float:
+    """Work on activations of a step of the sparse way."""
+    outputs = activations_of(spec, frozen).of_a_step
+    return profile.sparse_seconds_per_activation * outputs * examples
 
 
 def forward_seconds(
-    spec: ModelSpec, kept: Mapping[str, int], examples: int, profile: Profile
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    examples: int,
+    profile: Profile,
+    *,
+    dense_too: bool = True,
 ) -> float:
+    """Of so many examples, the shorter of the two ways as in `step_seconds`."""
     if measured := _measured(spec, profile):
-        return measured.forward_seconds(kept, _sizes(spec), examples)
+        return measured.forward_seconds(kept, _sizes(spec), examples, dense_too=dense_too)
     dense = forward_flops(spec, {}, examples) / profile.dense_flops_per_s
     if not kept:
         return dense
     sparse = profile.sparse_seconds_per_activation * activations(spec) * examples * FORWARD_SHARE
-    for node in spec.weighted:
-        flops = layer_flops(spec, node, kept, examples)
+    for node, flops in flops_by_layer(spec, kept, examples):
         sparse += flops.forward * _seconds_per_flop(profile, node)
-    return min(sparse, dense)
+    return min(sparse, dense) if dense_too else sparse
 
 
-def work_seconds(spec: ModelSpec, work: Work, profile: Profile) -> float:
+def work_seconds(
+    spec: ModelSpec,
+    work: Work,
+    profile: Profile,
+    *,
+    frozen: frozenset[str] = frozenset(),
+    dense_too: bool = True,
+) -> float:
     """Computation of one stretch of work, without the link; it opens one session of the engine."""
-    plain = step_seconds(spec, work.kept, work.batch_size, profile)
-    with_importance = step_seconds(spec, work.kept, work.batch_size, profile, importance=True)
-    steps = (work.steps - work.importance_steps) * plain + work.importance_steps * with_importance
-    forward = forward_seconds(spec, work.kept, work.forward_examples, profile)
+
+    def step(importance: bool) -> float:
+        return step_seconds(
+            spec,
+            work.kept,
+            work.batch_size,
+            profile,
+            importance=importance,
+            frozen=frozen,
+            dense_too=dense_too,
+        )
+
+    plain, important = work.steps - work.importance_steps, work.importance_steps
+    seconds = plain * step(False) if plain else 0.0
+    if important:
+        seconds += important * step(True)
+    if work.forward_examples:
+        examples = work.forward_examples
+        seconds += forward_seconds(spec, work.kept, examples, profile, dense_too=dense_too)
     opens = work.steps > 0 or work.forward_examples > 0
-    return steps + forward + (_session_seconds(spec, work.kept, profile) if opens else 0.0)
-
-
-def as_done(spec: ModelSpec, work: Work, profile: Profile) -> Work:
-    """The work as the device does it: without masks where the dense way is the shorter.
-
-    FLOPs, memory and seconds are priced on this, so that they are of one and the same execution.
-    """
-    dense = replace(work, kept={})
-    sparse_wins = work_seconds(spec, work, profile) < work_seconds(spec, dense, profile)
-    return work if sparse_wins else dense
+    return seconds + (_session_seconds(spec, work.kept, profile) if opens else 0.0)
 
 
 def link_seconds(downlink_bytes: int, uplink_bytes: int, profile: Profile) -> float:
@@ -123,29 +152,35 @@ def link_seconds(downlink_bytes: int, uplink_bytes: int, profile: Profile) -> fl
 
 
 def linear_round_time(
-    spec: ModelSpec, profile: Profile, *, batch_size: int, local_steps: int
+    spec: ModelSpec,
+    profile: Profile,
+    *,
+    batch_size: int,
+    local_steps: int,
+    frozen: frozenset[str] = frozenset(),
 ) -> LinearTime:
     """T(M) of a values-only round of `local_steps` sparse steps, link included (PruneFL, Sec. V).
 
     Per kept weight: its operations, and its value down and up.  Constant: work on activations and
-    the tensors that are never pruned.
+    the tensors that are never pruned.  It is `price.cost` without the dense way, as a line.
     """
     per_byte = 1 / profile.uplink_bytes_per_s + 1 / profile.downlink_bytes_per_s
     per_value = VALUE_BYTES * per_byte
     if measured := _measured(spec, profile):
-        return _measured_round_time(spec, measured, per_value, batch_size, local_steps)
-    constant = local_steps * batch_size * activations(spec) * profile.sparse_seconds_per_activation
+        left = backward_left(spec, frozen)
+        return _measured_round_time(spec, measured, per_value, batch_size, local_steps, left)
+    outputs = activations_of(spec, frozen).of_a_step
+    constant = local_steps * batch_size * outputs * profile.sparse_seconds_per_activation
     constant += per_value * _unprunable_values(spec)
     per_weight: dict[str, float] = {}
-    for node in spec.weighted:
-        passes = 2 if spec.reads_input(node) else 3  # forward, grad-weight, and grad-input if any
-        flops = 2 * passes * positions(spec, node) * batch_size * local_steps
-        seconds = flops * _seconds_per_flop(profile, node)
+    for node, flops in flops_by_layer(spec, {}, batch_size * local_steps, frozen):
         name = f"{node.name}.weight"
+        size = prod(spec.param_shapes[name])
+        seconds = flops.step // size * _seconds_per_flop(profile, node)  # operations of one weight
         if name in spec.prunable:
             per_weight[name] = seconds + per_value
         else:
-            constant += seconds * prod(spec.param_shapes[name])
+            constant += seconds * size
     return LinearTime(constant, per_weight)
 
 
@@ -156,36 +191,21 @@ def _unprunable_values(spec: ModelSpec) -> int:
 
 
 def _measured_round_time(
-    spec: ModelSpec, measured: MeasuredTime, per_value: float, batch_size: int, local_steps: int
+    spec: ModelSpec,
+    measured: MeasuredTime,
+    per_value: float,
+    batch_size: int,
+    local_steps: int,
+    left: BackwardLeft | None,
 ) -> LinearTime:
     """The fit as it was measured: what a layer takes in full does not bound a line."""
-    session, step = measured.session, measured.step
+    session = measured.session
     steps = local_steps * batch_size / measured.batch_size
-    constant = session.constant_seconds + steps * step.constant_seconds
+    constant = session.constant_seconds + steps * measured.constant_seconds(left)
     per_weight = {
         name: session.layers[name].seconds_per_weight
-        + steps * step.layers[name].seconds_per_weight
+        + steps * measured.seconds_per_weight(name, left)
         + per_value
         for name in spec.prunable
     }
     return LinearTime(constant + per_value * _unprunable_values(spec), per_weight)
-
-
-def round_seconds(
-    spec: ModelSpec,
-    kept: Mapping[str, int],
-    profile: Profile,
-    *,
-    batch_size: int,
-    local_steps: int,
-) -> float:
-    """T(M) of the same round with the dense fall-back: monotone in every count, not linear."""
-    values = sum(
-        kept.get(name, prod(shape)) * VALUE_BYTES for name, shape in spec.tensor_shapes.items()
-    )
-    compute = min(
-        _session_seconds(spec, counts, profile)
-        + local_steps * step_seconds(spec, counts, batch_size, profile)
-        for counts in (kept, {})
-    )
-    return compute + link_seconds(values, values, profile)

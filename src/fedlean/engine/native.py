@@ -56,6 +56,7 @@ class NativeEngine:
             self._native = _native.Engine(count)
         except RuntimeError as error:
             raise ValueError(f"no native engine with {count} threads: {error}") from None
+        self.threads = count
         self.instruction_set: str = self._native.instruction_set
         self._last: list[_Last] = []  # one at most
 
@@ -122,6 +123,11 @@ class NativeEngine:
         )
         self._last = [_Last(key, session.native, weakref.ref(session))]
         return session
+
+    @property
+    def idle_bytes(self) -> int:
+        """Held of the last session where nobody holds that: the next one takes or frees it."""
+        return sum(one.session.held_bytes() for one in self._last if one.owner() is None)
 
     def _take_last(self, key: Hashable) -> Any:
         """Frees it where it does not fit: two plans are never held for one session."""

@@ -7,7 +7,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from math import prod
 
@@ -59,6 +59,17 @@ def forward_bytes(
             break
         panels //= 2
     return stored, FLOAT_BYTES * floats * directions_at_once
+
+
+def tapped_bytes(
+    spec: ModelSpec, kept: Mapping[str, int], *, examples: int, taps: Collection[str]
+) -> int:
+    """Of a forward whose taps are kept, beside the tensors and their patterns."""
+    everything = frozenset(spec.tensor_shapes)
+    held = structure(spec, everything)
+    mode = Mode(examples, taps=frozenset(taps), group_panels=1)
+    program = Program(spec, kept, everything, held, geometries(spec, held), mode)
+    return FLOAT_BYTES * program.floats
 
 
 def _moved(

@@ -55,7 +55,8 @@ from fedlean.core import (
     derive_seed,
     generator,
 )
-from fedlean.cost.time import linear_round_time, round_seconds
+from fedlean.cost.price import round_seconds
+from fedlean.cost.time import linear_round_time
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
 from fedlean.pruning.equal_density import add_random, keep_largest, kept_count, without_smallest
 from fedlean.pruning.regrow import apply_masks

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from fedlean.core import Masks, Params, Scalar, generator
+from fedlean.cost.price import round_seconds
 from fedlean.cost.profile import Profile, from_document
-from fedlean.cost.time import linear_round_time, round_seconds
+from fedlean.cost.time import linear_round_time
 from fedlean.pruning.empirical_risk import maximise_linear
 from fedlean.pruning.general_time import maximise_general
 from fedlean.pruning.prunable_set import removable

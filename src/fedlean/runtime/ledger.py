@@ -13,10 +13,9 @@ from typing import Any
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Work
-from fedlean.cost.flops import work_flops
-from fedlean.cost.price import work_memory_bytes
+from fedlean.cost.price import cost
 from fedlean.cost.profile import Profile
-from fedlean.cost.time import as_done, link_seconds, work_seconds
+from fedlean.cost.time import link_seconds
 from fedlean.runtime.clientstore import ClientStore
 
 
@@ -89,14 +88,12 @@ class Ledger:
         return self._prices[key]
 
     def _priced(self, task: ClientTask, works: Sequence[Work]) -> StepCost:
-        spec, frozen = task.spec, task.sub_model.frozen
-        done = [as_done(spec, work, self._profile) for work in works]
-        memory = [work_memory_bytes(spec, work, frozen=frozen) for work in done]
+        price = cost(task, works, self._profile)
         return StepCost(
-            flops=sum(work_flops(spec, work) for work in done),
-            flops_dense_gradient=sum(work_flops(spec, work, dense_gradient=True) for work in done),
-            compute_seconds=sum(work_seconds(spec, work, self._profile) for work in done),
-            peak_memory_bytes=max(memory, default=0),
+            flops=price.flops,
+            flops_dense_gradient=price.flops_dense_gradient,
+            compute_seconds=price.seconds,
+            peak_memory_bytes=price.peak_memory_bytes,
         )
 
     def repeated(self, downlink_bytes: int) -> None:

@@ -16,7 +16,7 @@ from fedlean.data.batches import Batch, ClientData
 from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_dataset
 from fedlean.runtime.remote import share as module
-from fedlean.runtime.remote.limit import TooLarge, resident_bytes
+from fedlean.runtime.remote.room import TooLarge, resident_bytes
 from fedlean.runtime.remote.share import Share, client_share, load_share, room_under
 
 MB = 1_000_000

@@ -23,7 +23,8 @@ from fedlean.runtime.remote import worker as worker_module
 from fedlean.runtime.remote.dispatch import _decoded
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.held import PATTERNS, RUNS, HeldPatterns, HeldStates, forget_old_runs
-from fedlean.runtime.remote.limit import LimitedEngine, TooLarge, resident_bytes
+from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.room import TooLarge, resident_bytes
 from fedlean.runtime.remote.worker import Worker
 from fedlean.tree import pattern_hash
 

@@ -1,29 +1,24 @@
 """A memory limit that is enforced before a session allocates.
 
 The engine's plan is exact and known beforehand, so a task that does not fit is refused with both
-numbers instead of the device being killed in the middle of it.
+numbers instead of the device being killed in the middle of it.  Counted are all open sessions with
+all that they were asked for so far; a session that nobody holds gives its bytes back.
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from fedlean.core import Params, SubModel
-from fedlean.engine.memory import forward_memory, step_memory
+from fedlean.engine import checks
 from fedlean.engine.protocol import SGD, Engine, ForwardSession, Loss, Session
+from fedlean.runtime.remote.needs import ForwardNeeds, StepNeeds, forward_needs, step_needs
+from fedlean.runtime.remote.room import Room, check_fits
 from fedlean.spec import ModelSpec
-from fedlean.tree import kept_counts
-
-
-class TooLarge(ValueError):
-    """The task needs more memory than this device may use; the message says how much."""
 
 
 class LimitedEngine:
@@ -31,11 +26,15 @@ class LimitedEngine:
 
     def __init__(self, engine: Engine, limit_bytes: int):
         self._engine = engine
-        self._limit_bytes = limit_bytes
-        self._planned_bytes = 0  # of the last session, which the engine may still hold
+        self._room = Room(engine, limit_bytes)
         self.name = engine.name
         self.arithmetic: Literal["masked", "sparse"] = engine.arithmetic
         self.instruction_set = engine.instruction_set
+
+    @property
+    def granted_bytes(self) -> int:
+        """What all open sessions may hold."""
+        return self._room.granted_bytes
 
     def open(
         self,
@@ -48,25 +47,13 @@ class LimitedEngine:
         loss: Loss = "ce",
     ) -> Session:
         """Raises TooLarge before anything is allocated; else as the engine's own."""
-        plain, important = (
-            step_memory(
-                spec,
-                kept_counts(sub_model.masks),
-                batch_size=batch_size,
-                optimizer_floats=1 if optimizer.momentum else 0,
-                frozen=sub_model.frozen,
-                importance=importance,
-                sparse=self._engine.arithmetic == "sparse",
-            ).peak_bytes
-            for importance in (False, True)
-        )
-        free = self._limit_bytes - (resident_bytes() - self._planned_bytes)
-        check_fits(plain, free, self._limit_bytes, "a training step")
+        checks.check_settings(batch_size, loss)
+        needs = step_needs(self._engine, spec, sub_model, batch_size, optimizer)
+        self._room.check(needs.step_bytes, "a training step")
         session = self._engine.open(
             spec, params, sub_model, batch_size=batch_size, optimizer=optimizer, loss=loss
         )
-        self._planned_bytes = plain
-        return _Guarded(session, important, free, self._limit_bytes)  # type: ignore[return-value]
+        return _Guarded(session, needs, self._room)  # type: ignore[return-value]
 
     def open_forward(
         self,
@@ -78,71 +65,120 @@ class LimitedEngine:
         loss: Loss = "ce",
         directions_at_once: int = 1,
     ) -> ForwardSession:
-        """Raises TooLarge before anything is allocated; else as the engine's own."""
-        needed = forward_memory(
-            spec,
-            kept_counts(sub_model.masks),
-            batch_size=batch_size,
-            frozen=sub_model.frozen,
-            sparse=self._engine.arithmetic == "sparse",
-            directions_at_once=directions_at_once,
-        ).peak_bytes
-        free = self._limit_bytes - (resident_bytes() - self._planned_bytes)
-        check_fits(needed, free, self._limit_bytes, "a forward pass")
+        """Raises TooLarge before anything is allocated; else as the engine's own.
+
+        Where so many directions at once do not fit, it is as many as do: that takes longer, and
+        gives the same.
+        """
+        checks.check_settings(batch_size, loss)
+        checks.check_directions_at_once(directions_at_once)
+        free = self._room.free_bytes()
+        needs_of = partial(forward_needs, self._engine, spec, sub_model, batch_size)
+        at_once = min(directions_at_once, getattr(self._engine, "threads", 1))
+        while (needs := needs_of(at_once)).loss_bytes > free and at_once > 1:
+            at_once -= 1
+        check_fits(needs.loss_bytes, free, self._room.limit_bytes, "a forward pass")
         session = self._engine.open_forward(
             spec,
             params,
             sub_model,
             batch_size=batch_size,
             loss=loss,
-            directions_at_once=directions_at_once,
+            directions_at_once=at_once,
         )
-        self._planned_bytes = needed
-        return session
+        return _GuardedForward(session, needs, self._room)  # type: ignore[return-value]
 
 
 class _Guarded:
-    """A session whose Σ g² are allocated only if they fit; all else is the session's own."""
+    """A session that allocates what comes beyond a step only if it fits.
 
-    def __init__(self, session: Session, important_bytes: int, free_bytes: int, limit_bytes: int):
+    What was granted once stays granted: the engine keeps most of it, and a loop asks for it again.
+    """
+
+    def __init__(self, session: Session, needs: StepNeeds, room: Room):
         self._session = session
-        self._important_bytes = important_bytes
-        self._free_bytes = free_bytes
-        self._limit_bytes = limit_bytes
+        self._needs = needs
+        self._room = room
+        self._squares = 0  # bytes of each kind that were granted
+        self._arena = needs.arena_bytes
+        self._returned = 0
+        room.grant(self, needs.step_bytes)
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
-        self._check_squares(importance)
+        if importance:
+            self._hold_squares(self._needs.importance_arena_bytes)
         return self._session.step(x, y, importance=importance)
 
     def descend(
         self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
     ) -> None:
-        self._check_squares(importance)
+        if importance:
+            self._hold_squares(0)
         self._session.descend(output_gradients, importance=importance)
 
-    def _check_squares(self, asked: bool) -> None:
-        if asked:
-            what = "a training step with Σ g² of all coordinates"
-            check_fits(self._important_bytes, self._free_bytes, self._limit_bytes, what)
+    def forward(
+        self, x: np.ndarray, *, taps: Sequence[str] = (), training: bool = False
+    ) -> Mapping[str, np.ndarray]:
+        self._hold(
+            "a forward pass that a backward may follow" if training else "a forward pass with taps",
+            arena=self._needs.forward_arena_bytes(_examples(x), taps, training),
+        )
+        return self._session.forward(x, taps=taps, training=training)
+
+    def backward(
+        self, output_gradients: Mapping[str, np.ndarray], *, dense: bool = False
+    ) -> Params:
+        self._hold("a backward pass", returned=self._needs.backward_bytes(dense))
+        return self._session.backward(output_gradients, dense=dense)
+
+    def apply(self, gradients: Params) -> None:
+        self._hold("an optimiser step", returned=self._needs.gradient_bytes)
+        self._session.apply(gradients)
+
+    def _hold_squares(self, arena: int) -> None:
+        what = "a training step with Σ g² of all coordinates"
+        self._hold(what, squares=self._needs.square_bytes, arena=arena)
+
+    def _hold(self, what: str, *, squares: int = 0, arena: int = 0, returned: int = 0) -> None:
+        """Raises TooLarge where the session cannot hold so much beside what it was granted."""
+        asked = (
+            max(self._squares, squares),
+            max(self._arena, arena),
+            max(self._returned, returned),
+        )
+        if asked == (self._squares, self._arena, self._returned):
+            return
+        needed = self._needs.stored_bytes + sum(asked)
+        self._room.check(needed, what, self)
+        self._room.grant(self, needed)
+        self._squares, self._arena, self._returned = asked
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
 
-def check_fits(needed_bytes: int, free_bytes: int, limit_bytes: int, what: str) -> None:
-    """Raises TooLarge naming both numbers."""
-    if needed_bytes > free_bytes:
-        raise TooLarge(
-            f"{what} needs {needed_bytes / 1e6:.1f} MB, {max(0, free_bytes) / 1e6:.1f} MB are free "
-            f"under the limit of {limit_bytes / 1e6:.0f} MB: raise --memory-limit, or train a "
-            "smaller model, batch or density"
-        )
+class _GuardedForward:
+    """The same of a session that only runs forward."""
+
+    def __init__(self, session: ForwardSession, needs: ForwardNeeds, room: Room):
+        self._session = session
+        self._needs = needs
+        self._room = room
+        self._granted = needs.loss_bytes
+        room.grant(self, self._granted)
+
+    def forward(self, x: np.ndarray, *, taps: Sequence[str] = ()) -> Mapping[str, np.ndarray]:
+        needed = self._needs.forward_bytes(_examples(x), taps)
+        if needed > self._granted:
+            self._room.check(needed, "a forward pass with taps", self)
+            self._room.grant(self, needed)
+            self._granted = needed
+        return self._session.forward(x, taps=taps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
-def resident_bytes() -> int:
-    """Memory of this process now (Linux), or its peak (elsewhere)."""
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def _examples(x: np.ndarray) -> int:
+    """What is no batch is refused by the engine, which says why."""
+    return len(x) if isinstance(x, np.ndarray) and x.ndim else 1

@@ -11,7 +11,7 @@ from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_source
 from fedlean.data.partition import Labelled, partition
 from fedlean.data.source import Room, unlimited
-from fedlean.runtime.remote.limit import TooLarge, resident_bytes
+from fedlean.runtime.remote.room import TooLarge, resident_bytes
 
 
 @dataclass(frozen=True)

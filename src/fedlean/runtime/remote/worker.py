@@ -23,10 +23,10 @@ from fedlean.core import ClientTask
 from fedlean.data.batches import ClientData
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import Engine
+from fedlean.printable import printable
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.budget import Budget, GaveUp, TimedBatches, TimedEngine, TooMuch
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
-from fedlean.runtime.remote.exchange import printable
 from fedlean.runtime.remote.held import (
     HeldPatterns,
     HeldSpecs,
@@ -35,7 +35,8 @@ from fedlean.runtime.remote.held import (
     kept_identity,
 )
 from fedlean.runtime.remote.holding import Holding, held_by, mismatch
-from fedlean.runtime.remote.limit import LimitedEngine, TooLarge, resident_bytes
+from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.room import TooLarge, resident_bytes
 from fedlean.spec import ModelSpec
 
 log = logging.getLogger("fedlean")
@@ -48,7 +49,8 @@ class Worker:
     """One client on one device.
 
     folder: its files (`held`); data: its examples; client: its number, if the operator gave one;
-    identity: who it is, in words that stay the same when it starts again ("": drawn once and kept).
+    identity: who it is, in words that stay the same when it starts again and that nobody can guess;
+    what may be shown comes before a space ("": drawn once and kept).
     memory_limit_bytes: of the whole process; methods: `module:function` methods that may run beside
     FedLean's own, whose modules this process would otherwise never import on a server's word.
     max_task_seconds: after which a task is given up, whatever the server's deadline is.

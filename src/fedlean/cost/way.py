@@ -1,0 +1,112 @@
+"""Which of its two ways a device computes: the shorter of those that fit its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from fedlean.core import Work
+from fedlean.cost.profile import Profile
+from fedlean.cost.time import work_seconds
+from fedlean.engine.memory import ForwardMemory, StepMemory, forward_memory, step_memory
+from fedlean.spec import ModelSpec
+
+MB = 10**6
+
+
+class Done(NamedTuple):
+    work: Work  # without masks where it was done densely
+    seconds: float
+
+
+def as_done(
+    spec: ModelSpec, work: Work, profile: Profile, frozen: frozenset[str] = frozenset()
+) -> Done:
+    """The work as the device does it, so that all of its price is of one and the same execution.
+
+    That is the shorter of the sparse and the dense way where both fit the device's memory, and
+    otherwise the one that fits; where neither does, the sparse one, which so never takes less time
+    for keeping more.
+    """
+    if not work.kept:
+        return Done(work, work_seconds(spec, work, profile, frozen=frozen))
+    dense = replace(work, kept={})
+    held = _dense_memory(spec, dense.batch_size, *_of(dense), frozen)
+    if held.peak_bytes > profile.memory_bytes:
+        return Done(work, work_seconds(spec, work, profile, frozen=frozen, dense_too=False))
+    sparse_seconds, dense_seconds = (
+        work_seconds(spec, one, profile, frozen=frozen) for one in (work, dense)
+    )
+    if sparse_seconds < dense_seconds and _sparse_fits(spec, work, profile, frozen, held):
+        return Done(work, sparse_seconds)
+    return Done(dense, dense_seconds)
+
+
+def work_memory_bytes(
+    spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset(), sparse: bool = True
+) -> int:
+    """Modelled peak of a device that stores only what it trains (see `engine.memory`).
+
+    Work of forward passes alone needs no more than those: what is frozen may be perturbed in them.
+    """
+    return _memory(spec, work, frozen, sparse).peak_bytes
+
+
+def _memory(
+    spec: ModelSpec, work: Work, frozen: frozenset[str], sparse: bool = True
+) -> StepMemory | ForwardMemory:
+    if not work.steps:
+        return forward_memory(spec, work.kept, batch_size=work.batch_size, sparse=sparse)
+    return step_memory(
+        spec,
+        work.kept,
+        batch_size=work.batch_size,
+        optimizer_floats=work.optimizer_floats,
+        frozen=frozen,
+        importance=work.importance_steps > 0,
+        sparse=sparse,
+    )
+
+
+def _of(work: Work) -> tuple[bool, bool, int]:
+    """What its memory depends on beside the masks."""
+    return work.steps > 0, work.importance_steps > 0, work.optimizer_floats
+
+
+@lru_cache(maxsize=64)
+def _dense_memory(
+    spec: ModelSpec,
+    batch_size: int,
+    steps: bool,
+    importance: bool,
+    optimizer_floats: int,
+    frozen: frozenset[str],
+) -> StepMemory | ForwardMemory:
+    """Once for all masks: a time model asks for thousands."""
+    work = Work(int(steps), batch_size, int(importance), optimizer_floats=optimizer_floats)
+    return _memory(spec, work, frozen)
+
+
+def _sparse_fits(
+    spec: ModelSpec,
+    work: Work,
+    profile: Profile,
+    frozen: frozenset[str],
+    dense: StepMemory | ForwardMemory,
+) -> bool:
+    if enough_bytes(dense, work.kept) <= profile.memory_bytes:  # most devices need no plan
+        return True
+    return _memory(spec, work, frozen).peak_bytes <= profile.memory_bytes
+
+
+def enough_bytes(dense: StepMemory | ForwardMemory, kept: Mapping[str, int]) -> int:
+    """For the sparse way of what takes `dense`, where that keeps `kept`.
+
+    Each kept weight has two offsets, its place in the other order and its copy there, 12 bytes.
+    Rows of up to one kernel start in both orders, at most 10 bytes for each weight.  Beside that
+    layers want less than 1 MB of sums, and arrays of other sizes leave other gaps.
+    """
+    more = 12 * sum(kept.values()) + 3 * dense.parameter_bytes + dense.activation_bytes // 2
+    return dense.peak_bytes + more + MB
