@@ -119,6 +119,27 @@ def test_a_training_forward_that_does_not_fit_is_refused_and_the_session_goes_on
 
 
 @native
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_descent_counts_what_it_holds(steady, clip):
+    """Nothing beside its forward; with importance a sum for every parameter, or it is refused."""
+    engine = limited()
+    session = opened(engine, SGD(0.1, clip_norm=clip))
+    given = {"fc": np.ones((20, 10), np.float32)}
+    session.forward(X, training=True)
+    before = engine.granted_bytes
+    session.descend(given)
+    assert engine.granted_bytes == session.held_bytes == before
+    session.forward(X, training=True)
+    session.descend(given, importance=True)
+    assert engine.granted_bytes == session.held_bytes == before + 4 * SPEC.num_params
+    tight = opened(limited(PROCESS + before), SGD(0.1, clip_norm=clip))
+    tight.forward(X, training=True)
+    with pytest.raises(TooLarge, match="Σ g² of all coordinates needs"):
+        tight.descend(given, importance=True)
+    tight.descend(given)
+
+
+@native
 def test_gradients_are_counted_with_those_that_are_returned(steady):
     """Dense ones: a float for each of SPEC's 2,042 parameters in the engine and in NumPy."""
     assert 4 * SPEC.num_params == 4 * (8 * 2 * 9 + 8 + 16 + 8 * 8 * 9 + 8 + 10 * 128 + 10)
