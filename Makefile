@@ -35,8 +35,9 @@ demo: $(VENV)/demo.stamp
 	  --set reconfigure_every=20 --out runs/demo/prunefl
 	$(BIN)/fedlean compare runs/demo/fedavg runs/demo/prunefl --out runs/demo/compare.html
 
+# A file's tests stay together, for what they share; those that wait for servers begin.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The C++ tests: as the wheel is built, with address and undefined-behaviour checks, and under
 # qemu-aarch64 where it and g++-aarch64-linux-gnu are installed.  Under those checks also random and

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed"),
+]
 if find_spec("flwr") is not None:
     from runtime.flower.processes import (
         METHODS,

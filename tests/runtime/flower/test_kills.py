@@ -20,7 +20,10 @@ from fedlean.runtime.config import RunConfig
 from fedlean.runtime.how import How
 from fedlean.runtime.run import start
 
-pytestmark = pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed"),
+]
 if find_spec("flwr") is not None:
     from runtime.flower.processes import Process, light_node, model, same
     from runtime.flower.stock import COMMANDS
