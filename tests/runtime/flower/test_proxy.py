@@ -203,7 +203,7 @@ def test_an_ipv6_superlink_stands_in_brackets():
         (b"HTTP/1.1 407 Who are you?\r\n\r\n", False, "HTTP 407 Who are you.*USER:PASSWORD@"),
         (b"HTTP/1.1 403 \r\n\r\n", False, "HTTP 403; it must allow CONNECT"),
         (b"HTTP/1.0 302 Found\r\nLocation: http://login/\r\n\r\n", False, "HTTP 302 Found"),
-        (b"HTTP/1.1 502 Bad\x1b gateway\r\n\r\n", True, "HTTP 502 Bad. gateway"),
+        (b"HTTP/1.1 502 Bad\x1b gateway\r\n\r\n", True, r"HTTP 502 Bad\\x1b gateway"),
         (b"HTTP/1.1 429 Later\r\n\r\n", True, "HTTP 429 Later"),
         (b"", True, "RemoteDisconnected"),
         (b"SSH-2.0-OpenSSH\r\n", False, "answers with 'SSH-2.0-OpenSSH.*no HTTP"),

@@ -603,4 +603,4 @@ def test_delays_double_up_to_a_bound():
 
 
 def test_what_others_wrote_is_one_line():
-    assert plain("a\nb\x1b[31m" + "c" * 999) == "a?b?[31m" + "c" * 192
+    assert plain("a\nb\x1b[31m" + "c" * 999) == r"a\nb\x1b[31m" + "c" * 188
