@@ -23,9 +23,12 @@ def load_function(kind: str, name: str) -> Callable[..., Any]:
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
+        where = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            where = "; is its folder on PYTHONPATH, as in PYTHONPATH=. fedlean ...?"
         raise ValueError(
             f"{kind} {name!r} cannot be imported, expected package.module:function: "
-            f"{type(error).__name__}: {error!s:.300}"
+            f"{type(error).__name__}: {error!s:.300}{where}"
         ) from error
     if not callable(found):
         raise ValueError(f"{kind} {name!r} must be a function, got {type(found).__name__}")

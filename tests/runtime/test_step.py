@@ -82,7 +82,7 @@ def test_without_a_bound_a_merge_that_explodes_is_taken_back():
     assert "is suspected, since the merged model grew" in first.rejected[ROGUE]
     assert list(first.refused) == [ROGUE]
     (note,) = first.notes
-    assert note.startswith("round 1 is lost and asked again: the merged model grew from a norm of")
+    assert note.startswith("lost, and asked again: the merged model grew from a norm of")
     assert note.endswith("suspected: client 1")
 
 

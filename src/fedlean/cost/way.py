@@ -24,11 +24,12 @@ class Done(NamedTuple):
 def as_done(
     spec: ModelSpec, work: Work, profile: Profile, frozen: frozenset[str] = frozenset()
 ) -> Done:
-    """The work as the device does it, so that all of its price is of one and the same execution.
+    """The work as the device does it, so that its memory and its FLOPs are of one execution.
 
-    That is the shorter of the sparse and the dense way where both fit the device's memory, and
-    otherwise the one that fits; where neither does, the sparse one, which so never takes less time
-    for keeping more.
+    Its seconds, too, but for sparse steps with the dense weight gradient: those take the shorter
+    way each.  It is the shorter of the sparse and the dense way where both fit the device's memory,
+    and otherwise the one that fits; where neither does, the sparse one, which so never takes less
+    time for keeping more.
     """
     if not work.kept:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen))

@@ -132,9 +132,10 @@ def _refuse_used(folder: Path) -> None:
     """A kill before config.json was whole leaves a lock and a part of it: nothing was done yet."""
     names = {path.name for path in folder.iterdir()} - {LOCK}
     if any(not (name.startswith("config.json.") and name.endswith(".tmp")) for name in names):
-        what = "already holds a run" if (folder / "config.json").is_file() else "is not empty"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--out {folder} is not empty and holds no run: name another folder")
         raise ValueError(
-            f"--out {folder} {what}: name another folder, or continue with "
+            f"--out {folder} already holds a run: name another folder, or continue with "
             f"'fedlean resume {folder}'"
         )
 

@@ -102,17 +102,17 @@ class Step:
         if seconds := dispatch.measured_seconds():
             record.measured_seconds += median(seconds.values())
         if record.answered and (wrong := fault(state, after, self._server.spec)):
-            self._take_back(wrong, tasks[0].round)
+            self._take_back(wrong)
         dispatch.acknowledge(record.answered, [c for c in asked if c in record.rejected])
         record.refused = {**dispatch.troubles(), **record.refused, **record.rejected}
         return after if record.answered else state
 
-    def _take_back(self, wrong: str, round: int) -> None:
+    def _take_back(self, wrong: str) -> None:
         """The merge does not count, and whoever may have spoilt it is left out from now on."""
         record = self.record
         suspected = suspects({client: record.moved[client] for client in record.answered})
         named = some([f"client {client}" for client in suspected])
-        record.notes.append(f"round {round} is lost and asked again: {wrong}; suspected: {named}")
+        record.notes.append(f"lost, and asked again: {wrong}; suspected: {named}")
         lost = dict.fromkeys(record.answered, "its round was lost")
         record.refused = {**lost, **record.refused}
         record.rejected |= dict.fromkeys(suspected, f"is suspected, since {wrong}")

@@ -45,9 +45,16 @@ class Stopped(BaseException):
     """SIGTERM or SIGINT came; not an Exception, so that a task does not swallow it."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad usage is one line, as of every other command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fedlean node", description="Take part in a federation as one of its devices."
     )
     add = parser.add_argument
@@ -65,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--tls-ca", type=_path, help="PEM file of the authority of the SuperLink's certificate")
     add("--key", type=_path, help="this node's private key (ssh-keygen -t ecdsa -b 384 -N '')")
-    add("--insecure", action="store_true", help="without --tls-ca and --key; for trials only")
+    add(
+        "--insecure", action="store_true", help="do without --key, or without both; for trials only"
+    )
     add(
         "--memory-limit",
         type=_bytes,

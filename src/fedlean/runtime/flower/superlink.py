@@ -313,13 +313,12 @@ def _check_security(key: PrivateKey | None, certificates: Path | None, insecure:
     if not insecure and certificates is None:
         raise ValueError(
             "no root certificates: give the PEM file of the authority that signed the SuperLink's "
-            "certificate, or say that the connection may be insecure"
+            "certificate (--tls-ca), or for a trial --insecure"
         )
     if not insecure and key is None:
         raise ValueError(
             "no key: make one (ssh-keygen -t ecdsa -b 384 -N '' -f node.key), register its public "
-            "half (flwr supernode register node.key.pub), or say that the connection may be "
-            "insecure"
+            "half (flwr supernode register node.key.pub) and give --key, or for a trial --insecure"
         )
     if key is not None and certificates is None:
         raise ValueError(
