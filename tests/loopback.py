@@ -10,7 +10,9 @@ import numpy as np
 from federation import CLIENTS, ENGINE, client_data, dataset
 
 from fedlean.runtime.remote import attendance, budget, dispatch, exchange, roster, unwilling
+from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.dispatch import RemoteDispatch, Terms
+from fedlean.runtime.remote.envelope import unseal
 from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.remote.worker import Worker
 
@@ -20,6 +22,10 @@ Fault = Callable[[int, bytes], "bytes | Failed | None"]  # node, content -> what
 
 def nothing(node: int, content: bytes) -> bytes:
     return content
+
+
+def kind_of(content: bytes) -> int:
+    return unseal(content, expected=tuple(env.KINDS)).kind
 
 
 class Clock:

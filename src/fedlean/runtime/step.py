@@ -119,10 +119,10 @@ class Step:
         record.answered, record.metrics = [], {}
 
     def _refuse(self, update: ClientUpdate, task: ClientTask) -> str | None:
-        why = refusal(update, task, self._expected(task))
+        expected = self._expected(task)
+        why = refusal(update, task, expected)
         if why is None:
-            forms = self._algorithm.statistics(task)
-            self.record.moved[task.client] = far = moved(update, task, forms)
+            self.record.moved[task.client] = far = moved(update, task, expected.forms)
             why = self._moves.bound(self._max_norm, task.phase).exceeded(far)
         if why is not None:
             self.record.rejected[task.client] = why

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from federation import CLIENTS, ROUNDS, nothing_wrong, params, run, same, server
-from loopback import Clock, Loopback, remote, stand_in
+from loopback import Clock, Loopback, kind_of, remote
 
 from fedlean.core import FederatedAlgorithm
 from fedlean.methods.fedavg import fedavg
@@ -20,25 +20,13 @@ from fedlean.runtime.remote.envelope import seal, unseal
 from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.remote.worker import trouble
 
+pytestmark = pytest.mark.usefixtures("clock")
+
 SILENT = 101  # the node of client 1
 
 
 def everybody() -> FederatedAlgorithm:
     return fedavg(server(), lr=0.05, local_steps=2, batch_size=8)
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch) -> Clock:
-    return stand_in(monkeypatch)
-
-
-@pytest.fixture
-def post(tmp_path) -> Loopback:
-    return Loopback(tmp_path / "nodes")
-
-
-def kind_of(content: bytes) -> int:
-    return unseal(content, expected=tuple(env.KINDS)).kind
 
 
 def step(dispatch: RemoteDispatch, number: int, **refused: str) -> list[int]:

@@ -21,7 +21,7 @@ from federation import (
     same,
     server,
 )
-from loopback import Clock, Loopback, flipped, remote, stand_in
+from loopback import Loopback, flipped, kind_of, remote
 
 from fedlean import wire
 from fedlean.core import FederatedAlgorithm
@@ -38,6 +38,8 @@ from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.worker import Worker
 from fedlean.runtime.rounds import Progress
 
+pytestmark = pytest.mark.usefixtures("clock")
+
 
 def build(name: str) -> FederatedAlgorithm:
     case = case_of(name)
@@ -47,20 +49,6 @@ def build(name: str) -> FederatedAlgorithm:
 def everybody() -> FederatedAlgorithm:
     """FedAvg over all four in every round."""
     return fedavg(server(), lr=0.05, local_steps=2, batch_size=8)
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch) -> Clock:
-    return stand_in(monkeypatch)
-
-
-@pytest.fixture
-def post(tmp_path) -> Loopback:
-    return Loopback(tmp_path / "nodes")
-
-
-def kind_of(content: bytes) -> int:
-    return unseal(content, expected=tuple(env.KINDS)).kind
 
 
 def only_tasks(fault):

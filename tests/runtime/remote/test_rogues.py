@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from federation import CLIENTS, ROUNDS, run, server
-from loopback import Clock, Loopback, remote, stand_in
+from loopback import Clock, Loopback, kind_of, remote
 
 from fedlean.core import ClientTask, ClientUpdate
 from fedlean.methods.fedavg import fedavg
@@ -21,23 +21,11 @@ from fedlean.runtime.remote.worker import trouble
 from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, RunFailed
 from fedlean.runtime.step import ATTEMPTS
 
+pytestmark = pytest.mark.usefixtures("clock")
+
 ROGUE = 100  # the node of client 0
 DEADLINE = 600.0
 HONEST = [1, 2, 3]
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch) -> Clock:
-    return stand_in(monkeypatch)
-
-
-@pytest.fixture
-def post(tmp_path) -> Loopback:
-    return Loopback(tmp_path / "nodes")
-
-
-def kind_of(content: bytes) -> int:
-    return unseal(content, expected=tuple(env.KINDS)).kind
 
 
 def patient(post: Loopback, **terms) -> RemoteDispatch:

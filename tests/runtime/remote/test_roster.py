@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from federation import CLIENTS, client_data, run, server
-from loopback import Clock, Loopback, remote, stand_in
+from loopback import Loopback, kind_of, remote
 
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.clientstore import ClientStore
@@ -15,21 +15,9 @@ from fedlean.runtime.remote.dispatch import RemoteDispatch
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("clock")
+
 ROGUE = 999
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch) -> Clock:
-    return stand_in(monkeypatch)
-
-
-@pytest.fixture
-def post(tmp_path) -> Loopback:
-    return Loopback(tmp_path / "nodes")
-
-
-def kind_of(content: bytes) -> int:
-    return unseal(content, expected=tuple(env.KINDS)).kind
 
 
 def device(post: Loopback, node: int, client: int | None, identity: str) -> None:
