@@ -10,23 +10,30 @@ import time
 import pytest
 
 NODE = """
-import hashlib, signal, sys, time
+import hashlib, signal, sys, threading, time
 from fedlean.runtime.flower.node import Stopped, _stop
 from fedlean.runtime.flower.stopping import ends_soon
 signal.signal(signal.SIGTERM, _stop)
 def leave():
     print("left", flush=True)
+def at_work(cpu_seconds):
+    until = time.process_time() + cpu_seconds
+    while time.process_time() < until:
+        time.sleep(0.01)
+    print("at work", flush=True)
 try:
     with ends_soon(leave, seconds=1.0):
-        print("at work", flush=True)
         {work}
 except Stopped:
     print("stopped", flush=True)
 """
+# Native code says that it is at work once it has used the processor: a signal that came between the
+# line that says so and the call would find Python at its own instructions.
 WORK = {
-    "native code that does not return": "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)",
-    "a loop of Python's": "while True: pass",
-    "waiting": "time.sleep(600)",
+    "native code that does not return": "threading.Thread(target=at_work, args=(0.3,)).start(); "
+    "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)",
+    "a loop of Python's": "at_work(0)\n        while True: pass",
+    "waiting": "at_work(0); time.sleep(600)",
 }
 
 
