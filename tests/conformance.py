@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fedlean.methods
-from fedlean.core import FederatedAlgorithm, Scalar
+from fedlean.core import FederatedAlgorithm, Model, Scalar
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Case:
     neutral: Mapping[str, Scalar] | str  # replaces settings: equals FedAvg; or why there is none
     fedavg: Mapping[str, Scalar] = field(default_factory=dict)  # FedAvg's settings there
     why_no_masks: str = ""  # a method that prunes leaves this empty
+    start: Model | None = None  # that the settings' runs start from; None: the federation's draw
 
 
 def method_names() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Params, Server
+from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Model, Params, Server
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
@@ -74,6 +74,10 @@ def devices() -> list[Device]:
 
 def params() -> Params:
     return init_params(SPEC, SEED)
+
+
+def first_model() -> Model:
+    return Model(SPEC, params())
 
 
 def fresh_dispatch(algorithm: FederatedAlgorithm, engine: Engine = ENGINE) -> LocalDispatch:
@@ -144,6 +148,7 @@ def run(
     rounds: int = ROUNDS,
     watch: Callable[[Progress, StepRecord], None] | None = None,
     max_update_norm: float | None = None,
+    first: Model | None = None,
 ) -> Any:
     """The final state, of clients on `engine` unless a dispatch is given."""
 
@@ -154,7 +159,7 @@ def run(
         if watch is not None:
             watch(progress, record)
 
-    progress = progress or Progress(algorithm.init(params()), ClientStore())
+    progress = progress or Progress(algorithm.init(first or first_model()), ClientStore())
     return run_rounds(
         algorithm,
         progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from federation import (
     Around,
     client_data,
     devices,
+    first_model,
     fresh_dispatch,
     over_the_wire,
     params,
@@ -23,7 +25,7 @@ from federation import (
 )
 from live_memory import peak_bytes
 
-from fedlean.core import FederatedAlgorithm
+from fedlean.core import FederatedAlgorithm, Model
 from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.open import NAMES, open_engine
 from fedlean.engine.protocol import Engine
@@ -56,6 +58,15 @@ def build(name: str, **extra) -> FederatedAlgorithm:
     return case.method(server(), **{**case.settings, **extra})
 
 
+def first(name: str) -> Model:
+    return case_of(name).start or first_model()
+
+
+def train(name: str, *, engine: Engine, algorithm: FederatedAlgorithm | None = None, **how) -> Any:
+    """The final state of the case's run, or of that of `algorithm`."""
+    return run(algorithm or build(name), engine=engine, first=first(name), **how)
+
+
 def test_declares_a_case(name):
     assert case_of(name).method.__name__ == name
 
@@ -63,7 +74,7 @@ def test_declares_a_case(name):
 def test_pure(name, engine):
     """No function changes its arguments; equal arguments give equal results."""
     algorithm = build(name)
-    state = algorithm.init(params())
+    state = algorithm.init(first(name))
     tasks = algorithm.configure(state, devices())
     before = snapshot((state, tasks))
     answers = [
@@ -75,23 +86,25 @@ def test_pure(name, engine):
     assert same(answers, again)
     updates = [update for update, _ in answers]
     sent = snapshot(updates)
-    first = algorithm.server_update(state, iter(updates))
-    second = algorithm.server_update(state, iter(updates))
-    assert same(first, second)
+    once, twice = (algorithm.server_update(state, iter(updates)) for _ in range(2))
+    assert same(once, twice)
     assert same(before, (state, tasks)) and same(sent, updates)
 
 
 def test_deterministic_and_learns(name, engine):
-    first, second = run(build(name), engine=engine), run(build(name), engine=engine)
-    assert same(first, second)
-    assert first.round == ROUNDS
-    assert not same(dict(first.params), dict(params()))
+    one, two = train(name, engine=engine), train(name, engine=engine)
+    assert same(one, two)
+    assert one.round == ROUNDS
+    assert not same(dict(one.params), dict(params()))
 
 
 def test_order_of_updates_is_irrelevant(name, engine):
     algorithm = build(name)
     dispatch = Around(fresh_dispatch(algorithm, engine), shuffled([2, 0, 3, 1]))
-    assert same(run(algorithm, dispatch=dispatch), run(build(name), engine=engine))
+    assert same(
+        train(name, engine=engine, algorithm=algorithm, dispatch=dispatch),
+        train(name, engine=engine),
+    )
 
 
 def test_survives_drop_outs(name, engine):
@@ -103,7 +116,12 @@ def test_survives_drop_outs(name, engine):
         del tasks
         return (update for update in updates if rng.random() < 0.67)
 
-    state = run(algorithm, dispatch=Around(fresh_dispatch(algorithm, engine), drop))
+    state = train(
+        name,
+        engine=engine,
+        algorithm=algorithm,
+        dispatch=Around(fresh_dispatch(algorithm, engine), drop),
+    )
     assert state.round == ROUNDS
     assert all(np.isfinite(value).all() for value in state.params.values())
 
@@ -119,8 +137,13 @@ def test_zero_replies_are_asked_again(name, engine):
         answers = list(updates)
         return [] if calls["n"] % 2 else answers
 
-    state = run(algorithm, dispatch=Around(fresh_dispatch(algorithm, engine), silent_every_other))
-    assert same(state, run(build(name), engine=engine))
+    state = train(
+        name,
+        engine=engine,
+        algorithm=algorithm,
+        dispatch=Around(fresh_dispatch(algorithm, engine), silent_every_other),
+    )
+    assert same(state, train(name, engine=engine))
 
 
 def test_resume_equals_uninterrupted(name, engine, tmp_path):
@@ -138,16 +161,19 @@ def test_resume_equals_uninterrupted(name, engine, tmp_path):
         save_checkpoint(folder, progress.step, tree)
         steps.append(folder)
 
-    expected = run(algorithm, dispatch=dispatch, watch=save)
+    expected = train(name, engine=engine, algorithm=algorithm, dispatch=dispatch, watch=save)
     for folder in steps[:: max(1, len(steps) // 4)]:
         tree, skipped = load_checkpoint(folder)
         assert not skipped
         fresh = build(name)
-        state = type(fresh.init(params()))(**tree["state"])
+        state = type(fresh.init(first(name)))(**tree["state"])
         resumed = fresh_dispatch(fresh, engine)
         resumed.restore({int(k): v for k, v in tree["clients"].items()})
         progress = Progress(state, ClientStore(tree["store"]), tree["step"])
-        assert same(run(fresh, dispatch=resumed, progress=progress), expected)
+        assert same(
+            train(name, engine=engine, algorithm=fresh, dispatch=resumed, progress=progress),
+            expected,
+        )
 
 
 def test_wire_round_trip_and_bytes_as_claimed(name, engine):
@@ -155,9 +181,10 @@ def test_wire_round_trip_and_bytes_as_claimed(name, engine):
     algorithm = build(name)
     store = ClientStore()
     dispatch = over_the_wire(fresh_dispatch(algorithm, engine), store)
-    progress = Progress(algorithm.init(params()), store)
+    progress = Progress(algorithm.init(first(name)), store)
     assert same(
-        run(algorithm, dispatch=dispatch, progress=progress), run(build(name), engine=engine)
+        train(name, engine=engine, algorithm=algorithm, dispatch=dispatch, progress=progress),
+        train(name, engine=engine),
     )
 
 
@@ -173,8 +200,8 @@ def test_neutral_setting_is_fedavg(name, engine):
 
 def test_knob_changes_the_result(name, engine):
     case = case_of(name)
-    changed = run(build(name, **case.knob), engine=engine)
-    assert not same(dict(changed.params), dict(run(build(name), engine=engine).params))
+    changed = train(name, engine=engine, algorithm=build(name, **case.knob))
+    assert not same(dict(changed.params), dict(train(name, engine=engine).params))
 
 
 def test_masked_coordinates_are_exactly_zero(name, engine):
@@ -190,7 +217,7 @@ def test_masked_coordinates_are_exactly_zero(name, engine):
             assert not progress.state.params[key][~mask].any()
             pruned.append(not mask.all())
 
-    run(build(name), engine=engine, watch=check)
+    train(name, engine=engine, watch=check)
     assert any(pruned) or case.why_no_masks
 
 
@@ -218,7 +245,12 @@ def test_memory_claimed_against_measured(name, engine):
         checked.append((peak, max(claims)))
         return update, state
 
-    run(algorithm, dispatch=LocalDispatch(measured, engine, client_data()))
+    train(
+        name,
+        engine=engine,
+        algorithm=algorithm,
+        dispatch=LocalDispatch(measured, engine, client_data()),
+    )
     assert checked
     for peak, claim in checked:
         assert abs(peak - claim) <= 0.15 * peak, (peak, claim)
@@ -275,7 +307,7 @@ class Watched:
 
 def test_engines_agree(name):
     """The same masks, and values within float32 rounding, after six rounds."""
-    native, torch = (run(build(name), engine=opened(engine)) for engine in NAMES)
+    native, torch = (train(name, engine=opened(engine)) for engine in NAMES)
     assert same(dict(native.masks), dict(torch.masks))
     for key, value in torch.params.items():
         atol = 1e-5 * float(abs(value).max())

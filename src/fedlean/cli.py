@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -104,6 +104,8 @@ def run(
     eval_every: Whole = 1,
     eval_examples: Whole | None = None,
     max_update_norm: Norm | None = None,
+    start: Place | None = None,
+    start_weights: Literal["trained", "original", "random"] = "trained",
     set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Place | None = None,
 ) -> None:
@@ -152,6 +154,10 @@ def run(
     max_update_norm
         refuse an update that moves the model by more (Euclidean norm), or off (default: 20 times
         the clients' median)
+    start
+        folder of a finished run, or a .safetensors file, whose weights and masks to start from
+    start_weights
+        with its masks: trained, its weights; original, those it began with; random, new ones
     set
         further hyper-parameters of the method, key=value
     out
@@ -177,6 +183,8 @@ def run(
         eval_every=eval_every,
         eval_examples=eval_examples,
         max_update_norm=max_update_norm,
+        start=str(start or ""),
+        start_weights=start_weights,
         settings=settings,
     )
     folder = out or Path("runs") / _folder_name(config)

@@ -35,6 +35,15 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Model:
+    """A network with its values: what a run starts from, evaluates, saves and gives back."""
+
+    spec: ModelSpec
+    params: Params  # every tensor of the spec; pruned coordinates are 0
+    masks: Masks = field(default_factory=dict)  # empty: dense
+
+
+@dataclass(frozen=True)
 class SubModel:
     """What of the model a client holds and trains; empty fields mean "all of it".
 
@@ -157,6 +166,7 @@ class Server:
     rounds: int
     device: Profile  # the time model of the fleet's devices
     init: str = "pytorch"  # how the run's first model was drawn (`models.initialise`)
+    clients: int | None = None  # how many there are; None: not known
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -164,9 +174,11 @@ class FederatedAlgorithm(NamedTuple):
 
     A method whose clients send statistics says in `statistics` which ones a task asks for; `work`
     is the most that a task takes, against which clients' claims are held (None: it is not known).
+    `model` says what of a state is evaluated and saved; None: the run's whole model, with the
+    state's `params` and `masks`.
     """
 
-    init: Callable[[Params], Any]
+    init: Callable[[Model], Any]  # of the model that the run starts from
     configure: Callable[[Any, Sequence[Device]], list[ClientTask]]  # [] = server-only step
     client_update: Callable[
         [ClientTask, Batches, Engine, ClientState], tuple[ClientUpdate, ClientState]
@@ -175,6 +187,7 @@ class FederatedAlgorithm(NamedTuple):
     done: Callable[[Any], bool]
     statistics: Callable[[ClientTask], Mapping[str, StatisticForm]] = lambda task: {}
     work: Callable[[ClientTask], tuple[Work, ...]] | None = None
+    model: Callable[[Any], Model] | None = None
 
 
 def derive_seed(seed: int, round: int, client: int, purpose: str) -> int:

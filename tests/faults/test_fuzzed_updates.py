@@ -13,7 +13,7 @@ import pytest
 from federation import SEED, fresh_dispatch
 from fuzzed_updates import fuzzed, travelled
 
-from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Model, Server
 from fedlean.cost.profile import load_profile
 from fedlean.engine.open import engine_for
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU
@@ -46,7 +46,7 @@ SERVER = Server(SPEC, engine_for(SPEC, None, threads=1)[0], SEED, 9, load_profil
 
 def dense() -> tuple[FederatedAlgorithm, Any]:
     algorithm = fedavg(SERVER, local_steps=2, batch_size=4)
-    return algorithm, algorithm.init(init_params(SPEC, SEED))
+    return algorithm, algorithm.init(Model(SPEC, init_params(SPEC, SEED)))
 
 
 def masked() -> tuple[FederatedAlgorithm, Any]:
@@ -54,7 +54,7 @@ def masked() -> tuple[FederatedAlgorithm, Any]:
     algorithm = prunefl(
         SERVER, local_steps=2, batch_size=4, initial_pruning=False, reconfigure_every=2
     )
-    state = algorithm.init(init_params(SPEC, SEED))
+    state = algorithm.init(Model(SPEC, init_params(SPEC, SEED)))
     masks = {
         name: np.arange(mask.size).reshape(mask.shape) % 3 > 0 for name, mask in state.masks.items()
     }
@@ -64,7 +64,7 @@ def masked() -> tuple[FederatedAlgorithm, Any]:
 
 def slopes() -> tuple[FederatedAlgorithm, Any]:
     algorithm = ntk_zo(SERVER, density=1.0, directions=4, batch_size=4)
-    state = algorithm.init(init_params(SPEC, SEED))
+    state = algorithm.init(Model(SPEC, init_params(SPEC, SEED)))
     return algorithm, algorithm.server_update(state, ())
 
 

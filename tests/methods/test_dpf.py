@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conformance import Case
-from federation import ENGINE, SPEC, client_data, devices, params, run, same, server
+from federation import ENGINE, SPEC, client_data, devices, first_model, params, run, same, server
 
 from fedlean import wire
 from fedlean.core import ClientUpdate, Statistic, SubModel
@@ -15,6 +15,7 @@ from fedlean.engine.protocol import SGD
 from fedlean.methods.dpf import client_update, decayed, dpf
 from fedlean.pruning.density import density, full_masks
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.train.local_sgd import LocalSGD
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.tree import apply_mask
 
@@ -35,7 +36,7 @@ def pruned_state(algorithm):
     masks["conv.weight"][2:] = False
     outside = {name: ~mask for name, mask in masks.items()}
     hidden = apply_mask({name: params()[name] for name in masks}, outside)
-    state = replace(algorithm.init(params()), params=apply_mask(params(), masks))
+    state = replace(algorithm.init(first_model()), params=apply_mask(params(), masks))
     return replace(state, masks=masks, hidden=hidden)
 
 
@@ -83,8 +84,11 @@ def test_a_round_is_sgd_on_the_dense_weights_with_gradients_of_the_pruned(moment
 
 def test_decay_of_what_no_client_holds_by_hand():
     """lr 0.1, momentum 0.5, decay 0.2: v = 0.2, w = 0.98; v = 0.1 + 0.196, w = 0.98 - 0.0296."""
-    assert decayed(2, 0.1, 0.5, 0.2) == pytest.approx(0.9504)
-    assert decayed(5, 0.1, 0.9, 0.0) == 1.0
+    sgd = LocalSGD(lr=0.1, local_steps=2, momentum=0.5, weight_decay=0.2)
+    assert decayed(sgd, 0) == pytest.approx(0.9504)
+    assert decayed(LocalSGD(lr=0.1, local_steps=5, momentum=0.9), 0) == 1.0
+    halved = LocalSGD(lr=0.2, local_steps=2, momentum=0.5, weight_decay=0.2, lr_half_life_rounds=3)
+    assert decayed(halved, 3) == pytest.approx(0.9504)
 
 
 def test_the_largest_of_the_dense_model_stay_wherever_they_are():
@@ -151,7 +155,7 @@ def test_pruned_model_down_and_dense_update_up():
 
 def test_dense_weight_gradients_are_charged_once_there_is_a_mask():
     algorithm = dpf(server(), local_steps=3, batch_size=4)
-    for state, steps in ((algorithm.init(params()), 0), (pruned_state(algorithm), 3)):
+    for state, steps in ((algorithm.init(first_model()), 0), (pruned_state(algorithm), 3)):
         task = algorithm.configure(state, devices())[0]
         (work,) = client_update(task, client_data()[0], ENGINE, {})[0].work
         assert (work.steps, work.importance_steps) == (3, steps)

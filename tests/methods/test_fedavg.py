@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conformance import Case
-from federation import SPEC, devices, params, run, same, server
+from federation import SPEC, devices, first_model, params, run, same, server
 
 from fedlean.core import ClientUpdate, SubModel
 from fedlean.methods.fedavg import fedavg
@@ -23,7 +23,7 @@ CASE = Case(
 def test_mean_is_weighted_by_examples():
     """w <- Σ p_n w_n: (25·1 + 75·5) / 100 = 4 in every coordinate."""
     algorithm = fedavg(server())
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     updates = [
         ClientUpdate(0, 25, {k: np.full_like(v, 1.0) for k, v in params().items()}, SubModel()),
         ClientUpdate(1, 75, {k: np.full_like(v, 5.0) for k, v in params().items()}, SubModel()),
@@ -36,7 +36,7 @@ def test_mean_is_weighted_by_examples():
 def test_learning_rate_halves():
     """lr 0.1 with a half-life of 2 rounds: 0.1, 0.0707.., 0.05 in rounds 1, 2, 3."""
     algorithm = fedavg(server(), lr=0.1, lr_half_life_rounds=2.0)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     rates = []
     for _ in range(3):
         rates.append(algorithm.configure(state, devices())[0].hparams["lr"])
@@ -46,7 +46,7 @@ def test_learning_rate_halves():
 
 def test_cohort_is_drawn_anew_and_from_those_present():
     algorithm = fedavg(server(), cohort=2)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     drawn = set()
     for _ in range(12):
         cohort = [task.client for task in algorithm.configure(state, devices()[1:])]
@@ -58,7 +58,7 @@ def test_cohort_is_drawn_anew_and_from_those_present():
 
 def test_warm_up_is_one_client_alone_before_round_one():
     algorithm = fedavg(server(), warmup_steps=3, warmup_client=2)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     tasks = algorithm.configure(state, devices())
     assert [(task.client, task.round, task.phase) for task in tasks] == [(2, 0, "warmup")]
     assert tasks[0].hparams["local_steps"] == 3

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conformance import Case
-from federation import ENGINE, SPEC, client_data, devices, params, run, same, server
+from federation import ENGINE, SPEC, client_data, devices, first_model, params, run, same, server
 
 from fedlean.core import ClientUpdate, SubModel
 from fedlean.methods.fedavg import fedavg
@@ -29,7 +29,7 @@ SIZES = {"conv.weight": 36, "fc1.weight": 768, "fc2.weight": 36}
 def densities(rounds, **settings):
     """Density after each round; nobody answers, since the steps need no client."""
     algorithm = iterative(server(rounds), **settings)
-    state, out = algorithm.init(params()), []
+    state, out = algorithm.init(first_model()), []
     while not algorithm.done(state):
         state = algorithm.server_update(state, [])
         out.append(density(state.masks))
@@ -64,7 +64,7 @@ def test_few_rounds_prune_after_each_of_the_first_half():
 def test_the_smallest_merged_weights_of_every_layer_go():
     """The server prunes w = Σ p_n w_n: 1/4 · (-3) + 3/4 · 5 = 3 and 1/4 · 9 + 3/4 · (-3) = 0."""
     algorithm = iterative(server(2), density=0.5, prune_every=1)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     halves = {name: np.arange(n).reshape(SPEC.param_shapes[name]) % 2 for name, n in SIZES.items()}
 
     def answer(client, examples, odd, even):
@@ -96,7 +96,7 @@ def test_every_layer_has_the_same_density_and_pruned_weights_stay_pruned():
 
 def test_a_pruned_weight_does_not_return_for_one_that_became_zero():
     algorithm = iterative(server(4), density=0.25, prune_every=1)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     sent = dict(params())
     for name, n in SIZES.items():  # rising, so that the first ones go
         sent[name] = np.arange(1, n + 1, dtype=np.float32).reshape(SPEC.param_shapes[name])

@@ -20,6 +20,7 @@ from federation import (
     Around,
     client_data,
     devices,
+    first_model,
     fresh_dispatch,
     params,
     run,
@@ -66,7 +67,7 @@ def trained(**settings) -> State:
 
 def test_the_server_prunes_alone_by_default():
     algorithm = ntk_zo(server(), **TRAIN, **PRUNE)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     assert state.phase == "prune" and algorithm.configure(state, devices()) == []
 
     pruned = algorithm.server_update(state, ())
@@ -80,7 +81,7 @@ def test_the_server_prunes_alone_by_default():
 
 def test_without_rescaling_the_kept_weights_stay():
     algorithm = ntk_zo(server(), **TRAIN, **PRUNE, rescale=False)
-    pruned = algorithm.server_update(algorithm.init(params()), ())
+    pruned = algorithm.server_update(algorithm.init(first_model()), ())
     assert same(dict(pruned.params), apply_mask(params(), pruned.masks))
 
 
@@ -114,7 +115,7 @@ def test_scores_of_clients_add_up_to_those_of_their_pooled_data():
         inputs="local",
         prune_examples=25,
     )
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     data = [ClientData(one.dataset, one.indices[:25]) for one in client_data()]
     tasks = algorithm.configure(state, devices())
     updates = [client_update(task, data[task.client], ENGINE, {})[0] for task in tasks]
@@ -142,7 +143,7 @@ def test_scoring_holds_a_micro_batch_at_once(criterion):
             criterion=criterion,
             micro_batch=micro_batch,
         )
-        task = algorithm.configure(algorithm.init(params()), devices())[0]
+        task = algorithm.configure(algorithm.init(first_model()), devices())[0]
         sizes = []
 
         def opened(spec, *rest, batch_size, sizes=sizes, **settings):
@@ -190,7 +191,7 @@ def test_masks_of_a_finished_run(tmp_path):
 def test_a_round_by_hand():
     """Slopes of each client on one batch, their weighted mean, ĝ and momentum's first step."""
     algorithm = ntk_zo(server(), **TRAIN, density=1.0, shared_directions=True)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     tasks = algorithm.configure(state, devices())
     updates = [client_update(task, client_data()[task.client], ENGINE, {})[0] for task in tasks]
     after = algorithm.server_update(state, updates)
@@ -216,7 +217,7 @@ def test_a_round_by_hand():
 def test_clients_of_their_own_directions():
     """A control: ĝ is the weighted mean of the clients' own estimates."""
     algorithm = ntk_zo(server(), **TRAIN, density=1.0, shared_directions=False)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     tasks = algorithm.configure(state, devices())
     assert len({task.hparams["direction_seed"] for task in tasks}) == CLIENTS
     updates = [client_update(task, client_data()[task.client], ENGINE, {})[0] for task in tasks]
@@ -238,7 +239,7 @@ def test_rate_grows_as_density_falls():
     )
     moved = []
     for algorithm in (dense, sparse):
-        state = algorithm.server_update(algorithm.init(params()), ())
+        state = algorithm.server_update(algorithm.init(first_model()), ())
         tasks = algorithm.configure(state, devices())
         updates = [client_update(task, client_data()[task.client], ENGINE, {})[0] for task in tasks]
         after = algorithm.server_update(state, updates)
@@ -307,7 +308,7 @@ def test_download_of_scalars_is_below_a_kilobyte_per_missed_round():
 
 def test_no_parameters_go_up():
     algorithm = ntk_zo(server(), **TRAIN, **PRUNE)
-    state = algorithm.server_update(algorithm.init(params()), ())
+    state = algorithm.server_update(algorithm.init(first_model()), ())
     for task in algorithm.configure(state, devices()):
         update, held = client_update(task, client_data()[task.client], ENGINE, {})
         assert not update.params and not held
@@ -379,7 +380,7 @@ def test_a_client_that_lost_its_model_gets_it_again():
 
 def test_a_lost_model_counts_for_nothing():
     algorithm = ntk_zo(server(), **LOGGED)
-    state = algorithm.server_update(algorithm.init(params()), ())
+    state = algorithm.server_update(algorithm.init(first_model()), ())
     tasks = algorithm.configure(state, devices())
     answers = [client_update(task, client_data()[task.client], ENGINE, {})[0] for task in tasks]
     state = algorithm.server_update(state, answers)
@@ -398,7 +399,7 @@ def test_a_lost_model_counts_for_nothing():
 def test_what_the_server_remembers_is_bounded():
     """Of a model of 915 floats and as many moments: at most so many rounds of 1 + 40 scalars."""
     algorithm = ntk_zo(server(100), **{**LOGGED, "directions": 40}, cohort=1)
-    state = algorithm.server_update(algorithm.init(params()), ())
+    state = algorithm.server_update(algorithm.init(first_model()), ())
     update = None
     for round in range(1, 41):
         task = algorithm.configure(state, devices())[0]
@@ -422,7 +423,7 @@ def test_hybrid_sends_the_last_block_s_exact_gradient():
     )
     here = replace(server(), spec=spec)
     algorithm = ntk_zo(here, **TRAIN, **PRUNE, last_block="backprop", micro_batch=3)
-    state = algorithm.server_update(algorithm.init(params()), ())
+    state = algorithm.server_update(algorithm.init(first_model()), ())
     task = algorithm.configure(state, devices())[0]
     update, _ = client_update(task, client_data()[0], ENGINE, {})
     assert refusal(update, task, Expected(statistics(task))) is None

@@ -11,7 +11,7 @@ from math import prod, sqrt
 import numpy as np
 import pytest
 from conformance import Case
-from federation import ENGINE, SPEC, client_data, devices, params, run, same, server
+from federation import ENGINE, SPEC, client_data, devices, first_model, params, run, same, server
 
 from fedlean.core import ClientUpdate, SubModel
 from fedlean.cost.price import round_seconds
@@ -46,7 +46,7 @@ def answer(state, client=0, examples=25, **losses):
 def at_the_end(size=1.0, **search):
     """(algorithm, state before the last round of the first stretch) at a size."""
     algorithm = online(server(8), **SMALL)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     search = asdict(replace(search_within(0.1, 1.0), **search))
     if size < 1:
         masks = keep_largest(state.params, {}, size, SPEC.prunable)
@@ -128,7 +128,7 @@ def test_the_sign_turns_where_the_decrease_per_second_does(time_model):
     sizes = []
     for factor in (0.999, 1.001):
         algorithm = online(server(8), **SMALL, time_model=time_model)
-        state = replace(algorithm.init(params()), round=1)
+        state = replace(algorithm.init(first_model()), round=1)
         losses = {"start_loss": 2.0, "end_loss": 1.0, "probe_loss": 2.0 - factor * ratio}
         sizes.append(algorithm.server_update(state, [answer(state, **losses)]).size)
     assert sizes == pytest.approx([1.0, FIRST])
@@ -163,13 +163,13 @@ def test_nobody_measured_is_no_failed_estimate():
 def test_losses_that_were_not_asked_for_decide_nothing():
     """In the first round of a stretch."""
     algorithm = online(server(8), **SMALL)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     update = answer(state, start_loss=2.0, end_loss=1.0, probe_loss=1.0)
     assert algorithm.server_update(state, [update]).size == 1.0
 
 
 def tasks_at(algorithm, round, **fields):
-    state = replace(algorithm.init(params()), round=round - 1, **fields)
+    state = replace(algorithm.init(first_model()), round=round - 1, **fields)
     return algorithm.configure(state, devices())
 
 

@@ -16,6 +16,7 @@ from federation import (
     SPEC,
     client_data,
     devices,
+    first_model,
     fresh_dispatch,
     params,
     run,
@@ -63,7 +64,7 @@ def train_state(algorithm, masks=None):
     held = {
         k: np.where(masks[k], v, np.float32(0)) if k in masks else v for k, v in params().items()
     }
-    return replace(algorithm.init(params()), phase="train", params=held, masks=masks)
+    return replace(algorithm.init(first_model()), phase="train", params=held, masks=masks)
 
 
 def test_equation_2_by_hand():
@@ -169,7 +170,7 @@ def test_server_weighs_importance_by_examples():
         prunable_fraction=1.0,
         initial_pruning=False,
     )
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     state = replace(state, masks={k: np.zeros_like(v) for k, v in state.masks.items()})
     state = replace(state, params={k: np.zeros_like(v) for k, v in params().items()})
 
@@ -264,7 +265,7 @@ def test_initial_importance_passes_count_back_from_a_reconfiguration(monkeypatch
     monkeypatch.setattr("fedlean.methods.prunefl.local_sgd", spy)
     settings = {**SMALL, "initial_passes": 3, "initial_importance_passes": last}
     algorithm = prunefl(server(), **settings)
-    (first,) = algorithm.configure(algorithm.init(params()), devices())
+    (first,) = algorithm.configure(algorithm.init(first_model()), devices())
     update, _ = client_update(first, client_data()[0], ENGINE, {})
     before, between = "".join(taken[:-3]), "".join(taken[-3:])
     assert "1" not in before and between == expected
@@ -294,7 +295,7 @@ def test_further_pruning_can_grow_back():
 def test_initial_pruning_can_grow_back():
     """A unit of fc1 that has lost all its inputs: some of them come back, perturbed."""
     algorithm = prunefl(server(), **{**SMALL, "prunable_fraction": 0.0})
-    (task,) = algorithm.configure(algorithm.init(params()), devices())
+    (task,) = algorithm.configure(algorithm.init(first_model()), devices())
     masks = full_masks(SPEC)
     masks["fc1.weight"][3] = False
     held = _Local(train_state(algorithm, masks).params, masks, {}, started=True)
@@ -330,7 +331,7 @@ class Labelled:
 def test_initial_pruning_starts_at_accuracy_only(shift, reconfigurations):
     """lr too small to learn: always wrong, it stops at the last pass, dense; else it prunes."""
     algorithm = prunefl(server(), **{**SMALL, "lr": 1e-9, "initial_max_passes": 3})
-    (task,) = algorithm.configure(algorithm.init(params()), devices())
+    (task,) = algorithm.configure(algorithm.init(first_model()), devices())
     update, _ = client_update(task, Labelled(shift), ENGINE, {})
     assert update.metrics["reconfigurations"] == reconfigurations
     assert update.metrics["passes"] == (3 if shift else 2)  # none is pruned before its start
@@ -362,7 +363,7 @@ def test_a_client_that_always_loses_its_model_ends_the_run():
 
 def test_importance_that_was_not_asked_for_changes_nothing():
     algorithm = prunefl(server(), reconfigure_every=0, initial_pruning=False)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     g2 = {name: np.ones(shape, np.float32) for name, shape in SPEC.param_shapes.items()}
     update = ClientUpdate(
         0, 5, dict(params()), SubModel(masks=state.masks), {"importance": Statistic(g2, "mean")}

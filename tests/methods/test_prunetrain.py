@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conformance import Case
-from federation import ENGINE, SPEC, client_data, devices, params, run, same, server
+from federation import ENGINE, SPEC, client_data, devices, first_model, params, run, same, server
 
 from fedlean.core import ClientUpdate, Statistic, SubModel
 from fedlean.engine.protocol import SGD
@@ -34,7 +34,7 @@ def test_the_first_batch_sets_the_coefficient():
     algorithm = prunetrain(
         server(), local_steps=2, batch_size=4, penalty_ratio=0.2, reconfigure_every=2
     )
-    task = algorithm.configure(algorithm.init(params()), devices())[1]
+    task = algorithm.configure(algorithm.init(first_model()), devices())[1]
     update, _ = client_update(task, client_data()[1], ENGINE, {})
     ((x, y), _) = client_data()[1].draw(steps=2, batch_size=4, seed=task.seed)
     session = ENGINE.open(SPEC, params(), SubModel(), batch_size=4, optimizer=SGD(0.1))
@@ -53,7 +53,7 @@ def test_the_coefficient_is_the_weighted_mean_of_round_1_and_stays():
             client, examples, dict(params()), SubModel(), {"coefficient": statistic}
         )
 
-    unanswered = algorithm.server_update(algorithm.init(params()), [])
+    unanswered = algorithm.server_update(algorithm.init(first_model()), [])
     assert unanswered.coefficient == 0
     state = algorithm.server_update(unanswered, [answer(0, 25, 0.1), answer(1, 75, 0.3)])
     assert state.coefficient == pytest.approx(0.25)
@@ -71,7 +71,7 @@ def test_local_steps_by_hand(momentum, amounts):
     algorithm = prunetrain(
         server(), reconfigure_every=2, lr=0.1, local_steps=3, batch_size=4, momentum=momentum
     )
-    state = replace(algorithm.init(params()), coefficient=0.2)
+    state = replace(algorithm.init(first_model()), coefficient=0.2)
     task = algorithm.configure(state, devices())[2]
     update, held = client_update(task, client_data()[2], ENGINE, {})
     session = ENGINE.open(SPEC, params(), SubModel(), batch_size=4, optimizer=SGD(0.1, momentum))
@@ -86,7 +86,7 @@ def test_local_steps_by_hand(momentum, amounts):
 def test_the_penalty_shrinks_groups_and_leaves_the_rest_alone():
     """lr·λ = 0.5, lr -> 0: fc2's columns, all shorter, are 0, and conv's rows 0.5 shorter."""
     algorithm = prunetrain(server(), reconfigure_every=2, lr=1e-9, local_steps=1, batch_size=4)
-    state = replace(algorithm.init(params()), coefficient=0.5e9)
+    state = replace(algorithm.init(first_model()), coefficient=0.5e9)
     task = algorithm.configure(state, devices())[0]
     update, _ = client_update(task, client_data()[0], ENGINE, {})
     norms = np.linalg.norm(params()["fc2.weight"], axis=0)
@@ -111,7 +111,7 @@ def near_dead():
 
 def test_dead_channels_are_removed_on_both_sides():
     algorithm = prunetrain(server(), reconfigure_every=2)
-    state = replace(algorithm.init(params()), round=1, params=near_dead())
+    state = replace(algorithm.init(first_model()), round=1, params=near_dead())
     after = algorithm.server_update(state, [])
     assert not after.masks["fc1.weight"][5].any() and not after.masks["fc1.weight"][:, 32:48].any()
     assert not after.masks["fc2.weight"][:, 5].any() and not after.masks["conv.weight"][2].any()
@@ -127,14 +127,14 @@ def test_dead_channels_are_removed_on_both_sides():
 def test_nothing_is_removed_otherwise(round, settings):
     """Not between reconfigurations, not after the last round, not without a penalty."""
     algorithm = prunetrain(server(), reconfigure_every=2, **settings)
-    state = replace(algorithm.init(params()), round=round - 1, params=near_dead())
+    state = replace(algorithm.init(first_model()), round=round - 1, params=near_dead())
     assert algorithm.server_update(state, []).masks == {}
 
 
 def test_a_living_model_stays_dense():
     """No pattern travels, and devices may compute densely, until a channel is removed."""
     algorithm = prunetrain(server(), reconfigure_every=1)
-    assert algorithm.server_update(algorithm.init(params()), []).masks == {}
+    assert algorithm.server_update(algorithm.init(first_model()), []).masks == {}
 
 
 def test_channels_die_and_stay_dead_and_no_answer_is_refused():

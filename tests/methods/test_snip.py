@@ -16,6 +16,7 @@ from federation import (
     client_data,
     dataset,
     devices,
+    first_model,
     fresh_dispatch,
     params,
     run,
@@ -23,7 +24,7 @@ from federation import (
     server,
 )
 
-from fedlean.core import ClientUpdate, Statistic, SubModel
+from fedlean.core import ClientUpdate, Model, Statistic, SubModel
 from fedlean.data.batches import ClientData
 from fedlean.engine.protocol import SGD
 from fedlean.methods.snip import client_update, snip
@@ -50,7 +51,7 @@ def filled(value):
 
 def scoring(algorithm, weights):
     """A state after the dense round."""
-    return replace(algorithm.init(weights), phase="score", round=1)
+    return replace(algorithm.init(Model(SPEC, weights)), phase="score", round=1)
 
 
 def sent(client, examples, gradient):
@@ -164,7 +165,7 @@ def test_update_score_by_hand():
         weights[name][at], first[name][at], second[name][at] = w, w1, w2
     algorithm = snip(server(), density=FEW, score="update")
     answers = [ClientUpdate(0, 25, first, SubModel()), ClientUpdate(1, 75, second, SubModel())]
-    after = algorithm.server_update(algorithm.init(weights), answers)
+    after = algorithm.server_update(algorithm.init(Model(SPEC, weights)), answers)
     assert (after.phase, after.round) == ("train", 1)
     expected = {("fc1.weight", 0, 0), ("fc1.weight", 0, 1)}
     assert kept_places(after.masks) == expected | {("fc2.weight", 0, 0), ("fc2.weight", 2, 1)}
@@ -176,7 +177,7 @@ def test_update_score_of_one_step_is_the_gradient_score_of_its_batches():
     """w_0 - w_1 = η Σ p_n g_n, at the initial weights: PruneFL's form is SNIP's there."""
     settings = {"lr": 0.25, "local_steps": 1, "batch_size": 16, "density": 0.25}
     moved = snip(server(), **settings, score="update")
-    state = moved.init(params())
+    state = moved.init(first_model())
     tasks = moved.configure(state, devices())
     answers = [client_update(t, client_data()[t.client], ENGINE, {})[0] for t in tasks]
     by_update = moved.server_update(state, answers).masks
@@ -227,7 +228,7 @@ def test_a_round_that_nobody_answered_prunes_nothing():
     """Neither form scores without an answer; the next round is the dense one then."""
     for score in ("gradient", "update"):
         algorithm = snip(server(), **SMALL, score=score)
-        empty = algorithm.server_update(algorithm.init(params()), [])
+        empty = algorithm.server_update(algorithm.init(first_model()), [])
         assert (empty.phase, empty.round, empty.masks) == ("dense", 1, {})
     state = scoring(snip(server(), **SMALL), params())
     assert snip(server(), **SMALL).server_update(state, []) is state

@@ -16,6 +16,7 @@ from federation import (
     SPEC,
     client_data,
     devices,
+    first_model,
     params,
     run,
     same,
@@ -42,7 +43,7 @@ CASE = Case(
 def test_the_server_prunes_alone_before_the_first_round():
     """No task and no byte for it; the initial weights that stay are those of Algorithm 1."""
     algorithm = synflow(server(), **SMALL, density=0.3)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     assert (state.phase, state.masks) == ("prune", {})
     assert algorithm.configure(state, devices()) == []
     pruned = algorithm.server_update(state, ())
@@ -71,7 +72,7 @@ def test_density_is_exact_and_the_pattern_travels_once():
 def test_a_client_moves_kept_weights_only():
     """One step at η = 0.5: w - 0.5·g ⊙ m, g the dense model's gradient at the pruned weights."""
     algorithm = synflow(server(), lr=0.5, local_steps=1, batch_size=4, synflow_steps=5)
-    state = algorithm.server_update(algorithm.init(params()), ())
+    state = algorithm.server_update(algorithm.init(first_model()), ())
     task = algorithm.configure(state, devices())[1]
     update, _ = client_update(task, client_data()[1], ENGINE, {})
     dense = ENGINE.open(SPEC, task.params, SubModel(), batch_size=4, optimizer=SGD(0.5))
@@ -87,7 +88,7 @@ def test_a_client_moves_kept_weights_only():
 def test_the_data_decides_nothing():
     """Another seed of the run, and so other batches and cohorts: the same masks."""
     other = synflow(replace(server(), seed=99), **SMALL)
-    masks = other.server_update(other.init(params()), ()).masks
+    masks = other.server_update(other.init(first_model()), ()).masks
     assert same(masks, run(synflow(server(), **SMALL)).masks)
     assert density(masks) == pytest.approx(0.2)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import SPEC, Around, fresh_dispatch, params, run, same, server
+from federation import SPEC, Around, first_model, fresh_dispatch, params, run, same, server
 
 from fedlean.core import (
     ClientTask,
@@ -235,7 +235,7 @@ def one_step(change) -> tuple[object, StepRecord]:
     records: list[StepRecord] = []
     states: list[object] = []
     method = algorithm()
-    state = replace(method.init(params()), params=apply_mask(params(), MASKS), masks=MASKS)
+    state = replace(method.init(first_model()), params=apply_mask(params(), MASKS), masks=MASKS)
 
     def watch(progress: Progress, record: StepRecord) -> None:
         states.append(progress.state)
@@ -286,7 +286,7 @@ def test_a_refused_client_keeps_its_committed_state(without):
     )
     dispatch.acknowledge = lambda clients, refused: taken.append([*clients, *refused])
     store = ClientStore()
-    run(method, dispatch=dispatch, rounds=1, progress=Progress(method.init(params()), store))
+    run(method, dispatch=dispatch, rounds=1, progress=Progress(method.init(first_model()), store))
     assert taken == [[0, 2, 3, POISONED]]
     assert not store.known(POISONED).specs and store.known(0).specs == {SPEC.hash}
 

@@ -15,6 +15,7 @@ from federation import (
     SPEC,
     Around,
     client_data,
+    first_model,
     fresh_dispatch,
     params,
     run,
@@ -302,7 +303,7 @@ def test_bytes_are_those_of_the_messages(name):
     _, records = recorded(
         algorithm,
         dispatch=Around(fresh_dispatch(algorithm), change),
-        progress=Progress(algorithm.init(params()), store),
+        progress=Progress(algorithm.init(first_model()), store),
     )
     assert [record.cost.downlink_bytes for record in records] == down
     assert [record.cost.uplink_bytes for record in records] == up

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import SPEC
+from federation import first_model
 from safetensors.numpy import load_file
 
 from fedlean import cli
@@ -237,8 +237,7 @@ def test_a_diverged_loss_is_null(tmp_path):
         totals=Totals(),
         clients=2,
         score=Score(0.1, float("nan")),
-        spec=SPEC,
-        masks={},
+        model=first_model(),
     )
     with closing(RunLog(tmp_path / "rounds.jsonl")) as log:
         log.append(line)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import CLIENTS, SPEC, Around, fresh_dispatch, params, run, same, server
+from federation import CLIENTS, SPEC, Around, first_model, fresh_dispatch, params, run, same, server
 
 from fedlean.core import ClientUpdate, Device, FederatedAlgorithm, Masks, Params, Work
 from fedlean.methods.fedavg import fedavg
@@ -172,7 +172,7 @@ def test_work_on_pruned_weights():
     algorithm = prunefl(
         server(1), local_steps=2, batch_size=4, initial_pruning=False, reconfigure_every=0
     )
-    first = algorithm.init(params())
+    first = algorithm.init(first_model())
     masks = {name: np.arange(m.size).reshape(m.shape) % 3 > 0 for name, m in first.masks.items()}
     state = replace(first, params=apply_mask(params(), masks), masks=masks)
     (task,) = algorithm.configure(state, [Device(0)])

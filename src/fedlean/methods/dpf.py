@@ -38,22 +38,23 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Server,
     Statistic,
     StatisticForm,
-    SubModel,
     Work,
-    derive_seed,
 )
-from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.engine.protocol import Engine, Session
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.global_top import count_at, keep_largest
 from fedlean.pruning.gradual import gradual_density
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.hyperparameters import at_least, in_range, learning_rate
+from fedlean.train.local_sgd import LocalSGD, loss_of, open_session, with_local_sgd
 from fedlean.train.loss_gradient import loss_and_gradient
-from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
+from fedlean.train.start import dense_params
 from fedlean.train.work import sgd_work
 from fedlean.tree import apply_mask, fold
 
@@ -71,17 +72,11 @@ class State:
     hidden: Params = field(default_factory=dict)  # w where the mask is False, 0 elsewhere
 
 
+@with_local_sgd
 def dpf(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     density: float = 0.2,
     reconfigure_every: int = 3,
     target_share: float = 0.5,
@@ -89,8 +84,7 @@ def dpf(
     """Pruned forward and backward, dense update.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`.
+      sgd: local SGD, whose settings are this method's as well.
       density: kept fraction of the prunable weights at the end of the schedule, in (0, 1]; the
         largest of all tensors together stay; 1: FedAvg.
       reconfigure_every: rounds between new masks (paper: 16 iterations).
@@ -98,18 +92,6 @@ def dpf(
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
     in_range("density", density, 0.0, 1.0, open_low=True)
     at_least("reconfigure_every", reconfigure_every, 1)
     in_range("target_share", target_share, 0.0, 1.0, open_low=True)
@@ -124,41 +106,25 @@ def dpf(
         )
     pruning_rounds = max(1, min(last, round(target_share * server.rounds)))
 
-    def rate(state: State) -> float:
-        return learning_rate(lr, state.round, lr_half_life_rounds)
-
-    def init(params: Params) -> State:
-        return State(round=0, phase="train", params=params)
+    def init(model: Model) -> State:
+        return State(round=0, phase="train", params=dense_params(model))
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round = state.round + 1
-        hparams = {
-            "lr": rate(state),
-            "local_steps": local_steps,
-            "batch_size": batch_size,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "loss": loss,
-        }
-        return [
-            ClientTask(
-                round,
-                state.phase,
-                client,
-                derive_seed(server.seed, round, client, state.phase),
-                spec,
-                state.params,
-                SubModel(masks=state.masks),
-                hparams,
-            )
-            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
-        ]
+        return cohort_tasks(
+            server,
+            sgd.clients(server, devices, round),
+            round=round,
+            phase=state.phase,
+            model=Model(spec, state.params, state.masks),
+            hparams=sgd.hparams(state.round),
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         merged = fold(state.params, updates, variances=spec.variances)
         hidden = state.hidden
         if merged.count:
-            kept_of_old = decayed(local_steps, rate(state), momentum, weight_decay)
+            kept_of_old = decayed(sgd, state.round)
             hidden = _moved(hidden, state.masks, merged.statistic("pruned"), kept_of_old)
         state = replace(state, round=state.round + 1, params=merged.params(), hidden=hidden)
         due = state.round % reconfigure_every == 0 and state.round < server.rounds
@@ -199,15 +165,16 @@ def work(task: ClientTask) -> tuple[Work, ...]:
     return (sgd_work(task, importance=bool(task.sub_model.masks)),)
 
 
-def decayed(steps: int, lr: float, momentum: float, weight_decay: float) -> float:
-    """What `steps` steps of SGD without a gradient leave of a weight of 1.
+def decayed(sgd: LocalSGD, rounds_done: int) -> float:
+    """What a round's steps of SGD without a gradient leave of a weight of 1.
 
     SGD is linear in the start and the gradients, so a client that starts a pruned weight at 0 and
     a server that multiplies its own value by this add up to SGD on the dense weight.
     """
+    lr = learning_rate(sgd.lr, rounds_done, sgd.lr_half_life_rounds)
     weight, velocity = 1.0, 0.0
-    for _ in range(steps):
-        velocity = momentum * velocity + weight_decay * weight
+    for _ in range(sgd.local_steps):
+        velocity = sgd.momentum * velocity + sgd.weight_decay * weight
         weight -= lr * velocity
     return weight
 
@@ -230,14 +197,7 @@ def client_update(
     """`local_steps` steps at the pruned model; the update is dense."""
     h, masks = task.hparams, task.sub_model.masks
     steps, batch_size = int(h["local_steps"]), int(h["batch_size"])
-    session = engine.open(
-        task.spec,
-        task.params,
-        task.sub_model,
-        batch_size=batch_size,
-        optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
-        loss="bce" if h["loss"] == "bce" else "ce",
-    )
+    session = open_session(task, engine)
     statistics = {}
     if masks:
         train_loss, moves = _feedback_sgd(session, task, batches)
@@ -276,7 +236,7 @@ def _feedback_sgd(
     output, losses = task.spec.nodes[-1].name, []
     for x, y in drawn:
         logits = session.forward(x, training=True)[output]
-        value, at_logits = loss_and_gradient(logits, y, "bce" if h["loss"] == "bce" else "ce")
+        value, at_logits = loss_and_gradient(logits, y, loss_of(task))
         gradients = session.backward({output: at_logits}, dense=True)
         session.apply(gradients)
         for name, where in pruned.items():

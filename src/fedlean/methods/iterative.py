@@ -31,17 +31,17 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Server,
-    SubModel,
-    derive_seed,
 )
-from fedlean.engine.protocol import Engine, Loss
+from fedlean.engine.protocol import Engine
 from fedlean.pruning.equal_density import keep_largest
 from fedlean.pruning.prune_steps import Spacing, density_after, steps_in_first_half
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
-from fedlean.train.kept_weights import train_kept_weights
-from fedlean.train.sampling import sample_cohort
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
+from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
@@ -58,17 +58,11 @@ class State:
     masks: Masks = field(default_factory=dict)  # empty until the first step: dense
 
 
+@with_local_sgd
 def iterative(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     density: float = 0.2,
     prune_every: int | None = None,
     spacing: Spacing = "linear",
@@ -76,8 +70,7 @@ def iterative(
     """Magnitude pruning in equal steps during federated learning.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`.
+      sgd: local SGD, whose settings are this method's as well.
       density: kept share of every prunable layer after the last step, in (0, 1]; 1: FedAvg.
       prune_every: rounds between steps; None: as many as give 20 steps (paper's code), or one
         where the first half has fewer rounds.
@@ -87,18 +80,6 @@ def iterative(
     Raises ValueError naming the hyper-parameter that is out of range, and where the first half of
     the rounds has no room for a step.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
     in_range("density", density, 0.0, 1.0, open_low=True)
     if prune_every is not None:
         at_least("prune_every", prune_every, 1)
@@ -121,32 +102,19 @@ def iterative(
             f"{server.rounds}), got {every}: nothing would be pruned"
         )
 
-    def init(params: Params) -> State:
-        return State(round=0, phase="train", params=params)
+    def init(model: Model) -> State:
+        return State(round=0, phase="train", params=dense_params(model))
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round = state.round + 1
-        hparams = {
-            "lr": learning_rate(lr, state.round, lr_half_life_rounds),
-            "local_steps": local_steps,
-            "batch_size": batch_size,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "loss": loss,
-        }
-        return [
-            ClientTask(
-                round,
-                "train",
-                client,
-                derive_seed(server.seed, round, client, "train"),
-                spec,
-                state.params,
-                SubModel(masks=state.masks),
-                hparams,
-            )
-            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
-        ]
+        return cohort_tasks(
+            server,
+            sgd.clients(server, devices, round),
+            round=round,
+            phase="train",
+            model=Model(spec, state.params, state.masks),
+            hparams=sgd.hparams(state.round),
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         params = fold(state.params, updates, variances=spec.variances).params()

@@ -46,6 +46,7 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Scalar,
     Server,
@@ -68,6 +69,7 @@ from fedlean.pruning.ntk import gaussian_inputs, ntk_scores
 from fedlean.pruning.ntk_pruning import prune_step
 from fedlean.pruning.rescale import rescale_kept
 from fedlean.spec import ModelSpec
+from fedlean.train.cohort import check_cohort, sample_cohort
 from fedlean.train.forward_updates import (
     Entry,
     Held,
@@ -86,7 +88,6 @@ from fedlean.train.forward_updates import (
 from fedlean.train.hyperparameters import at_least, in_range, learning_rate
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.quantised_scalars import rounded
-from fedlean.train.sampling import sample_cohort
 from fedlean.train.zeroth_order import Differences, Form, Probe, directional_derivatives
 from fedlean.tree import Fold, apply_mask, kept_counts, pack, unpack
 
@@ -190,8 +191,7 @@ def ntk_zo(
         ("prune_examples", prune_examples, 1),
     ):
         at_least(name, count, least)
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
+    check_cohort(cohort, server)
     for name, choice, choices in (
         ("optimizer", optimizer, get_args(Optimizer)),
         ("kind", kind, get_args(Kind)),
@@ -244,7 +244,8 @@ def ntk_zo(
     def space(masks: Masks) -> Space:
         return Space({name: spec.param_shapes[name] for name in moved}, masks, kind)
 
-    def init(params: Params) -> State:
+    def init(model: Model) -> State:
+        params = model.params
         if run is not None and masks_weights == "trained":
             return State(0, "train", apply_mask(run.params, run.masks), run.masks)
         if run is not None:

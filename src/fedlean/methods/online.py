@@ -47,6 +47,7 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Scalar,
     Server,
@@ -57,7 +58,7 @@ from fedlean.core import (
 )
 from fedlean.cost.price import round_seconds
 from fedlean.cost.time import linear_round_time
-from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.engine.protocol import SGD, Engine, Session
 from fedlean.pruning.equal_density import add_random, keep_largest, kept_count, without_smallest
 from fedlean.pruning.regrow import apply_masks
 from fedlean.pruning.size_search import (
@@ -67,9 +68,10 @@ from fedlean.pruning.size_search import (
     probe_size,
     search_within,
 )
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
-from fedlean.train.sampling import sample_cohort
+from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.train.local_sgd import LocalSGD, with_local_sgd
 from fedlean.train.sgd import local_sgd
+from fedlean.train.start import dense_params
 from fedlean.train.work import sgd_work
 from fedlean.tree import fold
 
@@ -88,17 +90,11 @@ class State:
     search: Mapping[str, Any] = field(default_factory=dict)  # fields of a SizeSearch
 
 
+@with_local_sgd
 def online(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     adapt_every: int = 2,
     adapt_from: int = 10,
     min_density: float = 0.002,
@@ -109,8 +105,8 @@ def online(
     """Online search of the density at which the loss falls fastest per second.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`; a cohort trains for `adapt_every` rounds.
+      sgd: local SGD, whose settings are this method's as well; a cohort trains for
+        `adapt_every` rounds.
       adapt_every: rounds of a stretch, after which the density moves, at least 2; 0: FedAvg.
       adapt_from: rounds of dense training before the first stretch that counts (PruneFL's code:
         10, Han et al.'s: 2).
@@ -121,18 +117,6 @@ def online(
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
     at_least("adapt_every", adapt_every, 0)
     if adapt_every == 1:
         raise ValueError(
@@ -147,7 +131,9 @@ def online(
         raise ValueError(f"time_model must be 'linear' or 'device', got {time_model!r}")
 
     spec = server.spec
-    linear = linear_round_time(spec, server.device, batch_size=batch_size, local_steps=local_steps)
+    linear = linear_round_time(
+        spec, server.device, batch_size=sgd.batch_size, local_steps=sgd.local_steps
+    )
 
     def seconds(size: float) -> float:
         """T(k) of a model that keeps the share `size` of every prunable layer."""
@@ -156,7 +142,7 @@ def online(
             per_weight = linear.seconds_per_weight
             return linear.constant_seconds + sum(per_weight[name] * kept[name] for name in kept)
         return round_seconds(
-            spec, kept, server.device, batch_size=batch_size, local_steps=local_steps
+            spec, kept, server.device, batch_size=sgd.batch_size, local_steps=sgd.local_steps
         )
 
     def stretch_of(round: int) -> _Stretch | None:
@@ -168,9 +154,9 @@ def online(
         decides = stretch.first > adapt_from and stretch.last < server.rounds
         return stretch if decides else None
 
-    def init(params: Params) -> State:
+    def init(model: Model) -> State:
         search = asdict(search_within(min_density, 1.0))
-        return State(round=0, phase="train", params=params, search=search)
+        return State(round=0, phase="train", params=dense_params(model), search=search)
 
     def measurement(state: State, round: int, client: int) -> dict[str, Scalar]:
         """Which of the three losses the client is asked for, and on what."""
@@ -188,12 +174,7 @@ def online(
 
     def task(state: State, round: int, client: int) -> ClientTask:
         hparams: dict[str, Scalar] = {
-            "lr": learning_rate(lr, state.round, lr_half_life_rounds),
-            "local_steps": local_steps,
-            "batch_size": batch_size,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "loss": loss,
+            **sgd.hparams(state.round),
             **measurement(state, round, client),
         }
         seed = derive_seed(server.seed, round, client, "train")
@@ -204,7 +185,7 @@ def online(
         round = state.round + 1
         stretch = stretch_of(round)
         drawn = round if stretch is None else stretch.first
-        clients = sample_cohort(devices, cohort, seed=server.seed, round=drawn)
+        clients = sgd.clients(server, devices, drawn)
         return [task(state, round, client) for client in clients]
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:

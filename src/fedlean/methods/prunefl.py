@@ -48,6 +48,7 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Scalar,
     Server,
@@ -63,8 +64,8 @@ from fedlean.pruning.budget import density_limit, fraction_to, max_kept
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.prunable_set import fraction_at
 from fedlean.pruning.reconfigure import Pruner
+from fedlean.train.cohort import check_client, check_cohort, sample_cohort
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
-from fedlean.train.sampling import sample_cohort
 from fedlean.train.sgd import local_sgd
 from fedlean.train.work import sgd_work
 from fedlean.tree import fold, kept_counts, num_kept, pack, unpack
@@ -161,9 +162,8 @@ def prunefl(
         loss=loss,
         lr_half_life_rounds=lr_half_life_rounds,
     )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
-    at_least("initial_client", initial_client, 0)
+    check_cohort(cohort, server)
+    check_client("initial_client", initial_client, server)
     at_least("initial_batches", initial_batches, 1)
     at_least("initial_examples", initial_examples, 0)
     at_least("initial_passes", initial_passes, 1)
@@ -228,10 +228,12 @@ def prunefl(
         "loss": loss,
     }
 
-    def init(params: Params) -> State:
+    def init(model: Model) -> State:
+        if model.masks:  # initial pruning is what somebody else has done
+            return State(0, "train", model.params, {**full_masks(spec), **model.masks})
         if initial_pruning:
-            return State(round=0, phase="initial", params=params)
-        return State(round=0, phase="train", params=params, masks=full_masks(spec))
+            return State(round=0, phase="initial", params=model.params)
+        return State(round=0, phase="train", params=model.params, masks=full_masks(spec))
 
     def initial_task(state: State) -> ClientTask:
         hparams = {

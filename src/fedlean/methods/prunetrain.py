@@ -43,19 +43,20 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Server,
     Statistic,
     StatisticForm,
-    SubModel,
-    derive_seed,
 )
-from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.engine.protocol import SGD, Engine, Session
 from fedlean.pruning.channels import channel_masks, channels, living
 from fedlean.pruning.group_lasso import coefficient, group_axes, penalty, shrunk
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
-from fedlean.train.sampling import sample_cohort
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.train.local_sgd import LocalSGD, with_local_sgd
 from fedlean.train.sgd import local_sgd
+from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
@@ -71,17 +72,11 @@ class State:
     coefficient: float = 0.0  # λ; 0: not set yet
 
 
+@with_local_sgd
 def prunetrain(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     penalty_ratio: float = 0.2,
     threshold: float = 1e-4,
     reconfigure_every: int = 10,
@@ -89,8 +84,7 @@ def prunetrain(
     """Federated averaging under a group lasso, on fewer and fewer channels.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`.
+      sgd: local SGD, whose settings are this method's as well.
       penalty_ratio: share of the penalty in the first loss (penalty included), in [0, 0.99]
         (authors' code: 0.2); 0: FedAvg.  A group of norm n takes about n / (λ·lr) steps to die.
       threshold: a channel is removed when no weight that makes or reads it is larger (authors'
@@ -99,18 +93,6 @@ def prunetrain(
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
     in_range("penalty_ratio", penalty_ratio, 0.0, 0.99)
     in_range("threshold", threshold, 0.0, 1e6)
     at_least("reconfigure_every", reconfigure_every, 1)
@@ -123,35 +105,24 @@ def prunetrain(
     spec = server.spec
     found = channels(spec)
 
-    def init(params: Params) -> State:
-        return State(round=0, phase="train", params=params)
+    def init(model: Model) -> State:
+        return State(round=0, phase="train", params=dense_params(model))
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round = state.round + 1
-        sub_model = SubModel(masks=state.masks)
         hparams = {
-            "lr": learning_rate(lr, state.round, lr_half_life_rounds),
-            "local_steps": local_steps,
-            "batch_size": batch_size,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "loss": loss,
+            **sgd.hparams(state.round),
             "penalty_ratio": penalty_ratio,
             "coefficient": state.coefficient,
         }
-        return [
-            ClientTask(
-                round,
-                state.phase,
-                client,
-                derive_seed(server.seed, round, client, state.phase),
-                spec,
-                state.params,
-                sub_model,
-                hparams,
-            )
-            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
-        ]
+        return cohort_tasks(
+            server,
+            sgd.clients(server, devices, round),
+            round=round,
+            phase=state.phase,
+            model=Model(spec, state.params, state.masks),
+            hparams=hparams,
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         merged = fold(state.params, updates, variances=spec.variances)

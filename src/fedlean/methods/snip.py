@@ -35,22 +35,22 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Scalar,
     Server,
     Statistic,
     StatisticForm,
-    SubModel,
     Work,
-    derive_seed,
 )
-from fedlean.engine.protocol import SGD, Engine, Loss
+from fedlean.engine.protocol import SGD, Engine
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.global_top import count_at, keep_largest
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
-from fedlean.train.kept_weights import train_kept_weights
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.train.local_sgd import LocalSGD, loss_of, train_kept_weights, with_local_sgd
 from fedlean.train.loss_gradient import loss_and_gradient
-from fedlean.train.sampling import sample_cohort
+from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
@@ -67,17 +67,11 @@ class State:
     masks: Masks = field(default_factory=dict)  # empty until the model is pruned
 
 
+@with_local_sgd
 def snip(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     density: float = 0.2,
     score: Score = "gradient",
     snip_batches: int = 5,
@@ -85,8 +79,7 @@ def snip(
     """Single-shot pruning after the first round.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`.
+      sgd: local SGD, whose settings are this method's as well.
       density: κ as a share of all prunable weights together; PruneFL's final one in comparisons.
       score: "gradient", by a step in which the clients of the first round send the gradient at the
         merged model; "update", by the change of the model in the first round (PruneFL's code).
@@ -94,59 +87,36 @@ def snip(
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
     in_range("density", density, 0.0, 1.0, open_low=True)
     count = count_at(density, server.spec)
     at_least("snip_batches", snip_batches, 1)
     if score not in get_args(Score):
         raise ValueError(f"score must be 'gradient' or 'update', got {score!r}")
 
-    sgd: dict[str, Scalar] = {
-        "local_steps": local_steps,
-        "batch_size": batch_size,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "loss": loss,
-    }
-
-    def init(params: Params) -> State:
-        return State(round=0, phase="dense", params=params)
+    def init(model: Model) -> State:
+        return State(round=0, phase="dense", params=dense_params(model))
 
     def tasks(
         state: State, devices: Sequence[Device], phase: str, round: int, hparams: dict[str, Scalar]
     ) -> list[ClientTask]:
-        sub_model = SubModel(masks=state.masks)
-        return [
-            ClientTask(
-                round,
-                phase,
-                client,
-                derive_seed(server.seed, round, client, phase),
-                server.spec,
-                state.params,
-                sub_model,
-                hparams,
-            )
-            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
-        ]
+        return cohort_tasks(
+            server,
+            sgd.clients(server, devices, round),
+            round=round,
+            phase=phase,
+            model=Model(server.spec, state.params, state.masks),
+            hparams=hparams,
+        )
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         if state.phase == "score":  # the cohort of the round that was answered
-            hparams = {"batch_size": batch_size, "loss": loss, "snip_batches": snip_batches}
+            hparams = {
+                "batch_size": sgd.batch_size,
+                "loss": sgd.loss,
+                "snip_batches": snip_batches,
+            }
             return tasks(state, devices, "score", state.round, hparams)
-        hparams = {**sgd, "lr": learning_rate(lr, state.round, lr_half_life_rounds)}
-        return tasks(state, devices, "train", state.round + 1, hparams)
+        return tasks(state, devices, "train", state.round + 1, sgd.hparams(state.round))
 
     def prune(state: State, gradient: Params, weights: Params) -> State:
         """eq. (5) and (6); without its denominator, which changes no order."""
@@ -215,14 +185,14 @@ def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
         task.sub_model,
         batch_size=batch_size,
         optimizer=SGD(0.0),
-        loss="bce" if h["loss"] == "bce" else "ce",
+        loss=loss_of(task),
     )
     output, shapes = task.spec.nodes[-1].name, task.spec.param_shapes
     total = {name: np.zeros(shapes[name], np.float32) for name in task.spec.prunable}
     losses = []
     for x, y in batches.draw(steps=steps, batch_size=batch_size, seed=task.seed):
         logits = session.forward(x, training=True)[output]
-        loss, entering = loss_and_gradient(logits, y, "bce" if h["loss"] == "bce" else "ce")
+        loss, entering = loss_and_gradient(logits, y, loss_of(task))
         gradients = session.backward({output: entering}, dense=True)
         for name, values in total.items():
             values += gradients[name] / np.float32(steps)

@@ -29,17 +29,17 @@ from fedlean.core import (
     Device,
     FederatedAlgorithm,
     Masks,
+    Model,
     Params,
     Server,
-    SubModel,
-    derive_seed,
 )
-from fedlean.engine.protocol import Engine, Loss
+from fedlean.engine.protocol import Engine
 from fedlean.pruning.global_top import count_at
 from fedlean.pruning.synaptic_flow import prune_by_flow
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
-from fedlean.train.kept_weights import train_kept_weights
-from fedlean.train.sampling import sample_cohort
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
+from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
 
@@ -54,75 +54,42 @@ class State:
     masks: Masks = field(default_factory=dict)  # empty until the model is pruned
 
 
+@with_local_sgd
 def synflow(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     density: float = 0.2,
     synflow_steps: int = 100,
 ) -> FederatedAlgorithm:
     """Iterative synaptic flow pruning before the first round.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`.
+      sgd: local SGD, whose settings are this method's as well.
       density: kept share of all prunable weights together; PruneFL's final one in comparisons.
       synflow_steps: n of Algorithm 1 (100).
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    if cohort is not None:
-        at_least("cohort", cohort, 1)
     in_range("density", density, 0.0, 1.0, open_low=True)
     count_at(density, server.spec)
     at_least("synflow_steps", synflow_steps, 1)
 
-    def init(params: Params) -> State:
-        return State(round=0, phase="prune", params=params)
+    def init(model: Model) -> State:
+        return State(round=0, phase="prune", params=dense_params(model))
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         if state.phase == "prune":
             return []
         round = state.round + 1
-        sub_model = SubModel(masks=state.masks)
-        hparams = {
-            "lr": learning_rate(lr, state.round, lr_half_life_rounds),
-            "local_steps": local_steps,
-            "batch_size": batch_size,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "loss": loss,
-        }
-        return [
-            ClientTask(
-                round,
-                "train",
-                client,
-                derive_seed(server.seed, round, client, "train"),
-                server.spec,
-                state.params,
-                sub_model,
-                hparams,
-            )
-            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
-        ]
+        return cohort_tasks(
+            server,
+            sgd.clients(server, devices, round),
+            round=round,
+            phase="train",
+            model=Model(server.spec, state.params, state.masks),
+            hparams=sgd.hparams(state.round),
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         if state.phase == "prune":

@@ -16,6 +16,7 @@ from fedlean.jsonfile import read_json
 from fedlean.models.initialise import INIT_SCHEMES
 from fedlean.runtime.checkpoint import write_atomically
 from fedlean.runtime.method import Settings, complete
+from fedlean.runtime.older import in_todays_words
 
 FORMAT = 1  # of the run folder
 CLIENTS = 10  # where nothing says how many
@@ -52,6 +53,8 @@ class RunConfig:
     eval_examples: int | None = None  # of the test set, during the run; None: all
     final_eval_examples: int | None = None  # the same after the last round
     max_update_norm: float | None = None  # 0: no bound; None: the clients' own (`moves`)
+    start: str = ""  # folder of a finished run, or a .safetensors file; "": drawn by the seed
+    start_weights: str = "trained"  # of that model: "trained", "original" or "random"
     settings: Settings = field(default_factory=dict)
 
     @property
@@ -89,7 +92,7 @@ def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
             for name in ("environment", "spec"):
                 if not isinstance(document[name], dict):
                     raise TypeError(f"{name} is a {type(document[name]).__name__}")
-            config = _typed(RunConfig(**own))
+            config = _typed(RunConfig(**in_todays_words(own)))
             check(config)
             return config, document
     except KeyError as error:
@@ -166,7 +169,6 @@ def max_update_norm(text: str) -> float:
 
 def check(config: RunConfig) -> None:
     """Raises ValueError naming the first value that makes no sense; `clients` may be open."""
-    clients = config.num_clients
     for name, most in _MOST.items():
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -184,15 +186,3 @@ def check(config: RunConfig) -> None:
     for target in config.target_accuracy:
         if not 0 < target < 1 or not math.isfinite(target):
             raise ValueError(f"target accuracy must lie in (0, 1), got {target}")
-    if config.clients is None and config.partition == "natural":
-        return  # their number is in the data
-    cohort = config.settings.get("cohort")
-    if isinstance(cohort, int) and not 1 <= cohort <= clients:
-        raise ValueError(
-            f"a cohort of {cohort!r:.40} cannot be drawn from {clients} clients: "
-            f"choose --cohort from 1 to {clients}"
-        )
-    for name in ("initial_client", "warmup_client"):
-        client = config.settings.get(name)
-        if isinstance(client, int) and not 0 <= client < clients:
-            raise ValueError(f"{name} must be from 0 to {clients - 1}, got {client}")

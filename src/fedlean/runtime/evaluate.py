@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedlean.core import Masks, Params, SubModel
+from fedlean.core import Model, SubModel
 from fedlean.data.batches import eval_batches
 from fedlean.data.dataset import Dataset
 from fedlean.engine.protocol import SGD, Engine
-from fedlean.spec import ModelSpec
 
 BATCH = 100  # small enough for the activations to stay in cache
 
@@ -21,11 +20,10 @@ class Score(NamedTuple):
     loss: float  # mean cross-entropy, nats
 
 
-Evaluate = Callable[[Params, Masks, bool], Score]  # flag: after the last round
+Evaluate = Callable[[Model, bool], Score]  # flag: after the last round
 
 
 def evaluator(
-    spec: ModelSpec,
     engine: Engine,
     dataset: Dataset,
     during: np.ndarray | None,
@@ -36,9 +34,9 @@ def evaluator(
     The masks do not change the model, which is 0 there; they save a sparse engine most of the work.
     """
 
-    def evaluate(params: Params, masks: Masks, last: bool) -> Score:
-        held = SubModel(masks=masks)
-        session = engine.open(spec, params, held, batch_size=BATCH, optimizer=SGD(0.0))
+    def evaluate(model: Model, last: bool) -> Score:
+        held = SubModel(masks=model.masks)
+        session = engine.open(model.spec, model.params, held, batch_size=BATCH, optimizer=SGD(0.0))
         hits, loss, total = 0, 0.0, 0
         for x, y in eval_batches(dataset, BATCH, final if last else during):
             (logits,) = session.forward(x).values()

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import fedlean.methods
-from fedlean.core import FederatedAlgorithm, Scalar, Server
+from fedlean.core import FederatedAlgorithm, Model, Scalar, Server, State
 from fedlean.usercode import call, is_code, load_function
 
 Method = Callable[..., FederatedAlgorithm]
@@ -182,6 +182,13 @@ def build(
             f"{type(algorithm).__name__}"
         )
     return algorithm
+
+
+def model_of(algorithm: FederatedAlgorithm, server: Server, state: State) -> Model:
+    """What of `state` is evaluated and saved."""
+    if algorithm.model is not None:
+        return algorithm.model(state)
+    return Model(server.spec, state.params, state.masks)
 
 
 def _hint(method: Method, parameter: inspect.Parameter) -> Any:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 import fedlean
-from fedlean.core import FederatedAlgorithm, Masks, Params, Server
+from fedlean.core import FederatedAlgorithm, Masks, Model, Params, Server
 from fedlean.cost.profile import (
     Profile,
     from_document,
@@ -34,7 +33,6 @@ from fedlean.data.load import absolute
 from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import Engine
 from fedlean.models.catalog import build as build_model
-from fedlean.models.initialise import init_params
 from fedlean.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -55,7 +53,8 @@ from fedlean.runtime.local import Dispatch
 from fedlean.runtime.lock import NAME as LOCK
 from fedlean.runtime.lock import Lock, hold
 from fedlean.runtime.method import build as build_method
-from fedlean.runtime.method import complete
+from fedlean.runtime.method import complete, model_of
+from fedlean.runtime.modelfile import write_model
 from fedlean.runtime.notices import about_masks, about_model
 from fedlean.runtime.outofmemory import memory_for
 from fedlean.runtime.record import StepRecord
@@ -63,6 +62,7 @@ from fedlean.runtime.restored import recorded_round, restored
 from fedlean.runtime.rounds import Progress, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
 from fedlean.runtime.samedata import about_data, held_against
+from fedlean.runtime.start import about_start, first_model, given_model, keep, kept
 from fedlean.runtime.summary import summary_of
 from fedlean.runtime.together import check_classes, check_together
 from fedlean.runtime.trust import Named, read_trusted
@@ -90,8 +90,10 @@ class _Run:
     data_changes: list[dict[str, Any]] = field(default_factory=list)  # that were accepted
 
 
-def start(config: RunConfig, folder: Path, how: How) -> dict[str, Any]:
-    """Runs to the end; the summary.
+def start(
+    config: RunConfig, folder: Path, how: How, *, first: Model | None = None
+) -> dict[str, Any]:
+    """Runs to the end; the summary.  `first` is a model to start from, instead of the config's.
 
     Checkpoints are at least 5 s apart, or what keeps them to half a percent of the time, up to 60,
     where `how` does not say.  Raises ValueError, and leaves nothing behind, when something is wrong
@@ -105,7 +107,12 @@ def start(config: RunConfig, folder: Path, how: How) -> dict[str, Any]:
         config = _anywhere(config)
         check(config)
         run = _prepare(config, folder, _load(config, how), profile, how, lock)
-        state = run.algorithm.init(_first_model(run))
+        spec = run.server.spec
+        model = given_model(first, spec) if first else first_model(run.config, spec)
+        state = run.algorithm.init(model)
+        if line := about_start(run.config, model, first is not None):
+            how.say(line)
+            run.notes.append(line)
         document = {"format": FORMAT, **asdict(run.config)}
         document["environment"] = environment(run.server.engine)
         document["spec"] = json.loads(run.server.spec.to_json())
@@ -113,6 +120,8 @@ def start(config: RunConfig, folder: Path, how: How) -> dict[str, Any]:
         document["data"] = about_data(run.dataset)
         document["notes"] = run.notes
         lock.own()
+        if first or config.start:
+            keep(folder, model)
         write_document(folder, document)
         log = RunLog(folder / "rounds.jsonl")
         return _go(run, Progress(state, ClientStore()), Totals(), log)
@@ -121,11 +130,10 @@ def start(config: RunConfig, folder: Path, how: How) -> dict[str, Any]:
 def _anywhere(config: RunConfig) -> RunConfig:
     """With absolute paths, so that `resume` finds them from any folder."""
     config = replace(config, dataset=absolute(config.dataset))
-    if not config.settings.get("masks_from"):
+    if not config.start:
         return config
-    given = os.path.expanduser(str(config.settings["masks_from"]))  # noqa: PTH111 - never raises
-    masks_from = str(Path(given).resolve())
-    return replace(config, settings={**config.settings, "masks_from": masks_from})
+    given = os.path.expanduser(config.start)  # noqa: PTH111 - never raises
+    return replace(config, start=str(Path(given).resolve()))
 
 
 def _refuse_used(folder: Path) -> None:
@@ -176,7 +184,7 @@ def resume(
         _refuse_other_model(document, run.server.spec)
         if document["environment"] != environment(run.server.engine):
             lines.append("made with other versions or on another machine: the last bits may differ")
-        initial = run.algorithm.init(_first_model(run))
+        initial = run.algorithm.init(kept(folder, config, run.server.spec))
         if tree is None:
             progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
         else:
@@ -208,10 +216,6 @@ def _refuse_other_model(document: dict[str, Any], spec: ModelSpec) -> None:
             f"model {document['model']!r} is not the one that the run began with (see 'spec' in "
             "its config.json): bring that one and its data back, or start a new run"
         )
-
-
-def _first_model(run: _Run) -> Params:
-    return init_params(run.server.spec, run.config.seed, run.config.init)
 
 
 def _recorded_profile(folder: Path, document: dict[str, Any]) -> Profile:
@@ -252,7 +256,9 @@ def _prepare(
     check_together(spec, dataset, config.model)
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
         engine, why_not_native = engine_for(spec, config.engine, config.threads)
-    server = Server(spec, engine, config.seed, config.rounds, profile, config.init)
+    server = Server(
+        spec, engine, config.seed, config.rounds, profile, config.init, config.num_clients
+    )
     algorithm = build_method(config.method, server, config.settings)
     # defaults may change, and with them what the same settings mean: the folder names all
     config = replace(config, engine=engine.name, settings=complete(config.method, config.settings))
@@ -265,7 +271,7 @@ def _prepare(
     said = [line for line in [*notes, *about_clients] if line]
     for line in said:
         how.say(line)
-    evaluate = evaluator(spec, engine, dataset, during, final)
+    evaluate = evaluator(engine, dataset, during, final)
     return _Run(config, folder, dataset, server, algorithm, dispatch, how, lock, evaluate, said)
 
 
@@ -295,13 +301,14 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str,
         state = progress.state
         book.totals = book.totals.after(record, config.num_clients)
         due = state.round % config.eval_every == 0 or last
+        model = model_of(run.algorithm, run.server, state)
         moved = state.params is not book.params or last  # initial pruning leaves them for long
         with memory_for("the evaluation of the model"):
-            score = run.evaluate(state.params, state.masks, last) if due and moved else None
+            score = run.evaluate(model, last) if due and moved else None
         book.params = state.params
         if score is not None:
             book.totals = book.totals.scored(state.round, score.accuracy, config.target_accuracy)
-        _note_empty_layers(run, book, record, state.masks)
+        _note_empty_layers(run, book, record, model.masks)
         entry = log_entry(
             round=state.round,
             phase=record.tasks[0].phase if record.tasks else state.phase,
@@ -309,8 +316,7 @@ def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str,
             totals=book.totals,
             clients=config.num_clients,
             score=score,
-            spec=run.server.spec,
-            masks=state.masks,
+            model=model,
         )
         log.append(entry)
         book.last_entry = entry
@@ -385,12 +391,11 @@ def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -
 
 def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
     state, config, totals = progress.state, run.config, book.totals
-    tensors = {name: np.ascontiguousarray(value) for name, value in state.params.items()}
-    masks = {f"{name}.mask": mask.astype(np.uint8) for name, mask in state.masks.items()}
-    write_atomically(run.folder / "model.safetensors", save({**tensors, **masks}))
+    model = model_of(run.algorithm, run.server, state)
+    write_model(run.folder / "model.safetensors", model)
     final = book.last_entry["accuracy"] if book.last_entry else last_accuracy(run.folder)
     if final is None:
-        final = run.evaluate(state.params, state.masks, True).accuracy
-    summary = summary_of(config, run.server, state, totals, final, run.data_changes)
+        final = run.evaluate(model, True).accuracy
+    summary = summary_of(config, run.server, state, model, totals, final, run.data_changes)
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

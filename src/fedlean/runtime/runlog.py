@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlean.core import Masks
+from fedlean.core import Masks, Model
 from fedlean.jsonfile import parse_json
 from fedlean.pruning.density import density, full_masks, layer_density
 from fedlean.runtime.evaluate import Score
 from fedlean.runtime.record import StepRecord
-from fedlean.spec import ModelSpec
 
 FIRST_REFUSALS = 1000
 
@@ -36,6 +35,7 @@ class Totals:
     targets: Mapping[str, Any] = field(default_factory=dict)  # accuracy text -> first reached
     refused_updates: int = 0  # by the checks, after they came
     first_refusals: Mapping[str, str] = field(default_factory=dict)  # client -> round and reason
+    largest_cohort: int = 0  # clients asked in one step, at most
 
     def after(self, record: StepRecord, clients: int) -> Totals:
         cost = record.cost
@@ -52,6 +52,7 @@ class Totals:
             peak_memory_bytes=max(self.peak_memory_bytes, cost.peak_memory_bytes),
             refused_updates=self.refused_updates + len(record.rejected),
             first_refusals=self._first_refusals(record),
+            largest_cohort=max(self.largest_cohort, len(record.tasks)),
         )
 
     def _first_refusals(self, record: StepRecord) -> Mapping[str, str]:
@@ -79,9 +80,9 @@ class Totals:
         return replace(self, best_accuracy=best, targets=reached)
 
 
-def held_masks(spec: ModelSpec, masks: Masks) -> Masks:
-    """A mask for every prunable weight: `masks`, and all kept where there is none."""
-    return {**full_masks(spec), **masks}
+def held_masks(model: Model) -> Masks:
+    """A mask for every prunable weight: the model's, and all kept where there is none."""
+    return {**full_masks(model.spec), **model.masks}
 
 
 def _finite(value: float | None) -> float | None:
@@ -97,10 +98,10 @@ def log_entry(
     totals: Totals,
     clients: int,
     score: Score | None,
-    spec: ModelSpec,
-    masks: Masks,
+    model: Model,
 ) -> dict[str, Any]:
     """One line of the log."""
+    masks = held_masks(model)
     cohort = [task.client for task in record.tasks]
     cost = asdict(record.cost)
     flops, dense = cost.pop("flops"), cost.pop("flops_dense_gradient")
@@ -117,8 +118,8 @@ def log_entry(
         "accuracy": None if score is None else score.accuracy,
         "loss": None if score is None else _finite(score.loss),
         "train_loss": _finite(record.metrics.get("train_loss")),
-        "density": density(held_masks(spec, masks)),
-        "layer_density": layer_density(held_masks(spec, masks)),
+        "density": density(masks),
+        "layer_density": layer_density(masks),
         **cost,
         "flops_per_client": flops / clients,
         "flops_dense_gradient_per_client": dense / clients,

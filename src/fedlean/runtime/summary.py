@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedlean.core import Server, State
+from fedlean.core import Model, Server, State
 from fedlean.pruning.density import density
 from fedlean.pruning.units import dead_units
 from fedlean.runtime.config import RunConfig
@@ -16,6 +16,7 @@ def summary_of(
     config: RunConfig,
     server: Server,
     state: State,
+    model: Model,
     totals: Totals,
     final: float,
     data_changes: Sequence[dict[str, Any]],
@@ -28,7 +29,7 @@ def summary_of(
         "model": config.model,
         "partition": config.partition,
         "clients": config.clients,
-        "cohort": config.settings.get("cohort") or config.num_clients,
+        "cohort": totals.largest_cohort or config.num_clients,
         "rounds": state.round,
         "seed": config.seed,
         "engine": config.engine,
@@ -36,10 +37,10 @@ def summary_of(
         "arithmetic": server.engine.arithmetic,
         "final_accuracy": final,
         "best_accuracy": max(totals.best_accuracy, final),
-        "density": density(held_masks(server.spec, state.masks)),
+        "density": density(held_masks(model)),
         "dead_units": {
             name: {"outputs": rows, "inputs": columns}
-            for name, (rows, columns) in dead_units(state.masks).items()
+            for name, (rows, columns) in dead_units(model.masks).items()
         },
         "downlink_bytes": totals.downlink_bytes,
         "uplink_bytes": totals.uplink_bytes,

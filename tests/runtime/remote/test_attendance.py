@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from federation import CLIENTS, ROUNDS, nothing_wrong, params, run, same, server
+from federation import CLIENTS, ROUNDS, first_model, nothing_wrong, run, same, server
 from loopback import Clock, Loopback, kind_of, remote
 
 from fedlean.core import FederatedAlgorithm
@@ -33,7 +33,7 @@ def step(dispatch: RemoteDispatch, number: int, **refused: str) -> list[int]:
     """One attempt at a step; who was asked.  The updates of the clients in `refused` are."""
     present = dispatch.begin(ClientStore(), number)
     algorithm = everybody()
-    tasks = algorithm.configure(algorithm.init(params()), present)
+    tasks = algorithm.configure(algorithm.init(first_model()), present)
     taken = [update.client for update in dispatch(tasks, nothing_wrong)]
     bad = [client for client in taken if f"c{client}" in refused]
     dispatch.acknowledge([client for client in taken if client not in bad], bad)

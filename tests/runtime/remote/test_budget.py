@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import ENGINE, SPEC, client_data, devices, params, server
+from federation import ENGINE, SPEC, client_data, devices, first_model, params, server
 
 from fedlean import wire
 from fedlean.core import ClientTask, SubModel
@@ -58,7 +58,7 @@ def watch(monkeypatch) -> Watch:
 
 def letter(local_steps: int, deadline_seconds: float = 600.0) -> bytes:
     algorithm = fedavg(server(), lr=0.1, local_steps=1, batch_size=4)
-    task: ClientTask = algorithm.configure(algorithm.init(params()), devices())[0]
+    task: ClientTask = algorithm.configure(algorithm.init(first_model()), devices())[0]
     task = replace(task, hparams={**task.hparams, "local_steps": local_steps})
     fields = {**FIELDS, "deadline_seconds": deadline_seconds}
     return seal(Envelope(env.TASK, fields, wire.encode_task(task)))

@@ -15,8 +15,8 @@ from federation import (
     ROUNDS,
     client_data,
     devices,
+    first_model,
     fresh_dispatch,
-    params,
     run,
     same,
     server,
@@ -141,7 +141,7 @@ def test_the_server_dies_after_the_devices_answered(post, tmp_path):
         run(build(name), dispatch=dispatch, watch=watch)
     tree, _ = load_checkpoint(tmp_path / "checkpoint")
     algorithm = build(name)
-    state = type(algorithm.init(params()))(**tree["state"])
+    state = type(algorithm.init(first_model()))(**tree["state"])
     again, lines = remote(post, name)
     again.restore({int(k): v for k, v in tree["clients"].items()})
     progress = Progress(state, ClientStore(tree["store"]), tree["step"])
@@ -222,7 +222,7 @@ def test_replies_that_cannot_be_used_do_not_count(post):
 def test_updates_that_the_checks_refuse_do_not_count(post):
     """The bound on an update's norm is the runtime's: the dispatch asks it before it is content."""
     dispatch, _ = remote(post, min_replies=4)
-    updates = everybody().configure(everybody().init(params()), devices())
+    updates = everybody().configure(everybody().init(first_model()), devices())
     dispatch.begin(ClientStore(), 1)
     assert list(dispatch(updates, lambda update, task: "too far" if task.client else None)) == []
     assert dispatch.troubles() == {1: "too far", 2: "too far", 3: "too far"}

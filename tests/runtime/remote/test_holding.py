@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import CLIENTS, client_data, dataset, devices, fresh_dispatch, params, run, server
+from federation import (
+    CLIENTS,
+    client_data,
+    dataset,
+    devices,
+    first_model,
+    fresh_dispatch,
+    run,
+    server,
+)
 from loopback import Loopback, remote
 
 from fedlean.core import FederatedAlgorithm
@@ -132,7 +141,7 @@ def test_a_task_names_the_classes_so_that_a_fresh_process_maps_them_too(tmp_path
     held = client_data()[0]
     worker = Worker(tmp_path, held, client=0, engine="native")
     dispatch, _ = remote(Loopback(tmp_path / "others"))
-    task = everybody().configure(everybody().init(params()), devices())[0]
+    task = everybody().configure(everybody().init(first_model()), devices())[0]
     letter = unseal(dispatch._letter(task, 0.0), expected=(env.TASK,))
     good = worker.answer(seal(Envelope(env.TASK, {**letter.fields, "run": "a1"}, letter.body)))
     assert unseal(good, expected=(env.UPDATE,))

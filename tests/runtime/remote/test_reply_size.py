@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conformance import case_of, method_names
-from federation import SPEC, devices, params, run, same, server
+from federation import SPEC, devices, first_model, run, same, server
 from loopback import Clock, Loopback, remote
 
 from fedlean.core import ClientTask, StatisticForm
@@ -59,7 +59,7 @@ def post(tmp_path) -> Bounded:
 
 def a_task() -> ClientTask:
     algorithm = fedavg(server(), lr=0.1, local_steps=1, batch_size=4)
-    return algorithm.configure(algorithm.init(params()), devices())[0]
+    return algorithm.configure(algorithm.init(first_model()), devices())[0]
 
 
 def test_by_hand():
@@ -133,7 +133,7 @@ def test_a_late_reply_keeps_its_limit(clock):
 
 def everybody(dispatch) -> list[ClientTask]:
     algorithm = fedavg(server(), lr=0.05, local_steps=2, batch_size=8)
-    tasks = algorithm.configure(algorithm.init(params()), devices())
+    tasks = algorithm.configure(algorithm.init(first_model()), devices())
     dispatch.begin(ClientStore(), 1)
     return list(tasks)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import ENGINE, SPEC, client_data, devices, params, server
+from federation import ENGINE, SPEC, client_data, devices, first_model, params, server
 
 from fedlean import wire
 from fedlean.core import ClientTask, SubModel
@@ -42,7 +42,7 @@ FIELDS = {
 
 def a_task(spec=SPEC, values=None) -> ClientTask:
     algorithm = fedavg(server(), lr=0.1, local_steps=1, batch_size=4)
-    task = algorithm.configure(algorithm.init(params()), devices())[0]
+    task = algorithm.configure(algorithm.init(first_model()), devices())[0]
     return replace(task, spec=spec, params=values or task.params)
 
 

@@ -14,7 +14,7 @@ from fedlean.runtime.remote.dispatch import Terms
 
 Flat = Mapping[str, bool | float | int | str]
 _NUMBERS = ("clients", "rounds", "seed", "threads", "eval_every")
-_TEXTS = ("dataset", "model", "inputs", "init", "partition", "engine", "device")
+_TEXTS = ("dataset", "model", "inputs", "init", "partition", "engine", "device", "start")
 _TERMS = tuple(field.name for field in fields(Terms))
 _OTHERS = (
     "method",
@@ -24,6 +24,7 @@ _OTHERS = (
     "target_accuracy",
     "eval_examples",
     "max_update_norm",
+    "start_weights",
     "accept_changed_data",
 )
 KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *_NUMBERS, *_TEXTS, *_TERMS)}
@@ -58,6 +59,7 @@ def server_settings(flat: Flat) -> ServerSettings:
         target_accuracy=_accuracies(str(given.get("target_accuracy", ""))),
         eval_examples=_whole("eval_examples", given.get("eval_examples", 0)) or None,
         max_update_norm=_norm(given.get("max_update_norm", "")),
+        start_weights=str(given.get("start_weights") or "trained"),
         settings=given_settings(method, shlex.split(str(given.get("settings", "")))),
         **plain,
     )

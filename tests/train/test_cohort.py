@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from fedlean.core import Device
-from fedlean.train.sampling import sample_cohort
+from fedlean.train.cohort import sample_cohort
 
 DEVICES = [Device(id) for id in (9, 4, 30, 2, 17, 11, 5)]
 IDS = sorted(device.id for device in DEVICES)

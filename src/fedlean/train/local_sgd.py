@@ -1,0 +1,159 @@
+"""Local SGD as the first-order methods share it: its settings, its session, a client's round."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from fedlean.core import (
+    Batches,
+    ClientTask,
+    ClientUpdate,
+    Device,
+    FederatedAlgorithm,
+    Params,
+    Scalar,
+    Server,
+    SubModel,
+)
+from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.train.cohort import check_cohort, sample_cohort
+from fedlean.train.hyperparameters import check_sgd, learning_rate
+from fedlean.train.sgd import local_sgd
+from fedlean.train.work import only_sgd
+
+
+@dataclass(frozen=True)
+class LocalSGD:
+    """The settings of local SGD and of its cohort, by the same names in every method.
+
+    lr: η, learning rate; halves every `lr_half_life_rounds` rounds (0: constant).
+    local_steps: I, local steps a round.
+    batch_size: B, examples a step.
+    cohort: clients a round, drawn anew each round; None: all.
+    momentum, weight_decay: of SGD; the momentum buffer starts at 0 each round.
+    loss: "ce" or "bce" (BCE-with-logits on one-hot labels).
+    """
+
+    lr: float = 0.1
+    local_steps: int = 5
+    batch_size: int = 20
+    cohort: int | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    loss: Loss = "ce"
+    lr_half_life_rounds: float = 0.0
+
+    def check(self, server: Server) -> None:
+        """Raises ValueError naming what is out of range, or fits neither model nor clients."""
+        check_sgd(
+            server.spec,
+            lr=self.lr,
+            local_steps=self.local_steps,
+            batch_size=self.batch_size,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            loss=self.loss,
+            lr_half_life_rounds=self.lr_half_life_rounds,
+        )
+        check_cohort(self.cohort, server)
+
+    def clients(self, server: Server, devices: Sequence[Device], round: int) -> list[int]:
+        """Ids of the cohort of `round`, ascending."""
+        return sample_cohort(devices, self.cohort, seed=server.seed, round=round)
+
+    def hparams(self, rounds_done: int) -> dict[str, Scalar]:
+        """What a client is told in the round after so many."""
+        return {
+            "lr": learning_rate(self.lr, rounds_done, self.lr_half_life_rounds),
+            "local_steps": self.local_steps,
+            "batch_size": self.batch_size,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "loss": self.loss,
+        }
+
+
+def with_local_sgd(
+    method: Callable[..., FederatedAlgorithm],
+) -> Callable[..., FederatedAlgorithm]:
+    """`method(server, sgd, *, ...)` as `method(server, *, lr=0.1, ..., ...)`.
+
+    The settings of `LocalSGD` become keyword arguments of the method, before its own, and are
+    checked before it is called.
+    """
+    names = [field.name for field in fields(LocalSGD)]
+
+    @functools.wraps(method)
+    def built(server: Server, **settings: Any) -> FederatedAlgorithm:
+        given = {name: settings.pop(name) for name in names if name in settings}
+        sgd = LocalSGD(**given)
+        sgd.check(server)
+        return method(server, sgd, **settings)
+
+    signature = inspect.signature(method, eval_str=True)
+    first, _, *own = signature.parameters.values()
+    types = get_type_hints(LocalSGD)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=types[field.name],
+        )
+        for field in fields(LocalSGD)
+    ]
+    built.__signature__ = signature.replace(parameters=[first, *shared, *own])  # type: ignore[attr-defined]
+    return built
+
+
+def open_session(
+    task: ClientTask,
+    engine: Engine,
+    *,
+    params: Params | None = None,
+    sub_model: SubModel | None = None,
+) -> Session:
+    """A session of the task's SGD, at its model or at another one of the same spec."""
+    h = task.hparams
+    return engine.open(
+        task.spec,
+        task.params if params is None else params,
+        task.sub_model if sub_model is None else sub_model,
+        batch_size=int(h["batch_size"]),
+        optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
+        loss=loss_of(task),
+    )
+
+
+def loss_of(task: ClientTask) -> Loss:
+    """The loss that the task is trained on; what a task says is text."""
+    return "bce" if task.hparams["loss"] == "bce" else "ce"
+
+
+def train_kept_weights(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
+    """w_n <- w - η·g ⊙ m for `local_steps` steps, where nothing else is trained and sent.
+
+    On the first `examples` of a shuffle of the client's, where the task names them (0: all).
+    """
+    h = task.hparams
+    session = open_session(task, engine)
+    train_loss = local_sgd(
+        session,
+        batches,
+        steps=int(h["local_steps"]),
+        batch_size=int(h["batch_size"]),
+        seed=task.seed,
+        examples=int(h.get("examples", 0)) or None,
+    )
+    return ClientUpdate(
+        client=task.client,
+        num_examples=batches.num_examples,
+        params=session.params(packed=True),
+        sub_model=task.sub_model,
+        metrics={"train_loss": train_loss},
+        work=only_sgd(task),
+    )
