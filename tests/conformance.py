@@ -1,6 +1,7 @@
 """Properties that every method has.  Collected: each tests/methods/test_<method>.py declares CASE.
 
-Adding a method is two new files, the method and its test, and no edit here.
+Adding a method is two new files, the method and its test, and no edit here.  A method that is not
+of the package (an example of the docs) needs its test file only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import fedlean.methods
 from fedlean.core import FederatedAlgorithm, Model, Scalar
+
+METHODS = Path(__file__).parent / "methods"
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,15 @@ class Case:
 
 
 def method_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(fedlean.methods.__path__))
+    """Of the package, tested or not, and of the test files."""
+    built_in = {module.name for module in pkgutil.iter_modules(fedlean.methods.__path__)}
+    tested = {path.stem.removeprefix("test_") for path in METHODS.glob("test_*.py")}
+    return sorted(built_in | tested)
 
 
 def case_of(method: str) -> Case:
     """The CASE of tests/methods/test_<method>.py; AssertionError when there is none."""
-    path = Path(__file__).parent / "methods" / f"test_{method}.py"
+    path = METHODS / f"test_{method}.py"
     assert path.is_file(), f"{method} has no test file {path.name}"
     spec = importlib.util.spec_from_file_location(f"case_{method}", path)
     assert spec is not None and spec.loader is not None
