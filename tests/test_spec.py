@@ -26,6 +26,7 @@ from fedlean.layers import (
     MaxPool2d,
     ReLU,
     Scale,
+    Scaler,
 )
 from fedlean.spec import INPUT, LAYERS, ModelSpec, Node, sequential
 
@@ -87,7 +88,7 @@ def test_sequential_chains():
 
 def test_same_layer_kind_is_known_by_name():
     assert {type(node.layer).__name__ for node in example().nodes} <= set(LAYERS)
-    assert len(LAYERS) == 13
+    assert len(LAYERS) == 14
 
 
 # --- shapes against PyTorch -----------------------------------------------------------------------
@@ -181,6 +182,8 @@ BAD_NUMBERS = [
     *((BatchNorm(eps=value), IMAGE) for value in (-1.0, float("nan"), True, None)),
     *((BatchNorm(momentum=value), IMAGE) for value in (-0.1, 1.5, float("nan"), None)),
     *((Linear(3, bias=value), VECTOR) for value in (1, 0.5, None)),
+    *((Scaler(value), VECTOR) for value in (0.0, -2.0, 2, True, None, "2")),
+    *((Scaler(value), VECTOR) for value in (float("nan"), float("inf"))),
     *((Conv2d(3, 1, bias=value), IMAGE) for value in (1, None)),
 ]
 
@@ -207,6 +210,8 @@ TOO_LARGE = [
     (Linear((1 << 27) - 1), (17,), "weight of shape .* is too large: at most 2147483648 elements"),
     (BatchNorm(eps=1e-21), IMAGE, "eps must be a positive float from 1e-20 to 1000"),
     (GroupNorm(eps=1001.0), IMAGE, "eps must be a positive float from 1e-20 to 1000"),
+    (Scaler(9.9e-4), IMAGE, "factor must be a float from 0.001 to 1000, got 0.00099"),
+    (Scaler(1001.0), IMAGE, "factor must be a float from 0.001 to 1000, got 1001.0"),
 ]
 
 
@@ -229,6 +234,8 @@ def test_settings_and_sizes_have_limits(layer: Layer, shape: tuple[int, ...], me
         (MaxPool2d(1, stride=2), (64, 1, 1)),
         (Linear(25088), (4096,)),
         (BatchNorm(eps=1e-20, momentum=0.0), IMAGE),
+        (Scaler(1e-3), IMAGE),
+        (Scaler(1e3), VECTOR),
         (Flatten(), (3, 6688, 6688)),
     ],
     ids=repr,
@@ -248,7 +255,9 @@ def test_specs_have_limits():
             single(ReLU(), shape)
 
 
-@pytest.mark.parametrize("layer", [ReLU(), Hardswish(), Hardsigmoid(), Flatten(), BatchNorm()])
+@pytest.mark.parametrize(
+    "layer", [ReLU(), Hardswish(), Hardsigmoid(), Scaler(2.0), Flatten(), BatchNorm()]
+)
 def test_layers_with_one_input_refuse_two(layer: Layer):
     with pytest.raises(ValueError, match=r"'odd'.*takes 1 input, got 2"):
         ModelSpec(IMAGE, (Node("odd", layer, (INPUT, INPUT)),))

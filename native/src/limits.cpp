@@ -41,6 +41,8 @@ void check_settings(const Node& node) {
   expect(conv || node.kind == Kind::kGroupNorm || node.groups == 1, node, "has no groups");
   expect(node.eps > 0 && node.eps < 1e30f, node, "eps must be positive");
   expect(node.momentum >= 0 && node.momentum <= 1, node, "momentum must be from 0 to 1");
+  expect(node.factor >= 1e-3f && node.factor <= 1e3f, node, "factor must be from 0.001 to 1000");
+  expect(node.kind == Kind::kScaler || node.factor == 1, node, "has no factor");
 }
 
 int windows(const Node& node, int side) {

@@ -9,7 +9,8 @@ namespace {
 
 bool keeps_values(Kind kind) { return kind == Kind::kFlatten; }
 bool may_share(Kind kind) {
-  return kind == Kind::kReLU || kind == Kind::kAdd || kind == Kind::kFlatten;
+  return kind == Kind::kReLU || kind == Kind::kAdd || kind == Kind::kScaler ||
+         kind == Kind::kFlatten;
 }
 
 std::vector<int> count_readers(const Network& network) {
@@ -321,6 +322,7 @@ Pass Program::pass_of(const Step& step, const Kernels& kernels, ThreadPool& pool
     const Tensor& tensor = tensors_[t];
     return view(arena, tensor.value_array, tensor.value_layout, tensor.local ? panel_begin : 0);
   };
+  pass.in_training = training_;
   for (int t : step.inputs) pass.in.push_back(value_of(t));
   pass.out = value_of(step.output);
   if (step.saved >= 0) pass.saved = arena + plan_.offset(step.saved);

@@ -66,7 +66,7 @@ void check_activation_values() {
 }
 
 void check_sums(std::size_t n, Random& random) {
-  check_context = "add, squares of " + std::to_string(n);
+  check_context = "add, squares, products of " + std::to_string(n);
   const Floats x = random_floats(n, random);
   const Floats before = random_floats(n, random);
   Floats want_add = before, want_squares = before;
@@ -78,6 +78,17 @@ void check_sums(std::size_t n, Random& random) {
     kernels->add_squares(squares.data(), x.data(), n);
     check_result(add, want_add, before, everywhere);
     check_result(squares, want_squares, before, everywhere);
+    for (bool accumulate : {false, true}) {
+      Floats want = before, product = before, in_place = x;
+      reference_kernels().multiply(x.data(), -1.75f, want.data(), n, accumulate);
+      kernels->multiply(x.data(), -1.75f, product.data(), n, accumulate);
+      kernels->multiply(in_place.data(), -1.75f, in_place.data(), n, accumulate);
+      check_result(product, want, before, everywhere);
+      for (std::size_t i = 0; i < n; ++i) {
+        CHECK_CLOSE(want[i], (accumulate ? before[i] : 0) + -1.75f * x[i], 1e-6);
+        CHECK_CLOSE(in_place[i], (accumulate ? x[i] : 0) + -1.75f * x[i], 1e-6);
+      }
+    }
   }
 }
 

@@ -6,7 +6,8 @@ class here and one case in each engine.
 
 A spec may come from a stranger, and engines count in 32 bits.  So settings have limits, far beyond
 what is trained on a device: windows, strides and padding of at most 1024, eps from 1e-20 to 1000,
-and fewer than 2^27 elements of one example, counted with the padding (512 MiB of float32).
+factors from 0.001 to 1000, and fewer than 2^27 elements of one example, counted with the padding
+(512 MiB of float32).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Shape = tuple[int, ...]
 MAX_WINDOW = 1024  # kernel_size, stride and padding
 MAX_ACTIVATION_ELEMENTS = (1 << 27) - 1  # of one example, zeros around it included
 MIN_EPS, MAX_EPS = 1e-20, 1e3  # eps^-1.5, which gradients are multiplied by, is finite in float32
+MIN_FACTOR, MAX_FACTOR = 1e-3, 1e3
 
 
 def _one(inputs: list[Shape]) -> Shape:
@@ -54,6 +56,9 @@ def check_settings(layer: Layer) -> None:
         elif name == "eps":
             valid = isinstance(value, float) and MIN_EPS <= value <= MAX_EPS
             wanted = f"a positive float from {MIN_EPS:g} to {MAX_EPS:g}"
+        elif name == "factor":
+            valid = isinstance(value, float) and MIN_FACTOR <= value <= MAX_FACTOR
+            wanted = f"a float from {MIN_FACTOR:g} to {MAX_FACTOR:g}"
         elif name == "momentum":
             valid, wanted = isinstance(value, float) and 0 <= value <= 1, "a float in [0, 1]"
         elif name == "padding":
@@ -208,6 +213,18 @@ class Hardsigmoid(_Elementwise):
 
 
 @dataclass(frozen=True)
+class Scaler(_Elementwise):
+    """`factor` times the input in training mode, the input itself in evaluation.
+
+    HeteroFL's scaler (Diao et al., ICLR 2021, Sec. 3.3): a slice that keeps the rate r of a layer's
+    outputs multiplies them by 1/r as it trains, so that the full model is evaluated as it is.
+    Training mode is that of the pass: what is frozen is scaled too.
+    """
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class Flatten:
     """(C, H, W) -> (C*H*W,), row-major; a vector passes unchanged."""
 
@@ -246,6 +263,7 @@ Layer = (
     | ReLU
     | Hardswish
     | Hardsigmoid
+    | Scaler
     | Flatten
     | Add
     | Scale

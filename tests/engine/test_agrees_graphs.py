@@ -20,6 +20,7 @@ from fedlean.layers import (
     MaxPool2d,
     ReLU,
     Scale,
+    Scaler,
 )
 from fedlean.spec import INPUT, ModelSpec, Node
 
@@ -150,6 +151,31 @@ CASES = {
         ("sum", Add(), "pool", "pool2"),
         ("head", Linear(3)),
     ),
+    "scaled slice": graph(
+        ("a", conv()),
+        ("scaler1", Scaler(2.0)),
+        ("bn", BatchNorm()),
+        ("relu", ReLU()),
+        ("pool", MaxPool2d(2)),
+        ("b", conv(6)),
+        ("scaler2", Scaler(1.6)),
+        ("relu2", ReLU()),
+    ),
+    "scalers one on the other": graph(
+        ("a", conv()), ("relu", ReLU()), ("by3", Scaler(3.0)), ("by_half", Scaler(0.5))
+    ),
+    "scalers of what others read": graph(
+        ("a", conv()),
+        ("twice", Scaler(2.0), "a"),
+        ("triple", Scaler(3.0), "a"),
+        ("b", conv(4, 5), "twice"),
+        ("sum", Add(), "b", "triple", "twice", "a"),
+    ),
+    "scaler of the input": graph(("scaler", Scaler(4.0)), ("a", conv()), ("b", Scaler(0.25))),
+    "scaler and flatten": graph(
+        ("a", conv()), ("relu", ReLU()), ("flat", Flatten()), ("scaler", Scaler(2.0))
+    ),
+    "scaler at the end": graph(("a", Linear(5)), ("scaler", Scaler(1.5)), shape=(7,)),
     "inverted residual": BLOCK,
     "flatten of flatten": graph(
         ("a", conv()), ("flat1", Flatten()), ("flat2", Flatten()), ("head", Linear(3))

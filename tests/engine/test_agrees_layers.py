@@ -20,6 +20,7 @@ from fedlean.layers import (
     Linear,
     MaxPool2d,
     ReLU,
+    Scaler,
 )
 from fedlean.spec import LAYERS, sequential
 
@@ -85,6 +86,8 @@ CASES = {
     "hardswish of a vector": between(Hardswish(), (9,)),
     "hardsigmoid": between(Hardsigmoid()),
     "hardsigmoid of a vector": between(Hardsigmoid(), (9,)),
+    "scaler": between(Scaler(2.0)),
+    "scaler of a vector": between(Scaler(0.3), (9,)),
     "flatten": between(Flatten()),
     "flatten of a vector": between(Flatten(), (9,)),
 }

@@ -33,6 +33,7 @@ from fedlean.layers import (
     MaxPool2d,
     ReLU,
     Scale,
+    Scaler,
     Shape,
 )
 from fedlean.spec import INPUT, ModelSpec, Node
@@ -90,6 +91,7 @@ def _layers(
     more = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
     for layer in (ReLU(), Hardswish(), Hardsigmoid(), BatchNorm(), GroupNorm(groups=groups)):
         yield layer, (source,)
+    yield Scaler(draw(st.sampled_from([0.5, 1.25, 4.0]))), (source,)
     yield Add(), (source, *more)
     if len(shape) == 1:
         yield Linear(draw(st.integers(1, 20)), bias), (source,)

@@ -29,6 +29,7 @@ from fedlean.layers import (
     MaxPool2d,
     ReLU,
     Scale,
+    Scaler,
 )
 from fedlean.spec import LAYERS, ModelSpec, Node, sequential
 
@@ -60,6 +61,13 @@ class ScaleReference(AddReference):
         return self.conv(x) * nn.AdaptiveAvgPool2d(1)(x)
 
 
+class ScalerOfHeteroFL(nn.Module):
+    """As in the authors' code, for a slice of rate 0.4."""
+
+    def forward(self, x):
+        return x / 0.4 if self.training else x
+
+
 LAYER_CASES = {
     "linear": (single(Linear(5), (6,)), nn.Linear(6, 5)),
     "linear-no-bias": (single(Linear(5, bias=False), (6,)), nn.Linear(6, 5, bias=False)),
@@ -84,6 +92,7 @@ LAYER_CASES = {
     "relu": (single(ReLU()), nn.ReLU()),
     "hardswish": (single(Hardswish()), nn.Hardswish()),
     "hardsigmoid": (single(Hardsigmoid()), nn.Hardsigmoid()),
+    "scaler": (single(Scaler(2.5)), ScalerOfHeteroFL()),
     "flatten": (single(Flatten()), nn.Flatten()),
     "add": (two_inputs(Add()), AddReference()),
     "scale": (two_inputs(Scale()), ScaleReference()),

@@ -35,7 +35,8 @@ def everything() -> ModelSpec:
         Node("sum", L.Add(), ("gn", "scale", "conv")),
         Node("max", L.MaxPool2d(3, 2, 1), ("sum",)),
         Node("avg", L.AvgPool2d(2, 1, 1), ("max",)),
-        Node("flat", L.Flatten(), ("avg",)),
+        Node("scaler", L.Scaler(2.5), ("avg",)),
+        Node("flat", L.Flatten(), ("scaler",)),
         Node("bn_vector", L.BatchNorm(), ("flat",)),
         Node("fc", L.Linear(5, bias=False), ("bn_vector",)),
     ]

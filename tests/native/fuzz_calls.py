@@ -11,7 +11,8 @@ from native.fuzz_draw import FLOATS, MOST_BYTES, REFUSALS, Draw, attempt
 MOST_SIDE = 1 << 20  # of a tensor of which the plan is made
 WINDOWS = ("Conv2d", "MaxPool2d", "AvgPool2d")
 KINDS = ["Linear", "Conv2d", "Conv2d", "Conv2d", "MaxPool2d", "AvgPool2d", "GlobalAvgPool"]
-KINDS += ["GroupNorm", "BatchNorm", "ReLU", "Hardswish", "Flatten", "Add", "Scale", "Nothing"]
+KINDS += ["GroupNorm", "BatchNorm", "ReLU", "Hardswish", "Flatten", "Add", "Scale"]
+KINDS += ["Scaler", "Nothing"]
 
 
 def shape_after(kind: str, shape: list[int], k: dict[str, int], out: int) -> list[int]:
@@ -41,6 +42,8 @@ def network(draw: Draw, native: Any) -> tuple[Any, list[list[int]]]:
         shape = [draw.wild(side) if draw.chance(0.1) else side for side in made]
         floats = {"eps": draw.one([1e-5, *FLOATS]), "momentum": draw.one([0.1, *FLOATS])}
         floats = floats if draw.chance(0.1) else {}
+        if draw.chance(0.9 if kind == "Scaler" else 0.05):
+            floats |= {"factor": draw.one([2.0, 0.5, *FLOATS])}
         bias = draw.chance(0.5)
 
         def add(n=f"n{i}", k=kind, j=inputs, s=shape, v=numbers | floats, b=bias):

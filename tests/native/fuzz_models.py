@@ -22,10 +22,11 @@ def layer(draw: Draw, rank: int) -> Any:
         stride = padding = draw.one(EDGES)
         kernel = draw.one([kernel, padding, 2 * padding])
     eps = draw.one([*FLOATS, 1e-5, 1e-5, 1e-5]) if draw.chance(0.2) else 1e-5
+    scaler = L.Scaler(draw.one([0.5, 2.0, *FLOATS]))
     anywhere = [
         L.GroupNorm(eps, groups=draw.one([1, 1, 2, draw.side(4)])),
         L.BatchNorm(eps, draw.one([0.1, 0.1, *FLOATS])),
-        draw.one([L.ReLU(), L.Hardswish(), L.Hardsigmoid()]),
+        draw.one([L.ReLU(), L.Hardswish(), L.Hardsigmoid(), scaler]),
         L.Flatten(),
     ]
     if rank == 1:

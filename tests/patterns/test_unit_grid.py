@@ -14,6 +14,7 @@ from fedlean.layers import (
     Linear,
     MaxPool2d,
     ReLU,
+    Scaler,
 )
 from fedlean.patterns.unit_grid import unit_grid
 from fedlean.spec import sequential
@@ -27,6 +28,7 @@ CNN = sequential(
         ("pool", MaxPool2d(4)),
         ("flat", Flatten()),
         ("swish", Hardswish()),
+        ("scaler", Scaler(2.0)),
         ("fc1", Linear(7)),
         ("norm", GroupNorm()),
         ("fc2", Linear(5)),

@@ -52,6 +52,7 @@ IMAGES = [
     L.ReLU(),
     L.Hardswish(),
     L.Hardsigmoid(),
+    L.Scaler(2.0),
     L.Flatten(),
 ]
 VECTORS = [L.Linear(5), L.Linear(1, bias=False), L.BatchNorm(), L.GroupNorm(), L.Flatten()]

@@ -141,6 +141,8 @@ struct Kernels {
   void (*hardsigmoid)(const float* x, float* y, std::size_t n);
   void (*hardsigmoid_backward)(const float* x, const float* grad, float* grad_x, std::size_t n);
   void (*add)(const float* x, float* y, std::size_t n);  // y += x
+  // y (+)= x * factor; y may be x
+  void (*multiply)(const float* x, float factor, float* y, std::size_t n, bool accumulate);
 
   // y[lane + i*lanes] (+)= (x - center[lane]) * scale[lane] + shift[lane] for n pixels; exactly
   // `shift` where x is `center`

@@ -50,6 +50,7 @@ struct Pass {
   // which are all unless the layer comes in blocks (Layer::block_end).
   const float* moved[2] = {};
   int out_begin = 0, out_end = 0;
+  bool in_training = false;  // a pass of training, also where nothing is kept for backward
 
   int lanes(int panel) const { return batch.lanes(panel); }
   // f(thread, begin, end) on every thread, [0, n) cut evenly.

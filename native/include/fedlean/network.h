@@ -20,6 +20,7 @@ enum class Kind {
   kReLU,
   kHardswish,
   kHardsigmoid,
+  kScaler,
   kFlatten,
   kAdd,
   kScale
@@ -33,6 +34,7 @@ struct Node {
   int kernel = 1, stride = 1, padding = 0, groups = 1;
   bool bias = false;
   float eps = 1e-5f, momentum = 0.1f;  // of norms
+  float factor = 1;  // of a scaler
 };
 
 constexpr int kModelInput = -1;

@@ -262,6 +262,9 @@ void hardsigmoid_backward(const float* x, const float* grad, float* grad_x, std:
 void add(const float* x, float* y, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) y[i] += x[i];
 }
+void multiply(const float* x, float factor, float* y, std::size_t n, bool accumulate) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = (accumulate ? y[i] : 0.0f) + x[i] * factor;
+}
 
 void affine(const float* x, const float* center, const float* scale, const float* shift, float* y,
             int lanes, int pixels, bool accumulate) {
@@ -405,6 +408,7 @@ const Kernels reference_table = {
     hardsigmoid,
     hardsigmoid_backward,
     add,
+    multiply,
     affine,
     blend,
     lane_sums,

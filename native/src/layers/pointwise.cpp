@@ -1,4 +1,4 @@
-// ReLU, Hardswish, Hardsigmoid, residual Add, Scale (squeeze-and-excite) and Flatten.
+// ReLU, Hardswish, Hardsigmoid, Scaler, residual Add, Scale (squeeze-and-excite) and Flatten.
 
 #include <algorithm>
 #include <cstring>
@@ -84,6 +84,33 @@ public:
           }
         }
       }
+    });
+  }
+};
+
+// Times a constant in training, the input itself in evaluation.
+class Scaler : public Layer {
+public:
+  explicit Scaler(const Node& node) : Layer(node) {}
+  bool in_place() const override { return true; }
+
+  void forward(Pass& pass) override {
+    if (pass.in_training) {
+      multiply(pass, pass.in[0], pass.out, false);
+    } else {
+      copy_or_add(pass, pass.in[0], pass.out, false);
+    }
+  }
+  void backward(Pass& pass) override {
+    if (pass.grad_in[0]) multiply(pass, pass.grad_out, pass.grad_in[0], pass.accumulate[0]);
+  }
+
+private:
+  void multiply(const Pass& pass, const View& from, const View& to, bool accumulate) const {
+    channels(pass, from, [&](int p, int lanes, int begin, int end) {
+      for_rows(from, to, p, lanes, begin, end, [&](const float* x, float* y, std::size_t n) {
+        pass.kernels.multiply(x, node.factor, y, n, accumulate);
+      });
     });
   }
 };
@@ -183,6 +210,8 @@ std::unique_ptr<Layer> make_pointwise(const Node& node) {
   switch (node.kind) {
     case Kind::kAdd:
       return std::make_unique<Add>(node);
+    case Kind::kScaler:
+      return std::make_unique<Scaler>(node);
     case Kind::kScale:
       return std::make_unique<Scale>(node);
     case Kind::kFlatten:

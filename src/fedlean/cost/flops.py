@@ -1,9 +1,9 @@
 """Floating-point operations of a sub-model.
 
 Counted are the multiply-adds of Linear and Conv2d layers, two operations each, with the kept
-weights only: those are what pruning saves.  Biases, norms, pooling and activations are not counted.
-A frozen weight (`frozen` names tensors that are not trained) takes no gradient of its own, and
-where nothing below a layer trains, none flows to its input.
+weights only: those are what pruning saves.  Biases, norms, pooling, scalers and activations are not
+counted.  A frozen weight (`frozen` names tensors that are not trained) takes no gradient of its
+own, and where nothing below a layer trains, none flows to its input.
 """
 
 from __future__ import annotations

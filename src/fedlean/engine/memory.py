@@ -17,7 +17,7 @@ from fedlean.engine.native_forward_plan import forward_bytes
 from fedlean.engine.native_step_plan import SessionPlan
 from fedlean.engine.native_storage import FLOAT_BYTES
 from fedlean.engine.protocol import SGD
-from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU
+from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU, Scaler
 from fedlean.spec import INPUT, ModelSpec
 
 MAX_POOL_INDEX_BYTES = 8  # torch keeps int64 positions
@@ -136,7 +136,7 @@ def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:
         size = prod(spec.shapes[node.name])
         if isinstance(node.layer, ReLU):
             saved[node.name] = FLOAT_BYTES * size  # its gradient needs the sign of its output
-        if isinstance(node.layer, ReLU | Add | Flatten | GlobalAvgPool):
+        if isinstance(node.layer, ReLU | Add | Flatten | GlobalAvgPool | Scaler):
             continue  # these do not need their input again
         for source in map(spec.viewed, node.inputs):
             saved[source] = FLOAT_BYTES * prod(spec.shapes[source])

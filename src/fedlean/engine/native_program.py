@@ -20,6 +20,7 @@ from fedlean.layers import Shape
 from fedlean.spec import INPUT, ModelSpec, Node
 
 LANE_STEP = 4
+_IN_PLACE = L.ReLU | L.Add | L.Flatten | L.Scaler
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Program:
         for step in self._steps:
             source = step.inputs[0]
             into, out = self._tensors[source], self._tensors[step.output]
-            elementwise = isinstance(step.layer, L.ReLU | L.Add | L.Flatten) or (
+            elementwise = isinstance(step.layer, _IN_PLACE) or (
                 not step.training and isinstance(step.layer, L.Hardswish | L.Hardsigmoid)
             )
             fits = _alike(step, into.value_halo, out.value_halo)
@@ -199,7 +200,7 @@ class Program:
             if not step.backward:
                 continue
             out, shared = self._tensors[step.output], False
-            in_place = isinstance(step.layer, L.ReLU | L.Add | L.Flatten)
+            in_place = isinstance(step.layer, _IN_PLACE)
             for source in step.inputs:
                 into = self._tensors[source]
                 if not into.needs_grad:

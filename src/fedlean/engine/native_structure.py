@@ -41,7 +41,7 @@ def structure(spec: ModelSpec, frozen: frozenset[str]) -> Structure:
             s.value_halo[node.inputs[0]] = max(s.value_halo[node.inputs[0]], halo)
             if s.needs_grad[node.inputs[0]]:
                 s.grad_halo[node.name] = _gradient_halo(spec, node, node.layer)
-    alike = [n for n in spec.nodes if isinstance(n.layer, L.ReLU | L.Add)]
+    alike = [n for n in spec.nodes if isinstance(n.layer, L.ReLU | L.Add | L.Scaler)]
     alike = [node for node in alike if s.readers[node.inputs[0]] == 1]  # they may share memory
     for node in reversed(alike):
         source = node.inputs[0]

@@ -133,4 +133,6 @@ def _settings(node: Node) -> dict[str, Any]:
             return {"eps": eps, "groups": g}
         case L.BatchNorm(eps=eps, momentum=momentum):
             return {"eps": eps, "momentum": momentum}
+        case L.Scaler(factor=factor):
+            return {"factor": factor}
     return {}

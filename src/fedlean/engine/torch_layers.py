@@ -45,6 +45,8 @@ def run_layer(
             return F.hardswish(x)
         case L.Hardsigmoid():
             return F.hardsigmoid(x)
+        case L.Scaler(factor=factor):
+            return x * factor if training else x
         case L.Flatten():
             return x.flatten(1)
         case L.Add():

@@ -47,6 +47,15 @@ class _Scale(nn.Module):
         return image * gate[:, :, None, None]  # (B, C, H, W) * (B, C)
 
 
+class _Scaler(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor if self.training else x
+
+
 class _GlobalAvgPool(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return image.mean((2, 3))
@@ -118,6 +127,8 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
             return nn.GroupNorm(layer.groups, shape[0], layer.eps)
         case layers.BatchNorm():
             return _BatchNorm(shape[0], layer.eps, layer.momentum)
+        case layers.Scaler():
+            return _Scaler(layer.factor)
         case _:
             return _STATELESS[type(layer)]()
 
@@ -150,6 +161,7 @@ _MODULES: dict[Any, Callable[[Any, Shape], Layer | None]] = {  # None: passes it
     nn.BatchNorm1d: convert.batch_norm,
     nn.BatchNorm2d: convert.batch_norm,
     _BatchNorm: convert.batch_norm,
+    _Scaler: lambda scaler, _: layers.Scaler(scaler.factor),
     nn.Identity: _is(None),
     **dict.fromkeys(_DROPOUTS, _is(None)),
     **{module: _is(layer()) for layer, module in _STATELESS.items()},

@@ -9,6 +9,7 @@ OURS, where the paper's networks have no such thing:
 - Biases are left out, and with them the shifts of norms: the paper's R is a product of weights,
   and its conservation laws hold without them only.
 - BatchNorm is |weight| / sqrt(running variance + eps): evaluation mode, as in the authors' code.
+- A Scaler is the identity: evaluation mode too.
 - GroupNorm is |weight|.  Its division by the example's own statistics would make R independent of
   the size of every weight before it.
 - Hardswish and Hardsigmoid are the identity, which Hardswish is for large inputs.
@@ -77,7 +78,7 @@ def linear_map(
             assert weight is not None
             gain = _spread(weight, x)
             return x * gain, lambda g: ([g * gain], None)
-        case L.ReLU() | L.Hardswish() | L.Hardsigmoid():
+        case L.ReLU() | L.Hardswish() | L.Hardsigmoid() | L.Scaler():
             return x, lambda g: ([g], None)
         case L.Flatten():
             return x.reshape(-1), lambda g: ([g.reshape(x.shape)], None)
