@@ -20,6 +20,21 @@ std::vector<int> count_readers(const Network& network) {
   return readers;
 }
 
+// Per tensor, whether the output, a tap, or statistics that move depend on it.
+std::vector<bool> needed(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
+                         const Mode& mode) {
+  const std::size_t n = network.nodes.size();
+  std::vector<bool> tensors(n + 1, false);
+  tensors[n] = true;
+  for (int node : mode.taps) tensors[node + 1] = true;
+  for (std::size_t i = n; i-- > 0;) {
+    if (mode.training && layers[i]->mixes_examples()) tensors[i + 1] = true;
+    if (!tensors[i + 1]) continue;
+    for (int input : network.nodes[i].inputs) tensors[input + 1] = true;
+  }
+  return tensors;
+}
+
 }  // namespace
 
 Structure::Structure(const Network& network, const std::vector<bool>& trainable_nodes) {
@@ -59,7 +74,7 @@ Program::Program(const Network& network, const std::vector<std::unique_ptr<Layer
       training_(mode.training),
       importance_(mode.importance),
       group_panels_(mode.group_panels) {
-  wire(network, layers);
+  wire(network, layers, needed(network, layers, mode));
   for (int node : mode.taps) {
     tensors_[node + 1].tapped = true;
     tensors_[node + 1].seed = mode.training && tensors_[node + 1].needs_grad;
@@ -75,7 +90,8 @@ Program::Program(const Network& network, const std::vector<std::unique_ptr<Layer
   lay_out(mode);
 }
 
-void Program::wire(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers) {
+void Program::wire(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
+                   const std::vector<bool>& needed) {
   const std::size_t n = network.nodes.size();
   tensors_.resize(n + 1);
   for (std::size_t t = 0; t <= n; ++t) {
@@ -85,6 +101,10 @@ void Program::wire(const Network& network, const std::vector<std::unique_ptr<Lay
     tensors_[t].needs_grad = training_ && structure_.needs_grad[t];
   }
   for (std::size_t i = 0; i < n; ++i) {
+    if (!needed[i + 1]) {  // a branch that ends in nothing
+      if (tensors_[i + 1].needs_grad) unreached_.push_back(layers[i].get());
+      continue;
+    }
     Step step;
     step.layer = layers[i].get();
     for (int input : network.nodes[i].inputs) {

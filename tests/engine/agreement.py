@@ -8,7 +8,7 @@ oracle itself changes by under float32's roundings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -82,18 +82,26 @@ def well_posed(run: Callable[..., tuple[Oracle, Results]]) -> tuple[int, Results
 
 
 def check_gradients(
-    engine: Engine, spec: ModelSpec, *, size: int, masks=None, frozen=(), params_of: Start = start
+    engine: Engine,
+    spec: ModelSpec,
+    *,
+    size: int,
+    masks=None,
+    frozen=(),
+    params_of: Start = start,
+    taps: Sequence[str] | None = None,
+    nodes: Sequence[str] | None = None,
 ) -> None:
-    """All activations, and the gradients of all coordinates and of the kept ones.
+    """The activations of `taps` (all), and the gradients of all coordinates and of the kept ones.
 
-    They enter at the output and at one node more, where there is one.
+    They enter at `nodes`, otherwise at the output and at one node more, where there is one.
     """
     masks = masks or {}
-    run = partial(_gradients, spec, size, masks, frozen, params_of)
+    taps = list(spec.by_name) if taps is None else [*taps, spec.nodes[-1].name]
+    run = partial(_gradients, spec, size, masks, frozen, params_of, taps, nodes)
     seed, want = well_posed(run)
-    params, (x, entering) = params_of(spec, seed), _problem(spec, size, seed)
+    params, (x, entering) = params_of(spec, seed), _problem(spec, size, seed, nodes)
     session = opened(engine, spec, params, masks=masks, frozen=frozen, batch_size=size)
-    taps = list(spec.by_name)
     out = session.forward(x, taps=taps, training=True)
     dense = session.backward(entering, dense=True)
     got = numbered("activation", out) | numbered("gradient", dense)
@@ -109,22 +117,24 @@ def check_gradients(
         np.testing.assert_allclose(gradient, dense[name] * mask, rtol=0, atol=near)
 
 
-def _problem(spec: ModelSpec, size: int, seed: int):
+def _problem(spec: ModelSpec, size: int, seed: int, enters: Sequence[str] | None):
     rng = np.random.default_rng(seed)
-    nodes = [node.name for node in spec.nodes]
+    names = [node.name for node in spec.nodes]
     x = rng.standard_normal((size, *spec.input_shape)).astype(np.float32)
     entering = {
         name: rng.standard_normal((size, *spec.shapes[name])).astype(np.float32)
-        for name in dict.fromkeys((nodes[-1], nodes[len(nodes) // 2]))
+        for name in enters or dict.fromkeys((names[-1], names[len(names) // 2]))
     }
     return x, entering
 
 
-def _gradients(spec, size, masks, frozen, params_of, seed, jitter=None) -> tuple[Oracle, Results]:
-    x, entering = _problem(spec, size, seed)
+def _gradients(
+    spec, size, masks, frozen, params_of, taps, nodes, seed, jitter=None
+) -> tuple[Oracle, Results]:
+    x, entering = _problem(spec, size, seed, nodes)
     oracle = Oracle(spec, params_of(spec, seed), masks, frozen, jitter=jitter)
     values = oracle.forward(x, training=True)
-    activations = {name: value.detach().numpy() for name, value in values.items()}
+    activations = {name: values[name].detach().numpy() for name in taps}
     results = numbered("activation", activations)
     return oracle, results | numbered("gradient", oracle.backward(entering))
 

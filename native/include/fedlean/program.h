@@ -71,7 +71,8 @@ private:
     std::vector<bool> accumulate, clear_grad;
   };
 
-  void wire(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers);
+  void wire(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
+            const std::vector<bool>& needed);
   void swap_relu_and_pool();
   void find_region();
   void share_values();
@@ -89,7 +90,7 @@ private:
 
   const Structure& structure_;
   std::vector<Tensor> tensors_;
-  std::vector<Step> steps_;
+  std::vector<Step> steps_;  // of the nodes that somebody asks for
   std::vector<Layer*> unreached_;
   std::vector<int> producer_;  // step that makes each tensor; -1 for the input
   std::size_t region_ = 0;  // the first so many steps run group by group

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from fedlean.engine.gradient_flow import needed
 from fedlean.engine.native_forward_plan import forward_bytes
 from fedlean.engine.native_step_plan import SessionPlan
 from fedlean.engine.native_storage import FLOAT_BYTES
 from fedlean.engine.protocol import SGD
 from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU, Scaler
-from fedlean.spec import INPUT, ModelSpec
+from fedlean.spec import INPUT, ModelSpec, Node
 
 MAX_POOL_INDEX_BYTES = 8  # torch keeps int64 positions
 
@@ -116,9 +117,10 @@ def forward_memory(
 
 def _forward_peak(spec: ModelSpec, moved: Mapping[str, int], batch_size: int) -> int:
     """Most bytes of activations and of one layer's perturbed weights at once."""
-    last = {source: i for i, node in enumerate(spec.nodes) for source in node.inputs}
+    nodes = _used(spec)
+    last = {source: i for i, node in enumerate(nodes) for source in node.inputs}
     live, peak = dict[str, int](), 0
-    for i, node in enumerate(spec.nodes):
+    for i, node in enumerate(nodes):
         if not isinstance(node.layer, Flatten):
             live[node.name] = FLOAT_BYTES * batch_size * prod(spec.shapes[node.name])
         layer = sum(moved.get(f"{node.name}.{suffix}", 0) for suffix in ("weight", "bias"))
@@ -129,10 +131,17 @@ def _forward_peak(spec: ModelSpec, moved: Mapping[str, int], batch_size: int) ->
     return peak
 
 
+def _used(spec: ModelSpec) -> list[Node]:
+    """Without branches that end in nothing; what their statistics take is soon free again."""
+    names = needed(spec)
+    return [node for node in spec.nodes if node.name in names]
+
+
 def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:
     """Activations kept for the backward pass, by the node that made them (or the input)."""
     saved: dict[str, int] = {}
-    for node in spec.nodes:
+    nodes = _used(spec)
+    for node in nodes:
         size = prod(spec.shapes[node.name])
         if isinstance(node.layer, ReLU):
             saved[node.name] = FLOAT_BYTES * size  # its gradient needs the sign of its output
@@ -140,7 +149,7 @@ def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:
             continue  # these do not need their input again
         for source in map(spec.viewed, node.inputs):
             saved[source] = FLOAT_BYTES * prod(spec.shapes[source])
-    for node in spec.nodes:
+    for node in nodes:
         if isinstance(node.layer, MaxPool2d):
             positions = MAX_POOL_INDEX_BYTES * prod(spec.shapes[node.name])
             saved[node.name] = saved.get(node.name, 0) + positions
@@ -154,9 +163,12 @@ def _backward_peak(
     live_saved, live_gradients = dict(saved), 0
     flowing = {spec.nodes[-1].name: FLOAT_BYTES * batch_size * prod(spec.output_shape)}
     peak = sum(live_saved.values()) + sum(flowing.values())
+    used = needed(spec)
     for node in reversed(spec.nodes):
         for suffix in ("weight", "bias"):
             live_gradients += gradients.get(f"{node.name}.{suffix}", 0)
+        if node.name not in used:
+            continue
         size = FLOAT_BYTES * batch_size * prod(spec.shapes[node.name])
         made = {
             source: FLOAT_BYTES * batch_size * prod(spec.shapes[source])

@@ -8,11 +8,13 @@ backward runs a few panels at a time, and arrays whose lifetimes do not meet sha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 from fedlean import layers as L
+from fedlean.engine.gradient_flow import moves_statistics, needed
 from fedlean.engine.native_plan import Plan
 from fedlean.engine.native_storage import PANEL_LANES, Geometry, Scratch, Situation, scratch
 from fedlean.engine.native_structure import Structure
@@ -103,19 +105,22 @@ class Program:
 
     def _wire(self) -> None:
         s, training = self.structure, self.mode.training
+        used = needed(self.spec, self.mode.taps, training=training, frozen=self.frozen)
+        nodes = [node for node in self.spec.nodes if node.name in used]
+        readers = Counter(source for node in nodes for source in node.inputs)
         self._tensors = {
             name: _Tensor(
                 tuple(shape),
                 s.value_halo[name],
                 s.grad_halo[name],
                 training and s.needs_grad[name],
-                s.readers[name],
+                readers[name],
             )
             for name, shape in self.spec.shapes.items()
         }
         self._steps = [
             _Step(node, list(node.inputs), node.name, training, self._tensors[node.name].needs_grad)
-            for node in self.spec.nodes
+            for node in nodes
         ]
 
     def _swap_relu_and_pool(self) -> None:
@@ -142,7 +147,8 @@ class Program:
     def _find_region(self) -> None:
         """The longest beginning that keeps nothing for backward and treats examples apart."""
         for step in self._steps:
-            if step.backward or (self.mode.training and self._mixes_examples(step)):
+            mixes = self.mode.training and moves_statistics(step.node, self.frozen)
+            if step.backward or mixes:
                 break
             self._region += 1
         leaves = {source for step in self._steps[self._region :] for source in step.inputs}
@@ -153,10 +159,6 @@ class Program:
             tensor.local = name in inside and name not in leaves and not tensor.tapped
         for step in self._steps[: self._region]:
             step.training = False
-
-    def _mixes_examples(self, step: _Step) -> bool:
-        moves = f"{step.node.name}.running_mean" not in self.frozen
-        return isinstance(step.layer, L.BatchNorm) and moves
 
     def _share_values(self) -> None:
         for step in self._steps:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fedlean.core import Params, SubModel
 from fedlean.engine import checks
 from fedlean.engine.directions import Kind, direction
+from fedlean.engine.gradient_flow import needed
 from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.engine.torch_layers import Tensors, run_layer
@@ -268,15 +269,17 @@ class TorchSession:
         state = self._state if state is None else state
         values = {INPUT: x}
         keep = (keep or set()) | {self._output}
-        readers = Counter(source for node in self._spec.nodes for source in node.inputs)
-        for node in self._spec.nodes:
+        used = needed(self._spec, keep, training=training, frozen=self._frozen)
+        nodes = [node for node in self._spec.nodes if node.name in used]
+        readers = Counter(source for node in nodes for source in node.inputs)
+        for node in nodes:
             inputs = [values[source] for source in node.inputs]
             moves = training and f"{node.name}.running_mean" not in self._frozen
             values[node.name] = run_layer(node, inputs, state, moves)
-            for source in node.inputs:
-                readers[source] -= 1
-                if readers[source] == 0 and source not in keep:
-                    values.pop(source, None)
+            readers.subtract(node.inputs)
+            for name in (node.name, *node.inputs):
+                if readers[name] == 0 and name not in keep:
+                    values.pop(name, None)
         return values
 
 
