@@ -28,10 +28,16 @@ Reduction = Literal["mean", "sum"]  # mean: weighted by num_examples, as p_n in 
 
 @dataclass(frozen=True)
 class Device:
-    """One client of the federation, as the server knows it."""
+    """One client of the federation, as the server knows it.
+
+    memory_bytes: what it may hold of models, gradients and activations at once, the process and its
+    libraries apart.
+    """
 
     id: int
     num_examples: int | None = None  # as it said when it joined
+    profile: Profile | None = None  # its own; `cost.profile.profile_of` says which one counts
+    memory_bytes: int | None = None  # None: no limit is known
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class Server:
     engine: Engine
     seed: int
     rounds: int
-    device: Profile  # the time model of the fleet's devices
+    profile: Profile  # the time model of the devices that have none of their own
     init: str = "pytorch"  # how the run's first model was drawn (`models.initialise`)
     clients: int | None = None  # how many there are; None: not known
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedlean.core import Work
 from fedlean.cost.measured import LayerTime, MeasuredTime, OperationTime, measured_from
 from fedlean.cost.price import round_seconds
-from fedlean.cost.profile import from_document, load_profile, other_model, to_document
+from fedlean.cost.profile import faster, from_document, load_profile, other_model, to_document
 from fedlean.cost.time import forward_seconds, linear_round_time, step_seconds, work_seconds
 from fedlean.cost.way import as_done
 from fedlean.layers import Linear
@@ -286,3 +286,10 @@ def test_conditions_are_texts_and_numbers(value):
     given["measured"]["conditions"] = value
     with pytest.raises(ValueError, match="conditions"):
         from_document(given)
+
+
+@pytest.mark.parametrize("kept", [{}, KEPT])
+def test_twice_as_fast_a_device_takes_half_of_what_was_measured(kept):
+    for work in (Work(3, 20, 1, kept=kept), Work(forward_examples=40, kept=kept)):
+        seconds, half = (work_seconds(SPEC, work, each) for each in (PROFILE, faster(PROFILE, 2)))
+        assert half == seconds / 2

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import resources
 from math import prod
 
 import pytest
 
+from fedlean.core import Device, Work
 from fedlean.cost.flops import layer_flops, step_flops
-from fedlean.cost.profile import Profile, available, load_profile
-from fedlean.cost.time import activations
+from fedlean.cost.profile import Profile, available, faster, load_profile, profile_of
+from fedlean.cost.time import activations, work_seconds
 from fedlean.models.conv2 import conv2
 
 BUILT_IN = ["generic", "raspberry_pi_4"]
@@ -211,3 +212,24 @@ def test_unknown_field_is_named(tmp_path):
 @pytest.mark.parametrize("field", ["name", "description", "source"])
 def test_text_must_be_text(tmp_path, field):
     assert field in refused(written(tmp_path, document(**{field: 3})))
+
+
+def test_a_device_counts_with_its_own_profile_else_with_the_servers():
+    pi, generic = load_profile("raspberry_pi_4"), load_profile("generic")
+    assert profile_of(Device(0), pi) is pi
+    assert profile_of(Device(0, profile=generic), pi) is generic
+    assert profile_of(Device(0, memory_bytes=7), pi) == replace(pi, memory_bytes=7)
+    assert profile_of(Device(0, profile=generic, memory_bytes=7), pi) == replace(
+        generic, memory_bytes=7
+    )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_twice_as_fast_takes_half_the_time_of_everything(name):
+    spec, work = conv2((1, 28, 28), 62), Work(3, 20, 1)
+    kept = dict.fromkeys(spec.prunable, 1000)
+    slow = load_profile(name)
+    for each in (work, replace(work, kept=kept), Work(forward_examples=40)):
+        seconds, half = (work_seconds(spec, each, one) for one in (slow, faster(slow, 2.0)))
+        assert half == pytest.approx(seconds / 2)
+    assert faster(slow, 1.0) is slow

@@ -9,7 +9,7 @@ the fit is of the range below.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from sys import float_info
 from typing import Any, TypeGuard
 
@@ -27,6 +27,10 @@ class LayerTime:
     seconds_per_weight: float  # t_l
     full_seconds: float | None  # None: not measured
     r_squared: float  # of the line through this layer's own measurements
+
+    def times(self, factor: float) -> LayerTime:
+        full = None if self.full_seconds is None else self.full_seconds * factor
+        return LayerTime(self.seconds_per_weight * factor, full, self.r_squared)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class OperationTime:
         layer = self.layers[name]
         linear = layer.seconds_per_weight * kept
         return linear if layer.full_seconds is None else min(linear, layer.full_seconds)
+
+    def times(self, factor: float) -> OperationTime:
+        dense = None if self.dense_seconds is None else self.dense_seconds * factor
+        layers = {name: layer.times(factor) for name, layer in self.layers.items()}
+        return OperationTime(self.constant_seconds * factor, dense, layers)
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,17 @@ class MeasuredTime:
         if dense_too:
             least = min(least, self.forward.seconds({}, sizes))
         return least * examples / self.batch_size
+
+    def times(self, factor: float) -> MeasuredTime:
+        """Of a device on which everything takes `factor` times as long."""
+        return replace(
+            self,
+            session=self.session.times(factor),
+            step=self.step.times(factor),
+            forward=self.forward.times(factor),
+            importance_seconds=self.importance_seconds * factor,
+            dense_importance_seconds=self.dense_importance_seconds * factor,
+        )
 
 
 def _with(share: float, forward: float, step: float) -> float:

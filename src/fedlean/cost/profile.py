@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fedlean.core import Device
 from fedlean.cost.measured import MeasuredTime, measured_from
 from fedlean.jsonfile import parse_json, read_json
 from fedlean.spec import ModelSpec
@@ -114,6 +115,35 @@ def from_document(document: Any) -> Profile:
     if given.get("measured") is not None:
         given["measured"] = measured_from(given["measured"])
     return Profile(**given)
+
+
+def profile_of(device: Device, fallback: Profile) -> Profile:
+    """The profile that counts for a device: its own, else `fallback`, the server's.
+
+    Its memory is the device's, where that is known.
+    """
+    profile = fallback if device.profile is None else device.profile
+    if device.memory_bytes is None or device.memory_bytes == profile.memory_bytes:
+        return profile
+    return replace(profile, memory_bytes=device.memory_bytes)
+
+
+def faster(profile: Profile, factor: float) -> Profile:
+    """A device that computes `factor` times as fast and is the same in all else.
+
+    Raises ValueError where its rates would be beyond those of real devices.
+    """
+    if factor == 1:
+        return profile
+    measured = profile.measured
+    return replace(
+        profile,
+        dense_flops_per_s=profile.dense_flops_per_s * factor,
+        sparse_conv_seconds_per_flop=profile.sparse_conv_seconds_per_flop / factor,
+        sparse_linear_seconds_per_flop=profile.sparse_linear_seconds_per_flop / factor,
+        sparse_seconds_per_activation=profile.sparse_seconds_per_activation / factor,
+        measured=None if measured is None else measured.times(1 / factor),
+    )
 
 
 def other_model(profile: Profile, spec: ModelSpec) -> str | None:

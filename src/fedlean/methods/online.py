@@ -132,7 +132,7 @@ def online(
 
     spec = server.spec
     linear = linear_round_time(
-        spec, server.device, batch_size=sgd.batch_size, local_steps=sgd.local_steps
+        spec, server.profile, batch_size=sgd.batch_size, local_steps=sgd.local_steps
     )
 
     def seconds(size: float) -> float:
@@ -142,7 +142,7 @@ def online(
             per_weight = linear.seconds_per_weight
             return linear.constant_seconds + sum(per_weight[name] * kept[name] for name in kept)
         return round_seconds(
-            spec, kept, server.device, batch_size=sgd.batch_size, local_steps=sgd.local_steps
+            spec, kept, server.profile, batch_size=sgd.batch_size, local_steps=sgd.local_steps
         )
 
     def stretch_of(round: int) -> _Stretch | None:

@@ -212,7 +212,7 @@ def prunefl(
             fraction = max(fraction, fraction_to(limit, masks))
         return Pruner(
             time_model=time_model,
-            profile=server.device,
+            profile=server.profile,
             batch_size=batch_size,
             local_steps=local_steps,
             fraction=fraction,

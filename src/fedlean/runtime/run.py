@@ -116,7 +116,7 @@ def start(
         document = {"format": FORMAT, **asdict(run.config)}
         document["environment"] = environment(run.server.engine)
         document["spec"] = json.loads(run.server.spec.to_json())
-        document["profile"] = to_document(run.server.device)  # its file may change or go
+        document["profile"] = to_document(run.server.profile)  # its file may change or go
         document["data"] = about_data(run.dataset)
         document["notes"] = run.notes
         lock.own()

@@ -92,7 +92,7 @@ class Step:
         record.attempts += 1
         asked = {task.client: task for task in tasks}
         record.tasks = [*(one for one in record.tasks if one.client not in asked), *tasks]
-        ledger = Ledger(tasks, self._store, self._server.device)
+        ledger = Ledger(tasks, self._store, self._server.profile)
         answers = self._taken(dispatch(tasks, self._refuse), tasks, ledger)
         after = self._algorithm.server_update(state, answers)
         for _ in answers:  # whatever the method did not read is checked and charged all the same
