@@ -49,13 +49,19 @@ def resnet8(input_shape: Shape, classes: int, *, norm: Norm = "group") -> ModelS
     return _resnet("resnet8", input_shape, classes, CIFAR_WIDTHS, depth=1, norm=norm)
 
 
-def resnet20(input_shape: Shape, classes: int, *, norm: Norm = "group") -> ModelSpec:
+def resnet20(
+    input_shape: Shape, classes: int, *, norm: Norm = "group", blocks: Blocks = "stage"
+) -> ModelSpec:
     """ResNet-20: three residual blocks per stage, widths 16-32-64; the classic CIFAR ResNet.
+
+    `blocks` as in `resnet18`: 3 stages or 9 units.
 
     >>> list(resnet20((3, 32, 32), 10).blocks)
     ['stem', 'stage1', 'stage2', 'stage3', 'head']
     """
-    return _resnet("resnet20", input_shape, classes, CIFAR_WIDTHS, depth=3, norm=norm)
+    return _resnet(
+        "resnet20", input_shape, classes, CIFAR_WIDTHS, depth=3, norm=norm, blocks=blocks
+    )
 
 
 def resnet18(
