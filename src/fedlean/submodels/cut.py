@@ -48,9 +48,9 @@ class Cut:
                 )
 
     def take(self, params: Params) -> dict[str, np.ndarray]:
-        """The tensors of `spec` out of those of the full model, C-contiguous; others are ignored.
+        """The tensors of `spec` out of those of the full model; others are ignored.
 
-        What is whole is not copied.  Raises ValueError naming the tensor that is missing or has
+        What is whole is the array that was given, the rest is C-contiguous.  Raises ValueError naming the tensor that is missing or has
         not its shape in the full model.
         """
         if missing := [name for name in self.index if name not in params]:
@@ -91,6 +91,8 @@ class Cut:
             raise ValueError(
                 f"{what} {name!r} must have the full model's shape {full}, got {value.shape}"
             )
+        if self.spec.tensor_shapes[name] == full and all(map(_is_slice, self.index[name])):
+            return value  # the same object: hashes and counts of masks are remembered by it
         for axis, ids in enumerate(self.index[name]):
             if isinstance(ids, slice):
                 value = value[(slice(None),) * axis + (ids,)]
@@ -132,6 +134,10 @@ def ids_of(axis: Axis) -> np.ndarray:
 
 def num_ids(axis: Axis) -> int:
     return axis.stop - axis.start if isinstance(axis, slice) else axis.size
+
+
+def _is_slice(axis: Axis) -> bool:
+    return isinstance(axis, slice)
 
 
 def _composed(outer: Axis, inner: Axis) -> Axis:

@@ -19,7 +19,7 @@ def with_scalers(spec: ModelSpec, factors: Mapping[str, float]) -> ModelSpec:
     reads the scaler.  A depthwise convolution takes none: it sums over no channels, and what it
     reads is at full size already (ours; HeteroFL's models have none).
     """
-    from fedlean.layers import Scaler
+    from fedlean.layers import Scaler  # pyright: ignore[reportAttributeAccessIssue]
 
     renamed = {name: f"{name}_scaler" for name in factors}
     nodes: list[Node] = []
