@@ -182,9 +182,11 @@ def test_a_slice_of_a_slice_of_a_prefix_is_a_smaller_slice():
     assert both.spec == once.spec and both.index == once.index
 
 
-def test_random_slices_compose():
-    outer = width(MODELS["mobilenetv3_small"], 0.6, random(0))
-    inner = width(outer.spec, 0.7, random(1))
+@pytest.mark.parametrize("outer_choice", [random(0), rolling(2)], ids=["random", "rolling"])
+@pytest.mark.parametrize("inner_choice", [random(1), rolling(1)], ids=["random", "rolling"])
+def test_slices_compose(outer_choice, inner_choice):
+    outer = width(MODELS["mobilenetv3_small"], 0.6, outer_choice)
+    inner = width(outer.spec, 0.7, inner_choice)
     params = start(outer.full)
     taken = inner.take(outer.take(params))
     both = outer.compose(inner).take(params)

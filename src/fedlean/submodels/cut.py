@@ -50,8 +50,8 @@ class Cut:
     def take(self, params: Params) -> dict[str, np.ndarray]:
         """The tensors of `spec` out of those of the full model; others are ignored.
 
-        What is whole is the array that was given, the rest is C-contiguous.  Raises ValueError naming the tensor that is missing or has
-        not its shape in the full model.
+        What is whole is the array that was given, the rest is C-contiguous.  Raises ValueError
+        naming the tensor that is missing or has not its shape in the full model.
         """
         if missing := [name for name in self.index if name not in params]:
             raise ValueError(
