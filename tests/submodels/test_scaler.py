@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 from engine.cases import BLOCK, batch, opened, start
 
-from fedlean import layers
-from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU
+from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU, Scaler
 from fedlean.models.mlp import mlp
 from fedlean.models.resnet import resnet8
 from fedlean.spec import Node, sequential
 from fedlean.submodels.choose import random
 from fedlean.submodels.scaler import with_scalers
 from fedlean.submodels.width import width
-
-Scaler = getattr(layers, "Scaler", None)
-pytestmark = pytest.mark.skipif(Scaler is None, reason="this version has no Scaler layer")
 
 SPEC = sequential(
     (2, 4, 4),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fedlean.layers import Scaler
 from fedlean.spec import ModelSpec, Node
 
 
@@ -19,8 +20,6 @@ def with_scalers(spec: ModelSpec, factors: Mapping[str, float]) -> ModelSpec:
     reads the scaler.  A depthwise convolution takes none: it sums over no channels, and what it
     reads is at full size already (ours; HeteroFL's models have none).
     """
-    from fedlean.layers import Scaler  # pyright: ignore[reportAttributeAccessIssue]
-
     renamed = {name: f"{name}_scaler" for name in factors}
     nodes: list[Node] = []
     for node in spec.nodes:
