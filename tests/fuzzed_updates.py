@@ -90,17 +90,8 @@ def masks(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
 
 
 def structure(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
-    held = update.sub_model
-    kind = rng.integers(3)
-    if kind == 0:
-        held = replace(
-            held, frozen=frozenset(n for n in task.spec.tensor_shapes if rng.random() < 0.5)
-        )
-    elif kind == 1:
-        held = replace(held, index={"conv.bias": (np.array([0, 1]),)})
-    else:
-        held = replace(held, output_module=str(one_of(rng, NAMES)))
-    return replace(update, sub_model=held)
+    frozen = frozenset(n for n in task.spec.tensor_shapes if rng.random() < 0.5)
+    return replace(update, sub_model=replace(update.sub_model, frozen=frozen))
 
 
 def statistics(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:

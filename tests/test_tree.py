@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlean import tree
+from fedlean import slices, tree
 from fedlean.core import ClientUpdate, Statistic, SubModel
 from fedlean.tree import (
     Fold,
@@ -28,9 +28,17 @@ def floats(*values):
     return np.array(values, np.float32)
 
 
-def update(client, weight, params, *, masks=None, index=None, frozen=(), statistics=None):
-    sub_model = SubModel(masks or {}, index or {}, frozenset(frozen))
+def update(client, weight, params, *, masks=None, frozen=(), statistics=None):
+    sub_model = SubModel(masks or {}, frozenset(frozen))
     return ClientUpdate(client, weight, params, sub_model, statistics or {})
+
+
+def merged_slices(base, updates, indices, **settings):
+    """Of updates with the index of each beside them."""
+    result = Fold(base, **settings)
+    for one, index in zip(updates, indices, strict=True):
+        result.add(one, index)
+    return result
 
 
 def bits(array):
@@ -43,12 +51,38 @@ class Scene:
 
     base: dict[str, np.ndarray]
     updates: list[ClientUpdate] = field(default_factory=list)
+    indices: list[dict[str, tuple]] = field(default_factory=list)  # of each update
+
+    def fold(self, updates=None):
+        return merged_slices(self.base, updates or self.updates, self.indices)
+
+
+def ids_of(index, shape):
+    return [
+        range(side)[axis] if isinstance(axis, slice) else list(axis)
+        for axis, side in zip(index, shape, strict=True)
+    ]
+
+
+@st.composite
+def axes(draw, side):
+    """Some ids of an axis in any order, in a row, around its end, in pairs, or as a slice."""
+    count, start = draw(st.integers(0, side)), draw(st.integers(0, side - 1))
+    kind = draw(st.sampled_from(["any", "prefix", "window", "pairs", "slice", "whole"]))
+    if kind == "slice":
+        return slice(start, min(start + count, side), draw(st.sampled_from([None, 1, 2])))
+    if kind == "pairs" and side % 2 == 0:
+        pairs = draw(st.permutations(range(side // 2)))[: count // 2]
+        return np.array([2 * pair + i for pair in pairs for i in (0, 1)], np.int64)
+    window = (start + np.arange(count)) % side
+    chosen = {"any": draw(st.permutations(range(side)))[:count], "window": window}
+    return np.array(chosen.get(kind, range(side if kind == "whole" else count)), np.int64)
 
 
 @st.composite
 def scenes(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    sides = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+    sides = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
     shapes = draw(st.lists(sides, min_size=1, max_size=3))
     base = {
         f"t{i}": rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)
@@ -64,10 +98,8 @@ def scenes(draw):
             kind = draw(st.sampled_from(["dense", "shared", "private", "index", "index+mask"]))
             shape = value.shape
             if kind.startswith("index"):
-                index[name] = tuple(
-                    rng.permutation(side)[: rng.integers(1, side + 1)] for side in shape
-                )
-                shape = tuple(map(len, index[name]))
+                index[name] = tuple(draw(axes(side)) for side in shape)
+                shape = tuple(map(len, ids_of(index[name], shape)))
             if kind == "shared":
                 masks[name] = shared[name]
             elif kind in ("private", "index+mask"):
@@ -76,9 +108,8 @@ def scenes(draw):
             if draw(st.integers(0, 4)) == 0:
                 frozen.add(name)
         weight = draw(st.integers(1, 10**9))
-        scene.updates.append(
-            update(client, weight, params, masks=masks, index=index, frozen=frozen)
-        )
+        scene.updates.append(update(client, weight, params, masks=masks, frozen=frozen))
+        scene.indices.append(index)
     return scene
 
 
@@ -87,11 +118,11 @@ def oracle(scene):
     merged = {}
     for name, base in scene.base.items():
         total, weight = np.zeros(base.shape), np.zeros(base.shape)
-        for one in scene.updates:
+        for one, index in zip(scene.updates, scene.indices, strict=True):
             if name not in one.params or name in one.sub_model.frozen:
                 continue
             values = one.params[name]
-            axes = one.sub_model.index.get(name, [range(side) for side in base.shape])
+            axes = ids_of(index.get(name, [slice(None)] * base.ndim), base.shape)
             mask = one.sub_model.masks.get(name, np.ones(values.shape, bool))
             for local in product(*map(range, values.shape)):
                 if not mask[local]:
@@ -107,7 +138,7 @@ def oracle(scene):
 @given(scenes())
 def test_fold_is_the_covered_mean(scene):
     before = {name: bits(value) for name, value in scene.base.items()}
-    result = fold(scene.base, scene.updates)
+    result = scene.fold()
     assert result.count == len(scene.updates)
     merged = result.params()
     assert list(merged) == list(scene.base)
@@ -129,7 +160,7 @@ def test_packed_updates_fold_to_the_same_bits(scene, which):
         replace(one, params=pack(one.params, one.sub_model.masks)) if which >> i & 1 else one
         for i, one in enumerate(scene.updates)
     ]
-    got, want = fold(scene.base, updates).params(), fold(scene.base, scene.updates).params()
+    got, want = scene.fold(updates).params(), scene.fold().params()
     assert {name: bits(v) for name, v in got.items()} == {n: bits(v) for n, v in want.items()}
 
 
@@ -191,13 +222,14 @@ def test_one_client_gets_its_own_values_back(scene, weight):
     """Exact: a float32 times a count below 2^29 fits float64."""
     only = scene.updates[0]
     only = ClientUpdate(0, weight, only.params, only.sub_model)
-    merged = fold(scene.base, [only]).params()
+    index = scene.indices[0]
+    merged = merged_slices(scene.base, [only], [index]).params()
     for name, values in only.params.items():
         if name in only.sub_model.frozen:
             assert bits(merged[name]) == bits(scene.base[name])
             continue
-        index = only.sub_model.index.get(name)
-        got = merged[name] if index is None else merged[name][np.ix_(*index)]
+        axes = ids_of(index.get(name, [slice(None)] * values.ndim), scene.base[name].shape)
+        got = merged[name][np.ix_(*(np.array(ids, np.int64) for ids in axes))]
         mask = only.sub_model.masks.get(name, np.ones(values.shape, bool))
         if weight < 2**29:
             assert got[mask].tobytes() == values[mask].tobytes()
@@ -222,32 +254,85 @@ def test_masks_and_slices_mixed_by_hand():
     """A (weight 1) has all, B (3) row 1 of columns 2 and 0, C (2) all but column 0."""
     base = {"w": np.full((2, 3), 100, np.float32)}
     a = update(0, 1, {"w": np.full((2, 3), 8, np.float32)})
-    b = update(
-        1,
-        3,
-        {"w": np.array([[4, 16]], np.float32)},
-        index={"w": (np.array([1]), np.array([2, 0]))},
-    )
+    b = update(1, 3, {"w": np.array([[4, 16]], np.float32)})
+    part = {"w": (np.array([1]), np.array([2, 0]))}
     mask = np.array([[False, True, True], [False, True, True]])
     c = update(2, 2, {"w": np.full((2, 3), 2, np.float32)}, masks={"w": mask})
-    merged = fold(base, [a, b, c]).params()["w"]
+    merged = merged_slices(base, [a, b, c], [None, part, None]).params()["w"]
     # (0,1): (8 + 2*2)/3; (1,0): (8 + 3*16)/4; (1,2): (8 + 3*4 + 2*2)/6
     np.testing.assert_array_equal(merged, floats(8, 4, 4, 14, 4, 4).reshape(2, 3))
-    merged = fold(base, [b]).params()["w"]
+    merged = merged_slices(base, [b], [part]).params()["w"]
     np.testing.assert_array_equal(merged, floats(100, 100, 100, 16, 100, 4).reshape(2, 3))
 
 
 def test_slice_of_a_mask_covers_only_what_it_keeps():
     base = {"w": floats(1, 2, 3)}
-    sliced = update(
-        0,
-        2,
-        {"w": floats(10, 0)},
-        masks={"w": np.array([True, False])},
-        index={"w": (np.array([2, 0]),)},
-    )
-    merged = fold(base, [sliced]).params()["w"]
+    sliced = update(0, 2, {"w": floats(10, 0)}, masks={"w": np.array([True, False])})
+    merged = merged_slices(base, [sliced], [{"w": (np.array([2, 0]),)}]).params()["w"]
     np.testing.assert_array_equal(merged, floats(1, 2, 10))
+
+
+@pytest.mark.parametrize(
+    ("axis", "why"),
+    [
+        ((), "0 axes, expected 1"),
+        ((np.array([0, 3]),), "ids from 0 to 3 leave their axis of length 3"),
+        ((np.array([-1, 0]),), "ids from -1 to 0 leave"),
+        ((np.array([1, 1]),), "name one twice"),
+        ((np.array([0.0, 1.0]),), "are float64 of shape"),
+        ((np.array([[0, 1]]),), r"of shape \(1, 2\)"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused_by_name(axis, why):
+    with pytest.raises(ValueError, match=f"the slice of 'w': .*{why}"):
+        Fold({"w": floats(1, 2, 3)}).add(update(0, 1, {"w": floats(1, 2)}), {"w": axis})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.booleans())
+def test_slices_of_everything_fold_to_the_bits_of_whole_tensors(seed, clients, shuffled):
+    """In their own order, and in another."""
+    rng = np.random.default_rng(seed)
+    base = {"w": rng.standard_normal((7, 6, 2)).astype(np.float32), "bn.running_mean": floats(1, 2)}
+    base["bn.running_var"] = floats(3, 4)
+    updates, parts, indices = [], [], []
+    for client in range(clients):
+        sent = {
+            name: np.abs(rng.normal(size=v.shape)).astype(np.float32) for name, v in base.items()
+        }
+        sent["w"].flat[:3] = -0.0
+        order = rng.permutation if shuffled else np.arange
+        index = {name: tuple(order(side) for side in v.shape) for name, v in base.items()}
+        if shuffled:  # a mean and its variance are cut alike
+            index["bn.running_var"] = index["bn.running_mean"]
+        weight = int(rng.integers(1, 1000))
+        updates.append(update(client, weight, sent))
+        parts.append(update(client, weight, {n: v[np.ix_(*index[n])] for n, v in sent.items()}))
+        indices.append(index)
+    got = merged_slices(base, parts, indices, variances=OF).params()
+    want = fold(base, updates, variances=OF).params()
+    assert {name: bits(v) for name, v in got.items()} == {n: bits(v) for n, v in want.items()}
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 15])
+def test_slices_of_many_runs_fold_the_same_in_pieces_of_any_size(monkeypatch, piece):
+    """Scattered rows beside columns in threes: moved in chunks of three, and one by one."""
+    monkeypatch.setattr(slices, "PIECE", piece)
+    monkeypatch.setattr(tree, "_PIECE", piece)
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((80, 90)).astype(np.float32)}
+    total, weights = np.zeros((80, 90)), np.zeros((80, 90))
+    result = Fold(base)
+    for client in range(6):
+        rows, threes = rng.permutation(80)[:41], np.sort(rng.permutation(30)[:17])
+        columns = (3 * threes[:, None] + np.arange(3)).ravel() if client % 2 else threes
+        sent = rng.standard_normal((rows.size, columns.size)).astype(np.float32)
+        result.add(update(client, client + 1, {"w": sent}), {"w": (rows, columns)})
+        where = np.ix_(rows, columns)
+        total[where] += (client + 1) * sent.astype(np.float64)
+        weights[where] += client + 1
+    mean = (total / np.where(weights, weights, 1)).astype(np.float32)
+    assert bits(result.params()["w"]) == bits(np.where(weights > 0, mean, base["w"]))
 
 
 def test_shared_mask_and_equal_masks_give_the_same_bits():
@@ -297,9 +382,9 @@ def test_nobody_answered_keeps_the_base():
 )
 def test_misfits_name_client_and_tensor(params, index):
     (name,) = params
-    bad = update(73, 1, params, index=index)
+    bad = update(73, 1, params)
     with pytest.raises(ValueError, match=f"client 73 .*{name}") as error:
-        Fold({"w": floats(1, 2, 3)}).add(bad)
+        Fold({"w": floats(1, 2, 3)}).add(bad, index)
     assert "\n" not in str(error.value)
 
 
@@ -405,7 +490,7 @@ def test_uncovered_variance_keeps_the_base():
     base = {"bn.running_mean": floats(3, 3), "bn.running_var": floats(5, 5)}
     index = {name: (np.array([0]),) for name in base}
     sent = {"bn.running_mean": floats(1), "bn.running_var": floats(2)}
-    merged = fold(base, [update(0, 4, sent, index=index)], variances=OF).params()
+    merged = merged_slices(base, [update(0, 4, sent)], [index], variances=OF).params()
     np.testing.assert_array_equal(merged["bn.running_mean"], floats(1, 3))
     np.testing.assert_array_equal(merged["bn.running_var"], floats(2, 5))
 

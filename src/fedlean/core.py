@@ -51,15 +51,13 @@ class Model:
 
 @dataclass(frozen=True)
 class SubModel:
-    """What of the model a client holds and trains; empty fields mean "all of it".
+    """What of the task's model a client holds and trains; empty fields mean "all of it".
 
-    Composition order: slice (`index`), freeze, output module, mask.  Masks are in sliced shape.
+    A slice of a larger model is a spec of its own, and masks are in its shapes.
     """
 
     masks: Masks = field(default_factory=dict)
-    index: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)  # kept ids per axis
     frozen: frozenset[str] = frozenset()  # tensor names that no client updates
-    output_module: str | None = None
     # of masks that are `patterns.shuffled_masks` of their counts: a new one travels as these
     mask_seed: int | None = field(default=None, compare=False)
 
@@ -128,6 +126,8 @@ class ClientUpdate:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     work: tuple[Work, ...] = ()
+    # the server's own order that this answers, set by the runtime for `server_update`; never sent
+    task: ClientTask | None = field(default=None, compare=False, repr=False)
 
 
 class State(Protocol):

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from fedlean.core import ClientUpdate, Masks, Params
+from fedlean.slices import PIECE, Index, Place, Weights, add_scaled, place
 
 NO_PATTERN = "0" * 32  # the hash of no masks
 # The last read-only masks hashed, and their hash: every message of a round is about the same ones.
 # Whoever makes an array read-only has given up writing through views taken before.
 _hashed: tuple[dict[str, np.ndarray], str] = ({}, NO_PATTERN)
-_PIECE = 1 << 15  # coordinates that are gone through at once: what they take stays in the cache
+_PIECE = PIECE
 # Kept coordinates of read-only masks while they live, by id: a round counts the same ones thousands
 # of times.
 _counted: dict[int, tuple[weakref.ref[np.ndarray], int]] = {}
@@ -151,7 +152,7 @@ class _Coverage:
     """Weighted sum of one tensor and, per coordinate, the weight of those who trained it.
 
     While all clients share one mask object (PruneFL, dense FedAvg) the weight is one number, and
-    where they send kept values alone, the sum is of those.
+    where they send kept values alone, the sum is of those.  That of slices follows from their axes.
     """
 
     def __init__(self, values: np.ndarray, shape: tuple[int, ...], mask: np.ndarray | None):
@@ -160,57 +161,74 @@ class _Coverage:
         self.packed = mask is not None and is_packed(values, mask)
         # -0, the neutral element of addition: a lone client's -0 comes back as it was sent
         self.total = np.full(values.shape if self.packed else shape, -0.0)
-        self.weight: float | np.ndarray = 0.0
+        self.weight = 0.0  # of those who sent all that `mask` keeps
+        self.slices: Weights | None = None  # of those who sent slices without a mask
+        self.apart: np.ndarray | None = None  # of those whose masks differ, per coordinate
 
     def add(
-        self,
-        values: np.ndarray,
-        weight: float,
-        mask: np.ndarray | None,
-        index: tuple[np.ndarray, ...] | None,
+        self, values: np.ndarray, weight: float, mask: np.ndarray | None, place: Place | None
     ) -> None:
-        uniform = index is None and not isinstance(self.weight, np.ndarray)
-        if uniform and mask is self.mask and values.shape == self.total.shape:
-            _add_scaled(self.total, values, weight)
+        if place is None and mask is self.mask and values.shape == self.total.shape:
+            add_scaled(self.total, values, weight)
             self.weight += weight
-            return
-        self._promote()
-        assert isinstance(self.weight, np.ndarray)
-        where = np.ix_(*index) if index is not None else np.index_exp[...]
+        elif place is not None and mask is None and self.mask is None:
+            place.add(self.total, values, weight)
+            self.slices = self.slices or Weights()
+            self.slices.add(place, weight)
+        else:
+            self._add_masked(values, weight, mask, place)
+
+    def _add_masked(
+        self, values: np.ndarray, weight: float, mask: np.ndarray | None, place: Place | None
+    ) -> None:
+        apart = self._set_apart()
+        where = place.where if place is not None else np.index_exp[...]
         if mask is not None:
             values = unpack(values, mask)
         covered = np.ones(values.shape, bool) if mask is None else mask
         self.total[where] += np.where(covered, np.multiply(values, weight, dtype=np.float64), 0.0)
-        self.weight[where] += np.where(covered, weight, 0.0)
+        apart[where] += np.where(covered, weight, 0.0)
 
-    def _promote(self) -> None:
-        """From one weight to a weight per coordinate."""
-        if isinstance(self.weight, np.ndarray):
-            return
-        covered = np.ones(self.shape, bool) if self.mask is None else self.mask
-        total = unpack(self.total, covered) if self.packed else self.total
-        self.packed = False
-        self.total = np.where(covered, total, 0.0)
-        self.weight = np.where(covered, self.weight, 0.0)
+    def _set_apart(self) -> np.ndarray:
+        """The weights per coordinate, into which that of a shared mask goes."""
+        if self.apart is None:
+            self.apart = np.zeros(self.shape)
+        if self.mask is not None:
+            total = unpack(self.total, self.mask) if self.packed else self.total
+            self.total = np.where(self.mask, total, 0.0)
+            self.apart = np.where(self.mask, self.weight, 0.0)
+            self.mask, self.packed, self.weight = None, False, 0.0
+        return self.apart
 
-    def mean(self) -> np.ndarray:
-        """The covered mean in float64; 0 where nobody trained."""
-        if isinstance(self.weight, np.ndarray):
-            covered = self.weight > 0
-            return np.divide(self.total, self.weight, out=np.zeros_like(self.total), where=covered)
-        return self.total / self.weight if self.weight else self.total
-
-    def onto(self, base: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """`mean` in the base's type where somebody trained, `base` bit for bit elsewhere."""
-        if isinstance(self.weight, np.ndarray):
-            return np.where(self.weight > 0, mean.astype(base.dtype), base)
+    def onto(self, base: np.ndarray) -> np.ndarray:
+        """The mean in the base's type where somebody trained, `base` bit for bit elsewhere."""
+        if self.slices is not None or self.apart is not None:
+            return self._onto_by_coordinate(base)
         if self.weight == 0.0:
             return base
-        mean = mean.astype(base.dtype)
+        mean = (self.total / self.weight).astype(base.dtype)
         if self.mask is None:
             return mean
         merged = base.copy()
         _put_kept(merged, self.mask, mean if self.packed else kept_values(mean, self.mask))
+        return merged
+
+    def _onto_by_coordinate(self, base: np.ndarray) -> np.ndarray:
+        if not base.size:
+            return base
+        weights = self.slices.summed() if self.slices is not None else np.zeros((1, 1))
+        if self.apart is not None:
+            chunks = len(weights)
+            weights = (weights + self.apart.reshape(chunks, -1)).reshape(-1, 1)
+        weights += self.weight
+        merged = np.empty(base.shape, base.dtype)
+        chunks = [array.reshape(len(weights), -1) for array in (self.total, base, merged)]
+        step = max(1, _PIECE // chunks[0].shape[1])
+        for start in range(0, len(weights), step):
+            total, old, new = (array[start : start + step] for array in chunks)
+            weight = weights[start : start + step]
+            mean = np.divide(total, np.where(weight > 0, weight, 1.0))
+            np.copyto(new, np.where(weight > 0, mean.astype(base.dtype), old))
         return merged
 
 
@@ -229,9 +247,9 @@ class _Pooled:
         variance: np.ndarray,
         mean: np.ndarray,
         weight: float,
-        index: tuple[np.ndarray, ...] | None,
+        place: Place | None,
     ) -> None:
-        where = np.ix_(*index) if index is not None else np.index_exp[...]
+        where = place.where if place is not None else np.index_exp[...]
         before = self.weight[where]
         after, off = before + weight, mean.astype(np.float64) - self.mean[where]
         self.total[where] += np.multiply(variance, weight, dtype=np.float64)
@@ -244,16 +262,6 @@ class _Pooled:
         covered = self.weight > 0
         merged = np.divide(self.total, self.weight, out=np.zeros_like(self.total), where=covered)
         return np.where(covered, merged.astype(base.dtype), base)
-
-
-def _add_scaled(total: np.ndarray, values: np.ndarray, weight: float) -> None:
-    """total += weight * values in float64, in pieces that stay in the cache."""
-    total, values = total.reshape(-1), values.reshape(-1)
-    scaled = np.empty(min(_PIECE, total.size))
-    for start in range(0, total.size, _PIECE):
-        piece = values[start : start + _PIECE]
-        np.multiply(piece, weight, out=scaled[: piece.size], dtype=np.float64)
-        total[start : start + _PIECE] += scaled[: piece.size]
 
 
 class Fold:
@@ -274,8 +282,13 @@ class Fold:
         self._statistic_weight: dict[str, float] = {}
         self.count = 0
 
-    def add(self, update: ClientUpdate) -> None:
-        """Raises ValueError when a tensor is not in the model or has another shape."""
+    def add(self, update: ClientUpdate, index: Mapping[str, Index] | None = None) -> None:
+        """`index` says of which part of a tensor an update is: per axis a slice or the kept ids.
+
+        A tensor that it does not name is whole.  Statistics are reduced in the shape in which they
+        come.  Raises ValueError when a tensor is not in the model or has another shape, or the
+        index does not fit it.
+        """
         weight = float(update.num_examples)
         sub = update.sub_model
         for name, values in update.params.items():
@@ -283,8 +296,8 @@ class Fold:
                 continue
             if name not in self._base:
                 raise ValueError(f"client {update.client} sent {name!r}, which the model lacks")
-            index = sub.index.get(name)
-            expected = self._base[name].shape if index is None else tuple(map(len, index))
+            where = self._place(name, index or {})
+            expected = self._base[name].shape if where is None else where.shape
             mask = sub.masks.get(name)
             if values.shape != expected and not (mask is not None and is_packed(values, mask)):
                 raise ValueError(
@@ -294,14 +307,24 @@ class Fold:
             mean = update.params.get(self._variances.get(name, ""))
             if mean is not None and self._variances[name] not in sub.frozen:
                 pooled = self._pooled.setdefault(name, _Pooled(self._base[name].shape))
-                pooled.add(values, mean, weight, index)
+                pooled.add(values, mean, weight, where)
                 continue
             if name not in self._tensors:
-                whole = mask if index is None else None
+                whole = mask if where is None else None
                 self._tensors[name] = _Coverage(values, self._base[name].shape, whole)
-            self._tensors[name].add(values, weight, mask, index)
+            self._tensors[name].add(values, weight, mask, where)
         self._add_statistics(update, weight)
         self.count += 1
+
+    def _place(self, name: str, index: Mapping[str, Index]) -> Place | None:
+        """None: the whole tensor, in its own order."""
+        if name not in index:
+            return None
+        try:
+            found = place(index[name], self._base[name].shape)
+        except ValueError as error:
+            raise ValueError(f"the slice of {name!r}: {error}") from None
+        return None if found.is_whole else found
 
     def _add_statistics(self, update: ClientUpdate, weight: float) -> None:
         for key, statistic in update.statistics.items():
@@ -321,7 +344,7 @@ class Fold:
     def params(self) -> dict[str, np.ndarray]:
         merged = dict(self._base)
         for name, coverage in self._tensors.items():
-            merged[name] = coverage.onto(self._base[name], coverage.mean())
+            merged[name] = coverage.onto(self._base[name])
         for name, pooled in self._pooled.items():
             merged[name] = pooled.onto(self._base[name])
         return merged
@@ -336,7 +359,7 @@ class Fold:
 def fold(
     base: Params, updates: Iterable[ClientUpdate], *, variances: Mapping[str, str] | None = None
 ) -> Fold:
-    """A `Fold` over all of `updates`."""
+    """A `Fold` over all of `updates`, none of which is of a slice."""
     result = Fold(base, variances=variances)
     for update in updates:
         result.add(update)

@@ -241,13 +241,6 @@ def test_an_unknown_frozen_tensor_is_named(engine):
         try_open(engine, SubModel(frozen=frozenset({"fc1.weight", "fc3.weight"})))
 
 
-def test_slices_and_output_modules_are_refused(engine):
-    with pytest.raises(ValueError, match="slices"):
-        try_open(engine, SubModel(index={"fc1.bias": (np.arange(3),)}))
-    with pytest.raises(ValueError, match="output module"):
-        try_open(engine, SubModel(output_module="head"))
-
-
 @pytest.mark.parametrize("loss", ["mse", "CE", ""])
 def test_an_unknown_loss_is_refused(engine, loss):
     with pytest.raises(ValueError, match=f"'ce' or 'bce', got {loss!r}"):

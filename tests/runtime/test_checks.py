@@ -94,16 +94,6 @@ def other_frozen(update: ClientUpdate) -> ClientUpdate:
     return replace(update, sub_model=held, params={"fc2.bias": update.params["fc2.bias"]})
 
 
-def sliced(update: ClientUpdate) -> ClientUpdate:
-    held = replace(update.sub_model, index={"fc2.bias": (np.array([0]),)})
-    params = {**update.params, "fc2.bias": update.params["fc2.bias"][:1]}
-    return replace(update, sub_model=held, params=params)
-
-
-def other_module(update: ClientUpdate) -> ClientUpdate:
-    return replace(update, sub_model=replace(update.sub_model, output_module="head"))
-
-
 def outside_mask(update: ClientUpdate) -> ClientUpdate:
     values = unpack(update.params["fc1.weight"], MASKS["fc1.weight"])
     values[~MASKS["fc1.weight"]] = 1e-3
@@ -137,8 +127,6 @@ PLAIN: dict[str, tuple[Poison, str]] = {
     "partial importance": (importance_of_one_tensor, "of 1 tensors, expected conv.bias"),
     "lacks a tensor": (without("fc2.bias"), "lacks fc2.bias"),
     "frozen": (other_frozen, "other frozen tensors"),
-    "slice": (sliced, "another slice than it was given"),
-    "output module": (other_module, "another output module"),
 }
 MASKED: dict[str, tuple[Poison, str]] = {
     "outside its mask": (outside_mask, "'fc1.weight' with values outside its mask"),

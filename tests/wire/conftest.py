@@ -33,7 +33,7 @@ def task(spec: ModelSpec) -> ClientTask:
         name: (draw.standard_normal(shape) * masks.get(name, 1)).astype(np.float32)
         for name, shape in spec.tensor_shapes.items()
     }
-    sub_model = SubModel(masks, frozen=frozenset({"conv.bias"}), output_module="head")
+    sub_model = SubModel(masks, frozen=frozenset({"conv.bias"}))
     return ClientTask(3, "train", 5, 77, spec, params, sub_model, {"lr": 0.1, "steps": 5})
 
 
@@ -55,7 +55,7 @@ def update(task: ClientTask) -> ClientUpdate:
         client=5,
         num_examples=40,
         params={name: task.params[name] for name in ("fc.weight", "norm.running_var")},
-        sub_model=SubModel(masks, frozen=frozenset({"conv.bias"}), output_module="head"),
+        sub_model=SubModel(masks, frozen=frozenset({"conv.bias"})),
         statistics=statistics,
         metrics={"loss": 0.1 + 0.2},
         work=(Work(5, 20, kept={"fc.weight": 48}), Work(forward_examples=200)),

@@ -98,7 +98,6 @@ def test_mutated_messages(task: ClientTask, update: ClientUpdate) -> None:
         (encode_task(task), lambda data: decode_task(data, {}, {})),
         (encode_task(task, known), lambda data: decode_task(data, *held)),
         (encode_update(update, task), lambda data: decode_update(data, task)),
-        (encode_task(sliced(task), known), lambda data: decode_task(data, *held)),
         (encode_task(task, known, value_dtype="int8"), lambda data: decode_task(data, *held)),
     ]
     for seed, (data, decode) in enumerate(cases):
@@ -109,13 +108,6 @@ def test_mutated_messages(task: ClientTask, update: ClientUpdate) -> None:
 
         decode(data)
         assert peak_bytes(run) < PEAK_BYTES
-
-
-def sliced(task: ClientTask) -> ClientTask:
-    index = {"fc.weight": (np.array([8, 9, 0, 1]), np.arange(0, 144, 2))}
-    mask = np.arange(4 * 72).reshape(4, 72) % 3 == 0
-    params = {"fc.weight": np.where(mask, np.float32(2), np.float32(0))}
-    return replace(task, params=params, sub_model=SubModel({"fc.weight": mask}, index))
 
 
 def test_random_bytes(task: ClientTask) -> None:
@@ -130,7 +122,7 @@ def test_random_bytes(task: ClientTask) -> None:
     ("at", "new", "why"),
     [
         (0, b"GET ", "starts with b'GET '"),
-        (4, b"\2", "version 2, this side speaks 1"),
+        (4, b"\1", "version 1, this side speaks 2"),
         (5, b"\2", "expected task, got update"),
         (5, b"\x09", "expected task, got kind 9"),
         (6, b"\xff", "unknown flags 0xff"),
@@ -206,7 +198,6 @@ def test_one_byte_may_not_stand_for_gigabytes() -> None:
         '{"phase":"\x00"}',
         '{"phase":' + "[" * 100_000 + "]" * 100_000 + "}",
         "[" * 500_000,
-        '{"output_module":"head"}',
     ],
 )
 def test_hostile_json(task: ClientTask, text: str) -> None:
@@ -356,7 +347,7 @@ def test_an_update_answers_its_own_task(task: ClientTask, field: str) -> None:
         decode_update(data, replace(task, **{field: other}))
 
 
-def test_held_pattern_of_another_slice(task: ClientTask) -> None:
+def test_held_pattern_of_another_model(task: ClientTask) -> None:
     """Held under the hash that is asked for, but its shapes do not fit the model."""
     key = pattern_hash(task.sub_model.masks)
     data = encode_task(task, Known(patterns=frozenset({key})))
@@ -374,8 +365,6 @@ def test_held_pattern_of_another_slice(task: ClientTask) -> None:
         ({"sub_model": SubModel({"fc.bias": np.ones(10)})}, "must be bool"),
         ({"sub_model": SubModel({"no.such": np.ones(9, bool)})}, "no tensor"),
         ({"sub_model": SubModel(frozen=frozenset({"no.such"}))}, "no tensor"),
-        ({"sub_model": SubModel(index={"no.such": ()})}, "no tensor"),
-        ({"sub_model": SubModel(index={"fc.bias": ()})}, "0 axes, expected 1"),
         ({"hparams": {"lr": float("nan")}}, "must be finite"),
         ({"hparams": {"lr": np.float32(1)}}, "must be a number"),
         ({"hparams": {"lr": None}}, "must be a number"),

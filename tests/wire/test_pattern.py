@@ -1,4 +1,4 @@
-"""Codes of masks and of ids: sizes by hand, round trips, refusal of what is malformed."""
+"""Codes of masks: sizes by hand, round trips, refusal of what is malformed."""
 
 import time
 
@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from fedlean.wire import WireError, pattern_hash, pattern_payload_bytes
 from fedlean.wire.pattern import (
-    decode_ids,
     decode_mask,
-    encode_ids,
     encode_mask,
     mask_bytes,
 )
@@ -96,7 +94,7 @@ def test_bytes_by_hand() -> None:
     [
         (b"", 8, "truncated"),
         (b"\7", 8, "unknown code 7"),
-        (b"\4\1\0\0\0\0\0\0\0", 8, "unknown code 4"),  # LISTED is for ids
+        (b"\4\1\0\0\0\0\0\0\0", 8, "unknown code 4"),
         (b"\2\xff", 16, "truncated"),
         (b"\2\xff\xff", 8, "trailing"),
         (b"\2\xff", 7, "padding"),
@@ -115,23 +113,6 @@ def test_bytes_by_hand() -> None:
 def test_malformed_masks(data: bytes, n: int, why: str) -> None:
     with pytest.raises(WireError, match=why):
         decoded(data, (n,))
-
-
-@pytest.mark.parametrize("ids", [[], [0], [5], [0, 1, 2, 3, 4, 5], [1, 4], [4, 5, 0, 1], [3, 2]])
-def test_ids_round_trip(ids: list[int]) -> None:
-    data = encode_ids(np.array(ids, np.int32), 6, "w")
-    got = decode_ids(Reader(data, LIMIT_BYTES), 6, "w")
-    assert got.dtype == np.int64 and got.tolist() == ids
-
-
-@pytest.mark.parametrize("ids", [[6], [-1], [1, 1], [2, 1, 2]])
-def test_wrong_ids_are_refused_on_both_sides(ids: list[int]) -> None:
-    array = np.array(ids, np.int64)
-    with pytest.raises(WireError, match=r"leaves its axis|twice"):
-        encode_ids(array, 6, "w")
-    data = b"\4" + len(ids).to_bytes(4, "little") + array.astype("<u4").tobytes()
-    with pytest.raises(WireError, match=r"leaves its axis|twice"):
-        decode_ids(Reader(data, LIMIT_BYTES), 6, "w")
 
 
 def test_hash_names_a_pattern() -> None:

@@ -46,15 +46,7 @@ def same_arrays(got: Mapping[str, np.ndarray], sent: Mapping[str, np.ndarray]) -
 
 
 def same_sub_model(got: SubModel, sent: SubModel) -> bool:
-    return (
-        same_arrays(got.masks, sent.masks)
-        and (got.frozen, got.output_module) == (sent.frozen, sent.output_module)
-        and got.index.keys() == sent.index.keys()
-        and all(
-            [ids.tolist() for ids in got.index[name]] == [ids.tolist() for ids in sent.index[name]]
-            for name in sent.index
-        )
-    )
+    return same_arrays(got.masks, sent.masks) and got.frozen == sent.frozen
 
 
 @st.composite
@@ -70,36 +62,13 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 
 
 @st.composite
-def indices(draw: st.DrawFn, spec: ModelSpec) -> dict[str, tuple[np.ndarray, ...]]:
-    names = draw(st.sets(st.sampled_from(list(spec.tensor_shapes)))) if spec.tensor_shapes else ()
-    return {
-        name: tuple(
-            np.array(draw(st.lists(st.integers(0, side - 1), unique=True, max_size=5)), np.int64)
-            for side in spec.tensor_shapes[name]
-        )
-        for name in names
-    }
-
-
-@st.composite
 def sub_models(draw: st.DrawFn, spec: ModelSpec) -> SubModel:
     names = sorted(spec.tensor_shapes)
     some = st.sets(st.sampled_from(names)) if names else st.just(set[str]())
-    index = draw(st.just({}) | indices(spec))
     density = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0]))
     rng = np.random.Generator(np.random.Philox(draw(st.integers(0, 99))))
-    shapes = sliced(spec, index)
-    masks = {name: rng.random(shapes[name]) < density for name in draw(some)}
-    return SubModel(
-        masks, index, frozenset(draw(some)), draw(st.none() | st.sampled_from(["", "é"]))
-    )
-
-
-def sliced(spec: ModelSpec, index: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str, Any]:
-    return {
-        name: tuple(len(ids) for ids in index[name]) if name in index else shape
-        for name, shape in spec.tensor_shapes.items()
-    }
+    masks = {name: rng.random(spec.tensor_shapes[name]) < density for name in draw(some)}
+    return SubModel(masks, frozenset(draw(some)))
 
 
 @st.composite
@@ -108,7 +77,7 @@ def some_params(draw: st.DrawFn, spec: ModelSpec, sub_model: SubModel) -> dict[s
     rng = np.random.Generator(np.random.Philox(draw(st.integers(0, 99))))
     pool = np.array([-0.0, 1e-42, 1.5, -3.25, 1e30, 1 / 3], np.float32)
     params: dict[str, np.ndarray] = {}
-    for name, shape in sliced(spec, sub_model.index).items():
+    for name, shape in spec.tensor_shapes.items():
         if draw(st.booleans()):
             value = rng.choice(pool, shape)
             mask = sub_model.masks.get(name, np.ones(shape, bool))
@@ -182,7 +151,8 @@ def statistics(draw: st.DrawFn) -> Statistic:
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_update_round_trip(data: st.DataObject) -> None:
     task = data.draw(tasks())
-    sub_model = data.draw(st.just(task.sub_model) | sub_models(task.spec))
+    others = sub_models(task.spec).map(lambda sub: replace(sub, frozen=task.sub_model.frozen))
+    sub_model = data.draw(st.just(task.sub_model) | others)
     finite = st.floats(allow_nan=False, allow_infinity=False)
     counts = st.integers(0, 2**40)
     update = ClientUpdate(
@@ -232,15 +202,15 @@ def test_values_by_hand(spec: ModelSpec, task: ClientTask) -> None:
 
 
 def test_task_bytes_by_hand(spec: ModelSpec, task: ClientTask) -> None:
-    """All known: header 80, JSON, extras 1 + 1 (two sets of 8 tensors), names 1, values 312.
+    """All known: header 80, JSON, names of the frozen 1 (8 tensors), names 1, values 312.
 
     The pattern adds 1 for its names, 1 + ceil(36 / 8) = 6 for conv.weight, and for fc.weight 30
     gaps of one byte: 1 + 4 + 30 = 35.
     """
-    text = '{"hparams":{"lr":0.1,"steps":5},"output_module":"head","phase":"train"}'
+    text = '{"hparams":{"lr":0.1,"steps":5},"phase":"train"}'
     assert HEADER_BYTES == 80
     known = Known(frozenset({spec.hash}), frozenset({pattern_hash(task.sub_model.masks)}))
-    assert task_bytes(task, known) == 80 + len(text) + 2 + 1 + 312
+    assert task_bytes(task, known) == 80 + len(text) + 1 + 1 + 312
     assert pattern_payload_bytes(task.sub_model.masks) == 6 + 35
     without_pattern = replace(known, patterns=frozenset())
     assert task_bytes(task, without_pattern) == task_bytes(task, known) + 1 + 41
@@ -409,21 +379,22 @@ def test_unchanged_sub_model_is_the_tasks_own_object(task: ClientTask) -> None:
     copy = SubModel(
         {name: mask.copy() for name, mask in task.sub_model.masks.items()},
         frozen=task.sub_model.frozen,
-        output_module="head",
     )
     sent = [encode_update(ClientUpdate(5, 1, task.params, s), task) for s in (task.sub_model, copy)]
     assert sent[0] == sent[1]
     assert decode_update(sent[0], task).sub_model is task.sub_model
 
 
-def test_dropped_masks_and_kept_masks_with_new_extras(task: ClientTask) -> None:
+def test_dropped_masks(task: ClientTask) -> None:
     dense = replace(task.sub_model, masks={})
     got = decode_update(encode_update(ClientUpdate(5, 1, {}, dense), task), task)
     assert got.sub_model == dense
-    thawed = replace(task.sub_model, frozen=frozenset(), output_module=None)
-    got = decode_update(encode_update(ClientUpdate(5, 1, {}, thawed), task), task)
-    assert got.sub_model.masks is task.sub_model.masks
-    assert (got.sub_model.frozen, got.sub_model.output_module) == (frozenset(), None)
+
+
+def test_no_answer_thaws(task: ClientTask) -> None:
+    thawed = replace(task.sub_model, frozen=frozenset())
+    with pytest.raises(WireError, match="frozen tensors of an answer are those of its task"):
+        encode_update(ClientUpdate(5, 1, {}, thawed), task)
 
 
 def test_unknown_hashes_can_be_asked_for(spec: ModelSpec, task: ClientTask) -> None:

@@ -36,13 +36,8 @@ def check_settings(batch_size: int, loss: str) -> None:
         raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
 
 
-def check_sub_model(spec: ModelSpec, sub_model: SubModel, engine: str) -> None:
-    """ValueError naming what of it does not fit the model, or what `engine` cannot train yet."""
-    if sub_model.index or sub_model.output_module:
-        raise ValueError(
-            f"the {engine} engine trains masks and frozen tensors only, got a sub-model with "
-            f"{'slices' if sub_model.index else 'an output module'}"
-        )
+def check_sub_model(spec: ModelSpec, sub_model: SubModel) -> None:
+    """ValueError naming what of it does not fit the model."""
     check_masks(spec, sub_model.masks)
     check_frozen(spec, sub_model.frozen)
 

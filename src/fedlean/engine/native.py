@@ -3,8 +3,7 @@
 Only the native* modules here import `fedlean._native`.  A pruned layer stores and computes its kept
 weights only (`native/include/fedlean/pattern.h`), a whole step is one native call, and what it
 needs of memory is known before it is allocated.  Results are bit-equal for any number of threads
-on one `instruction_set`.  Not covered: slices (`SubModel.index`) and output modules, refused by
-name.
+on one `instruction_set`.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class NativeEngine:
     ) -> NativeSession:
         """Raises ValueError naming the argument or the layer that cannot be trained."""
         checks.check_settings(batch_size, loss)
-        checks.check_sub_model(spec, sub_model, self.name)
+        checks.check_sub_model(spec, sub_model)
         pattern = pattern_hash(sub_model.masks)
         key = (spec.hash, pattern, sub_model.frozen, batch_size, optimizer, loss)
         network = network_of(spec)
@@ -106,7 +105,7 @@ class NativeEngine:
         """
         checks.check_settings(batch_size, loss)
         checks.check_directions_at_once(directions_at_once)
-        checks.check_sub_model(spec, sub_model, self.name)
+        checks.check_sub_model(spec, sub_model)
         pattern = pattern_hash(sub_model.masks)
         key = (spec.hash, pattern, sub_model.frozen, batch_size, loss, directions_at_once)
         network = network_of(spec)

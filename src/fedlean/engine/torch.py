@@ -1,8 +1,7 @@
 """The PyTorch engine: runs any `ModelSpec`, with masks as multiplications (*masked* arithmetic).
 
 It saves no operations and no memory for a pruned model: it is the oracle of the native engine and
-the engine of simulations.  Not covered: slices (`SubModel.index`), output modules and GPUs, which
-are refused by name.
+the engine of simulations.  GPUs are not covered.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ class TorchEngine:
         optimizer: SGD,
         loss: Loss = "ce",
     ) -> TorchSession:
-        """Raises ValueError when the parameters do not fit the spec or the sub-model is sliced."""
+        """Raises ValueError when the parameters or the sub-model do not fit the spec."""
         checks.check_settings(batch_size, loss)
-        checks.check_sub_model(spec, sub_model, self.name)
+        checks.check_sub_model(spec, sub_model)
         return TorchSession(spec, params, sub_model, batch_size, optimizer, loss)
 
     def open_forward(

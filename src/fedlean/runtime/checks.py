@@ -88,14 +88,8 @@ def _other_metrics(metrics: Mapping[str, float]) -> str | None:
 def _other_structure(held: SubModel, task: ClientTask) -> str | None:
     """No client changes what it was given but for masks, and those of all weights or of none."""
     given = task.sub_model
-    if held.frozen != given.frozen or held.output_module != given.output_module:
-        return "holds other frozen tensors or another output module than it was given"
-    if held.index.keys() != given.index.keys() or any(
-        len(held.index[name]) != len(given.index[name])
-        or not all(map(np.array_equal, held.index[name], given.index[name]))
-        for name in given.index
-    ):
-        return "holds another slice than it was given"
+    if held.frozen != given.frozen:
+        return "holds other frozen tensors than it was given"
     if held.masks is given.masks:
         return None
     if reason := _no_mask(held.masks, task):
@@ -112,17 +106,11 @@ def _other_structure(held: SubModel, task: ClientTask) -> str | None:
 
 def _no_mask(masks: Mapping[str, np.ndarray], task: ClientTask) -> str | None:
     for name, mask in masks.items():
-        if name not in task.spec.prunable or mask.shape != _shape(name, task):
+        if name not in task.spec.prunable or mask.shape != task.spec.tensor_shapes[name]:
             return f"holds a mask of {name!r} with shape {mask.shape}, which the model lacks"
         if mask.dtype != np.bool_:
             return f"holds a mask of {name!r} of {mask.dtype}, expected bool"
     return None
-
-
-def _shape(name: str, task: ClientTask) -> tuple[int, ...]:
-    """In which a tensor of the model travels."""
-    index = task.sub_model.index.get(name)
-    return task.spec.tensor_shapes[name] if index is None else tuple(map(len, index))
 
 
 def beyond_order(
@@ -137,7 +125,7 @@ def beyond_order(
         for name, kept in one.kept.items():
             if name not in task.spec.tensor_shapes:
                 return f"claims work on {name!r}, which the model lacks"
-            if not 0 <= kept <= prod(_shape(name, task)):
+            if not 0 <= kept <= prod(task.spec.tensor_shapes[name]):
                 return f"claims work on {kept} weights of {name!r}, which has fewer"
     claimed = _amounts(work)
     if ordered is None:
@@ -187,7 +175,7 @@ def _other_tensors(update: ClientUpdate, task: ClientTask) -> str | None:
         if name not in task.spec.tensor_shapes:
             return f"sent {name!r}, which the model lacks"
         packed = name in masks and is_packed(values, masks[name])
-        expected = _shape(name, task)
+        expected = task.spec.tensor_shapes[name]
         if values.shape != expected and not packed:
             return f"sent {name!r} with shape {values.shape}, expected {expected}"
         if values.dtype != np.float32:

@@ -153,7 +153,7 @@ class Step:
             for key, value in update.metrics.items():
                 sums[key] = sums.get(key, 0.0) + update.num_examples * value
                 weights[key] = weights.get(key, 0.0) + update.num_examples
-            yield update
+            yield replace(update, task=asked[update.client])
         self.record.metrics = {key: total / weights[key] for key, total in sums.items()}
 
     def _needs_all(self, tasks: Sequence[ClientTask]) -> bool:

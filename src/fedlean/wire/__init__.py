@@ -2,12 +2,12 @@
 
 A message is a fixed header (`header.py`), a small canonical JSON part (`fields.py`) and a payload:
 
-    task      [spec] [extras] [masks] names of the tensors carried, their values, arrays
-    update           [extras] [masks] names of the tensors carried, their values, statistics
+    task      [spec] [frozen] [masks] names of the tensors carried, their values, arrays
+    update                    [masks] names of the tensors carried, their values, statistics
 
 A section in brackets is there if its flag is set: a spec or pattern travels only when the receiver
-does not hold its hash (a random pattern as the seed and counts that it was drawn from), extras
-(frozen, index, output module) only when they differ from the task's.
+does not hold its hash (a random pattern as the seed and counts that it was drawn from).  An update
+is of the task's spec and frozen tensors, which no client changes.
 An update of statistics alone is small, so what goes without saying is left out of it: the names,
 "mean", and the weights worked on where they are those of the masks.
 Whatever the bytes, decoding gives a valid object or raises `WireError`; lengths are checked before

@@ -45,7 +45,6 @@ class TaskFields:
     phase: str
     hparams: Mapping[str, Scalar]
     arrays: Mapping[str, Mapping[str, TensorForm]]
-    output_module: str | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class UpdateFields:
     metrics: Mapping[str, float]
     work: tuple[Work, ...]
     statistics: Table
-    output_module: str | None
 
 
 def dump(document: dict[str, Any], what: str = "JSON part") -> bytes:
@@ -91,7 +89,7 @@ def load_canonical(raw: bytes) -> dict[str, Any]:
 
 
 def read_task(document: dict[str, Any]) -> TaskFields:
-    _only(document, {"phase", "hparams", "arrays", "output_module"}, "task")
+    _only(document, {"phase", "hparams", "arrays"}, "task")
     hparams = _object(document.get("hparams", {}), "hparams")
     arrays = _object(document.get("arrays", {}), "arrays")
     return TaskFields(
@@ -101,19 +99,17 @@ def read_task(document: dict[str, Any]) -> TaskFields:
             key: _read_forms(_object(forms, f"arrays {key!r}"), key)
             for key, forms in arrays.items()
         },
-        output_module=_output_module(document),
     )
 
 
 def read_update(document: dict[str, Any]) -> UpdateFields:
-    _only(document, {"metrics", "work", "statistics", "output_module"}, "update")
+    _only(document, {"metrics", "work", "statistics"}, "update")
     metrics = _object(document.get("metrics", {}), "metrics")
     statistics = _object(document.get("statistics", {}), "statistics")
     return UpdateFields(
         metrics={key: float(_number(value, f"metric {key!r}")) for key, value in metrics.items()},
         work=_read_works(_list(document.get("work", []), "work")),
         statistics={key: _read_statistic(value, key) for key, value in statistics.items()},
-        output_module=_output_module(document),
     )
 
 
@@ -229,12 +225,6 @@ def _only(document: dict[str, Any], known: set[str], what: str) -> None:
     for key in document:
         if key not in known:
             raise WireError(f"{what}: unknown field {_short(key)}")
-
-
-def _output_module(document: dict[str, Any]) -> str | None:
-    if "output_module" not in document:
-        return None
-    return _text(document["output_module"], "output_module")
 
 
 def _checked(kind: type | tuple[type, ...], expected: str) -> Callable[[Any, str], Any]:

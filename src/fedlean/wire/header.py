@@ -9,9 +9,9 @@ from fedlean.wire.errors import WireError
 from fedlean.wire.reader import Reader
 
 MAGIC = b"FdLn"
-VERSION = 1
+VERSION = 2
 TASK, UPDATE = 1, 2
-SPEC, PATTERN, EXTRAS = 1, 2, 4  # flags: which optional sections the payload opens with
+SPEC, PATTERN, FROZEN = 1, 2, 4  # flags: which optional sections the payload opens with
 BARE = 8  # flag: no parameters, not even the bits that say which
 DRAWN = 16  # flag, beside PATTERN: seed and counts of random masks in their place
 
@@ -19,7 +19,7 @@ DRAWN = 16  # flag, beside PATTERN: seed and counts of random masks in their pla
 _LAYOUT = struct.Struct("<4sBBBBIQQQ16s16sIQ")
 HEADER_BYTES = _LAYOUT.size
 _KINDS = {TASK: "task", UPDATE: "update"}
-_FLAGS = {TASK: SPEC | PATTERN | EXTRAS | DRAWN, UPDATE: PATTERN | EXTRAS | BARE}
+_FLAGS = {TASK: SPEC | PATTERN | FROZEN | DRAWN, UPDATE: PATTERN | BARE}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
           2 BITMAP  ceil(n / 8) bytes, the first coordinate in the highest bit, padding zero
           3 DELTA   u32 length, then that many bytes of varints: the pruned coordinates before each
                     kept one, 7 bits a byte, lowest first, high bit = more follows
-          4 LISTED  (ids of a slice only) u32 count, then u32 ids in any order
 
 n is the number of coordinates, known from the tensor's shape.  Nothing here loops over weights.
 """
@@ -24,7 +23,7 @@ from fedlean.tree import NO_PATTERN as NO_PATTERN
 from fedlean.wire.errors import WireError
 from fedlean.wire.reader import Reader
 
-ALL, NONE, BITMAP, DELTA, LISTED = range(5)
+ALL, NONE, BITMAP, DELTA = range(4)
 _MAX_VARINT_BYTES = 5  # 35 bits hold any gap in a tensor of at most 2^31 elements
 _BLOCK_BYTES = 1 << 18
 _MAX_SIZES = 256
@@ -98,40 +97,6 @@ def decode_mask(reader: Reader, shape: Shape, name: str) -> np.ndarray:
     return _decode_body(reader, reader.byte(f"the pattern of {name!r}"), prod(shape), name).reshape(
         shape
     )
-
-
-def encode_ids(ids: np.ndarray, side: int, name: str) -> bytes:
-    """Kept ids of one axis of length `side`: a mask if increasing, else (rolling windows) listed.
-
-    Raises WireError unless `ids` is a vector of distinct integers in [0, side).
-    """
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise WireError(f"index of {name!r} must be a vector of integers, got {ids.dtype}")
-    _check_ids(ids, side, name)
-    if np.all(ids[1:] > ids[:-1]):
-        mask = np.zeros(side, bool)
-        mask[ids] = True
-        return encode_mask(mask)
-    return bytes([LISTED]) + ids.size.to_bytes(4, "little") + ids.astype("<u4").tobytes()
-
-
-def decode_ids(reader: Reader, side: int, name: str) -> np.ndarray:
-    """The kept ids of one axis, int64 (K,).  Raises WireError if malformed."""
-    code = reader.byte(f"the index of {name!r}")
-    reader.reserve(8 * side, f"the index of {name!r}")
-    if code != LISTED:
-        return np.flatnonzero(_decode_body(reader, code, side, name)).astype(np.int64)
-    count = reader.u32(f"the index of {name!r}")
-    ids = np.frombuffer(reader.take(4 * count, f"the index of {name!r}"), "<u4").astype(np.int64)
-    _check_ids(ids, side, name)
-    return ids
-
-
-def _check_ids(ids: np.ndarray, side: int, name: str) -> None:
-    if ids.size and (ids.min() < 0 or ids.max() >= side):
-        raise WireError(f"index of {name!r} leaves its axis of length {side}")
-    if np.unique(ids).size != ids.size:
-        raise WireError(f"index of {name!r} names a coordinate twice")
 
 
 def _bitmap_bytes(n: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from fedlean.core import ClientTask, ClientUpdate, Masks, SubModel, Work
-from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
 from fedlean.wire.errors import UnknownPattern, UnknownSpec, WireError
@@ -25,7 +24,7 @@ from fedlean.wire.fields import (
 from fedlean.wire.header import (
     BARE,
     DRAWN,
-    EXTRAS,
+    FROZEN,
     PATTERN,
     SPEC,
     TASK,
@@ -37,17 +36,14 @@ from fedlean.wire.pattern import NO_PATTERN, check_masks, pattern_hash
 from fedlean.wire.reader import Reader
 from fedlean.wire.sections import (
     decode_drawn,
-    decode_extras,
     decode_masks,
     decode_names,
     decode_spec,
-    sliced_shapes,
 )
 from fedlean.wire.statistic import decode_statistics
 from fedlean.wire.values import decode_params, dtype_of
 
 DEFAULT_LIMIT_BYTES = 1 << 28
-_WHOLE = SubModel()
 
 
 def decode_task(
@@ -71,10 +67,11 @@ def decode_task(
     if header.num_examples:
         raise WireError(f"a task has no examples, the header says {header.num_examples}")
     spec = _spec(reader, header, specs)
-    sub_model = _sub_model(reader, header, spec, fields.output_module, _WHOLE, patterns)
-    params, shapes = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
+    names = decode_names(reader, spec, "frozen") if header.flags & FROZEN else ()
+    sub_model = SubModel(_masks(reader, header, spec, patterns), frozenset(names))
+    params = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
     table: Table = {key: ("mean", forms) for key, forms in fields.arrays.items()}
-    arrays = decode_statistics(reader, table, shapes, allow_nonfinite)
+    arrays = decode_statistics(reader, table, spec.tensor_shapes, allow_nonfinite)
     reader.finish()
     return ClientTask(
         round=header.round,
@@ -105,10 +102,11 @@ def decode_update(
     fields = read_update(document)
     _check_answers(header, task)
     check_kept(fields.work, task.spec)
-    held = {pattern_hash(task.sub_model.masks): task.sub_model.masks}
-    sub_model = _sub_model(reader, header, task.spec, fields.output_module, task.sub_model, held)
-    params, shapes = _params(reader, header, task.spec, sub_model, allow_nonfinite, packed)
-    statistics = decode_statistics(reader, fields.statistics, shapes, allow_nonfinite)
+    spec, given = task.spec, task.sub_model
+    masks = _masks(reader, header, spec, {pattern_hash(given.masks): given.masks})
+    sub_model = given if masks is given.masks else SubModel(masks, given.frozen)
+    params = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
+    statistics = decode_statistics(reader, fields.statistics, spec.tensor_shapes, allow_nonfinite)
     reader.finish()
     return ClientUpdate(
         client=header.client,
@@ -143,33 +141,10 @@ def _spec(reader: Reader, header: Header, specs: Mapping[str, ModelSpec]) -> Mod
     return specs[claimed]
 
 
-def _sub_model(
-    reader: Reader,
-    header: Header,
-    spec: ModelSpec,
-    output_module: str | None,
-    base: SubModel,
-    patterns: Mapping[str, Masks],
-) -> SubModel:
-    """`base` itself where the message changes nothing of it."""
-    frozen, index = base.frozen, base.index
-    if header.flags & EXTRAS:
-        frozen, index = decode_extras(reader, spec)
-    elif output_module is not None:
-        raise WireError("an output module needs the flag for extras")
-    else:
-        output_module = base.output_module
-    masks = _masks(reader, header, spec, sliced_shapes(spec, index), patterns)
-    if not header.flags & EXTRAS and masks is base.masks:
-        return base
-    return SubModel(masks, index, frozen, output_module)
-
-
 def _masks(
     reader: Reader,
     header: Header,
     spec: ModelSpec,
-    shapes: Mapping[str, Shape],
     patterns: Mapping[str, Masks],
 ) -> Masks:
     claimed = header.pattern.hex()
@@ -177,9 +152,7 @@ def _masks(
         raise WireError("the flag of random masks comes without that of a pattern")
     if header.flags & PATTERN:
         drawn = bool(header.flags & DRAWN)
-        if drawn and shapes != spec.tensor_shapes:
-            raise WireError("random masks are of a whole model, the task slices it")
-        masks = decode_drawn(reader, spec) if drawn else decode_masks(reader, spec, shapes)
+        masks = decode_drawn(reader, spec) if drawn else decode_masks(reader, spec)
         got = pattern_hash(masks)
         if not masks or got != claimed:
             raise WireError(f"the pattern received has hash {got}, the header says {claimed}")
@@ -188,8 +161,8 @@ def _masks(
         if claimed == NO_PATTERN:
             return {}
         raise UnknownPattern(claimed)
-    # Held under this hash, but perhaps for another model or another slice.
-    check_masks(patterns[claimed], shapes)
+    # Held under this hash, but perhaps for another model.
+    check_masks(patterns[claimed], spec.tensor_shapes)
     return patterns[claimed]
 
 
@@ -200,16 +173,13 @@ def _params(
     sub_model: SubModel,
     allow_nonfinite: bool,
     packed: bool,
-) -> tuple[dict[str, np.ndarray], Mapping[str, Shape]]:
-    """The tensors carried, and the shapes in which all tensors travel."""
-    shapes = sliced_shapes(spec, sub_model.index)
+) -> dict[str, np.ndarray]:
+    """The tensors carried."""
     if header.flags & BARE:
-        return {}, shapes
-    carried = {name: shapes[name] for name in decode_names(reader, spec, "params")}
+        return {}
+    carried = {name: spec.tensor_shapes[name] for name in decode_names(reader, spec, "params")}
     value_dtype = dtype_of(header.value_dtype)
-    masks = sub_model.masks
-    params = decode_params(reader, carried, masks, value_dtype, allow_nonfinite, packed)
-    return params, shapes
+    return decode_params(reader, carried, sub_model.masks, value_dtype, allow_nonfinite, packed)
 
 
 def _with_kept(work: Work, masks: Masks) -> Work:

@@ -2,29 +2,27 @@
 
 names    one bit per tensor of the spec, in its order, in ceil(tensors / 8) bytes
 spec     u32 length, canonical JSON
-extras   names of the frozen, names of the sliced, then per sliced tensor the ids of each axis
+frozen   names of the frozen
 masks    names of the masked, then their patterns
 drawn    names of the masked, u64 seed, u32 kept coordinates of each
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from math import prod
 
 import numpy as np
 
 from fedlean.core import Masks
-from fedlean.layers import Shape
 from fedlean.patterns.shuffled import shuffled_masks
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
 from fedlean.wire.errors import WireError
 from fedlean.wire.fields import MAX_JSON_BYTES, dump, load
-from fedlean.wire.pattern import decode_ids, decode_mask, encode_ids, encode_mask
+from fedlean.wire.pattern import decode_mask, encode_mask
 from fedlean.wire.reader import Reader
 
-Index = Mapping[str, tuple[np.ndarray, ...]]
 _MAX_INPUT_AXES = 8
 
 
@@ -90,38 +88,6 @@ def _check_sides(spec: ModelSpec) -> None:
             raise WireError(f"spec: {name!r} has shape {str(shape)[:100]}")
 
 
-def sliced_shapes(spec: ModelSpec, index: Index) -> dict[str, Shape]:
-    """The shape in which each tensor of `spec` travels: the full model's names, sliced sides."""
-    return {
-        name: tuple(ids.size for ids in index[name]) if name in index else shape
-        for name, shape in spec.tensor_shapes.items()
-    }
-
-
-def encode_extras(frozen: Collection[str], index: Index, spec: ModelSpec) -> bytes:
-    pieces = [encode_names(frozen, spec, "frozen"), encode_names(index, spec, "index")]
-    for name, shape in spec.tensor_shapes.items():
-        if name not in index:
-            continue
-        if len(index[name]) != len(shape):
-            raise WireError(f"index of {name!r} has {len(index[name])} axes, expected {len(shape)}")
-        pieces += (
-            encode_ids(ids, side, name) for ids, side in zip(index[name], shape, strict=True)
-        )
-    return b"".join(pieces)
-
-
-def decode_extras(
-    reader: Reader, spec: ModelSpec
-) -> tuple[frozenset[str], dict[str, tuple[np.ndarray, ...]]]:
-    """Frozen names and index (int64 ids)."""
-    frozen = frozenset(decode_names(reader, spec, "frozen"))
-    return frozen, {
-        name: tuple(decode_ids(reader, side, name) for side in spec.tensor_shapes[name])
-        for name in decode_names(reader, spec, "index")
-    }
-
-
 def encode_masks(masks: Masks, spec: ModelSpec) -> list[bytes]:
     names = encode_names(masks, spec, "masks")
     return [names, *(encode_mask(masks[n]) for n in spec.tensor_shapes if n in masks)]
@@ -153,9 +119,7 @@ def decode_drawn(reader: Reader, spec: ModelSpec) -> Masks:
         raise WireError(f"random masks: {error}") from None
 
 
-def decode_masks(
-    reader: Reader, spec: ModelSpec, shapes: Mapping[str, Shape]
-) -> dict[str, np.ndarray]:
-    """bool arrays in the shapes in which the tensors travel."""
+def decode_masks(reader: Reader, spec: ModelSpec) -> dict[str, np.ndarray]:
+    """bool arrays in the spec's shapes."""
     names = decode_names(reader, spec, "masks")
-    return {name: decode_mask(reader, shapes[name], name) for name in names}
+    return {name: decode_mask(reader, spec.tensor_shapes[name], name) for name in names}

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from fedlean.core import ClientTask, ClientUpdate, Masks, Params, Statistic, SubModel, Work
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
@@ -26,7 +24,7 @@ from fedlean.wire.fields import (
 from fedlean.wire.header import (
     BARE,
     DRAWN,
-    EXTRAS,
+    FROZEN,
     HEADER_BYTES,
     PATTERN,
     SPEC,
@@ -38,12 +36,10 @@ from fedlean.wire.pattern import NO_PATTERN, check_masks, pattern_hash, pattern_
 from fedlean.wire.sections import (
     drawn_bytes,
     encode_drawn,
-    encode_extras,
     encode_masks,
     encode_names,
     encode_spec,
     names_bytes,
-    sliced_shapes,
 )
 from fedlean.wire.statistic import encode_statistics, statistics_bytes, tensor_form
 from fedlean.wire.values import (
@@ -65,7 +61,6 @@ class Known:
 
 DRAWN_COORDINATES = 1 << 20  # of a tensor whose random mask is left to the receiver to draw
 _NOTHING = Known()
-_WHOLE = SubModel()
 
 
 def encode_task(
@@ -109,7 +104,7 @@ class _Draft:
 
     header: Header
     text: bytes  # the JSON part
-    opening: bytes  # spec and extras
+    opening: bytes  # spec and names of the frozen
     spec: ModelSpec
     params: Params
     sub_model: SubModel
@@ -117,7 +112,7 @@ class _Draft:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes = sliced_shapes(self.spec, self.sub_model.index)
+        shapes = self.spec.tensor_shapes
         check_masks(self.sub_model.masks, shapes)
         check_params(self.params, shapes, self.sub_model.masks)
 
@@ -134,8 +129,7 @@ class _Draft:
         return bool(self.header.flags & BARE)
 
     def num_bytes(self) -> int:
-        shapes = sliced_shapes(self.spec, self.sub_model.index)
-        carried = {name: shapes[name] for name in self.params}
+        carried = {name: self.spec.tensor_shapes[name] for name in self.params}
         size = HEADER_BYTES + len(self.text) + len(self.opening)
         size += 0 if self._bare else names_bytes(self.spec)
         if self._draws_masks:
@@ -171,15 +165,12 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
     flags = 0 if spec.hash in known.specs else SPEC
     flags |= 0 if pattern == NO_PATTERN or pattern in known.patterns else PATTERN
     flags |= DRAWN if flags & PATTERN and _better_drawn(sub_model, spec) else 0
-    flags |= EXTRAS if _extras_differ(sub_model, _WHOLE) else 0
+    flags |= FROZEN if sub_model.frozen else 0
     arrays = {key: Statistic(tensors, "mean") for key, tensors in task.arrays.items()}
     document = _nonempty(
         phase=task.phase,
         hparams=dict(task.hparams),
-        arrays={
-            key: write_forms(_forms(one, key, task.spec, sub_model)) for key, one in arrays.items()
-        },
-        output_module=sub_model.output_module,
+        arrays={key: write_forms(_forms(one, key, spec)) for key, one in arrays.items()},
     )
     read_task(document)
     text = dump(document)
@@ -199,10 +190,11 @@ def _draft_update(update: ClientUpdate, task: ClientTask, value_dtype: ValueDtyp
     if update.client != task.client:
         raise WireError(f"client {update.client} cannot answer the task of client {task.client}")
     sub_model, old = update.sub_model, task.sub_model
+    if sub_model.frozen != old.frozen:
+        raise WireError("the frozen tensors of an answer are those of its task, got others")
     pattern = pattern_hash(sub_model.masks)
     same = sub_model.masks is old.masks or pattern == pattern_hash(old.masks)
     flags = 0 if same or pattern == NO_PATTERN else PATTERN
-    flags |= EXTRAS if _extras_differ(sub_model, old) else 0
     flags |= BARE if update.statistics and not update.params else 0
     works = update.work
     if flags & BARE:
@@ -212,18 +204,17 @@ def _draft_update(update: ClientUpdate, task: ClientTask, value_dtype: ValueDtyp
         work=[write_work(work) for work in works],
         statistics={
             key: write_statistic(
-                one.reduction, _forms(one, key, task.spec, sub_model), short=bool(flags & BARE)
+                one.reduction, _forms(one, key, task.spec), short=bool(flags & BARE)
             )
             for key, one in update.statistics.items()
         },
-        output_module=sub_model.output_module if flags & EXTRAS else None,
     )
     check_kept(read_update(document).work, task.spec)
     text = dump(document)
     return _Draft(
         header=_header(UPDATE, flags, task, update.num_examples, pattern, value_dtype, text),
         text=text,
-        opening=_opening(flags, task.spec, sub_model),
+        opening=b"",
         spec=task.spec,
         params=update.params,
         sub_model=sub_model,
@@ -258,9 +249,7 @@ def _header(
 
 def _opening(flags: int, spec: ModelSpec, sub_model: SubModel) -> bytes:
     sent = encode_spec(spec) if flags & SPEC else b""
-    if flags & EXTRAS:
-        sent += encode_extras(sub_model.frozen, sub_model.index, spec)
-    return sent
+    return sent + (encode_names(sub_model.frozen, spec, "frozen") if flags & FROZEN else b"")
 
 
 def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:
@@ -269,7 +258,7 @@ def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:
     Not for large tensors: drawing takes 24 bytes per coordinate of one, which a small device lacks.
     """
     masks = sub_model.masks
-    if sub_model.mask_seed is None or sub_model.index or not masks:
+    if sub_model.mask_seed is None or not masks:
         return False
     if max(mask.size for mask in masks.values()) > DRAWN_COORDINATES:
         return False
@@ -277,31 +266,9 @@ def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:
     return drawn_bytes(sub_model.masks, spec) < whole
 
 
-def _extras_differ(new: SubModel, old: SubModel) -> bool:
-    """Whether anything but the masks does."""
-    if new is old:
-        return False
-    if (new.frozen, new.output_module) != (old.frozen, old.output_module):
-        return True
-    return new.index is not old.index and not _same_index(new.index, old.index)
-
-
-def _same_index(
-    new: Mapping[str, tuple[np.ndarray, ...]], old: Mapping[str, tuple[np.ndarray, ...]]
-) -> bool:
-    return new.keys() == old.keys() and all(
-        len(new[name]) == len(old[name])
-        and all(np.array_equal(a, b) for a, b in zip(new[name], old[name], strict=True))
-        for name in new
-    )
-
-
-def _forms(
-    statistic: Statistic, key: str, spec: ModelSpec, sub_model: SubModel
-) -> dict[str, TensorForm]:
-    shapes = sliced_shapes(spec, sub_model.index)
+def _forms(statistic: Statistic, key: str, spec: ModelSpec) -> dict[str, TensorForm]:
     return {
-        name: tensor_form(array, shapes.get(name), f"{key}.{name}")
+        name: tensor_form(array, spec.tensor_shapes.get(name), f"{key}.{name}")
         for name, array in statistic.tensors.items()
     }
 
@@ -311,9 +278,4 @@ def _as_masked(work: Work, masks: Masks) -> Work:
 
 
 def _nonempty(**document: Any) -> dict[str, Any]:
-    """`output_module` may be the empty string, which is not None."""
-    return {
-        key: value
-        for key, value in document.items()
-        if value is not None and (value or key == "output_module")
-    }
+    return {key: value for key, value in document.items() if value}
