@@ -127,12 +127,12 @@ class MeasuredTime:
             return self.step.seconds(kept, sizes)
         step, forward = self.step, self.forward
         if not kept and step.dense_seconds is not None:
-            return _with(left.operations, forward.seconds({}, sizes), step.dense_seconds)
-        total = _with(left.activations, forward.constant_seconds, step.constant_seconds)
+            return with_backward(left.operations, forward.seconds({}, sizes), step.dense_seconds)
+        total = with_backward(left.activations, forward.constant_seconds, step.constant_seconds)
         for name in step.layers:
             counts = name, kept.get(name, sizes[name])
             part = step.layer_seconds(*counts)
-            total += _with(left.layers[name], forward.layer_seconds(*counts), part)
+            total += with_backward(left.layers[name], forward.layer_seconds(*counts), part)
         return total
 
     def seconds_per_weight(self, name: str, left: BackwardLeft | None) -> float:
@@ -140,14 +140,14 @@ class MeasuredTime:
         step = self.step.layers[name].seconds_per_weight
         if left is None:
             return step
-        return _with(left.layers[name], self.forward.layers[name].seconds_per_weight, step)
+        return with_backward(left.layers[name], self.forward.layers[name].seconds_per_weight, step)
 
     def constant_seconds(self, left: BackwardLeft | None) -> float:
         """What a step takes whatever is kept."""
         step = self.step.constant_seconds
-        return (
-            step if left is None else _with(left.activations, self.forward.constant_seconds, step)
-        )
+        if left is None:
+            return step
+        return with_backward(left.activations, self.forward.constant_seconds, step)
 
     def forward_seconds(
         self,
@@ -175,7 +175,7 @@ class MeasuredTime:
         )
 
 
-def _with(share: float, forward: float, step: float) -> float:
+def with_backward(share: float, forward: float, step: float) -> float:
     """A step with that share of its backward pass; forward may have been measured longer."""
     forward = min(forward, step)
     return forward + share * (step - forward)
