@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -14,13 +12,6 @@ from fedlean.engine.protocol import Engine
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def has_native() -> None:
-    """Skips where the extension is not built; one that is built and broken must fail."""
-    if importlib.util.find_spec("fedlean._native") is None:
-        pytest.skip("the native engine is not built: there is no fedlean._native")
 
 
 @pytest.fixture(scope="session", params=["torch", "native"])

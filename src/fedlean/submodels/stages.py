@@ -38,12 +38,7 @@ def graft(
     if output:
         return ModelSpec(spec.input_shape, (*spec.nodes, *added))
     *others, last = spec.nodes
-    for node in added:
-        if last.name in node.inputs:
-            raise ValueError(
-                f"layer {node.name!r} reads {last.name!r}, the output, which nothing may read: "
-                "graft it with output=True, or at another layer"
-            )
+    _check_unread(last.name, added)
     return ModelSpec(spec.input_shape, (*others, *added, last))
 
 
@@ -54,7 +49,8 @@ def reroute(spec: ModelSpec, old: str, new: str, *, keep: bool = False) -> Model
     this go, unless `keep`: `old`, and what only `old` needed.  Layers are put into an order in
     which each comes after what it reads.
 
-    Raises ValueError naming a layer that the model lacks, and where the shapes do not fit.
+    Raises ValueError naming a layer that the model lacks, one that would read the output, and one
+    whose inputs do not fit.
     """
     for name in (old, new):
         check_node(spec, name)
@@ -66,6 +62,16 @@ def reroute(spec: ModelSpec, old: str, new: str, *, keep: bool = False) -> Model
     if not keep:
         nodes = _without(nodes, old, output)
     return ModelSpec(spec.input_shape, _in_order(nodes, output))
+
+
+def _check_unread(output: str, nodes: Iterable[Node]) -> None:
+    """ValueError naming the node that would have to come after the output."""
+    for node in nodes:
+        if output in node.inputs:
+            raise ValueError(
+                f"layer {node.name!r} would read {output!r}, the output, which nothing may: make "
+                "another layer the output, or read an earlier one"
+            )
 
 
 def _reading(node: Node, old: str, new: str) -> Node:
@@ -85,6 +91,7 @@ def _without(nodes: Sequence[Node], old: str, output: str) -> list[Node]:
 
 def _in_order(nodes: Sequence[Node], output: str) -> tuple[Node, ...]:
     """Each after what it reads, `output` last, otherwise as they are."""
+    _check_unread(output, nodes)
     by_name = {node.name: node for node in nodes}
     ordered: dict[str, Node] = {}
 
