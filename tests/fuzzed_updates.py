@@ -125,7 +125,18 @@ def claims(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
         return replace(update, metrics=names)
     counts = [int(one_of(rng, COUNTS)) for _ in range(4)]
     kept = {some_name(rng, update): int(one_of(rng, COUNTS))} if rng.random() < 0.5 else {}
-    return replace(update, work=(Work(*counts, kept=kept, optimizer_floats=int(rng.integers(9))),))
+    floats, beside, held = (int(one_of(rng, (0, 1, *COUNTS))) for _ in range(3))
+    begin, end = (str(one_of(rng, ("", *task.spec.by_name, *NAMES))) for _ in range(2))
+    work = Work(
+        *counts,
+        kept=kept,
+        optimizer_floats=floats,
+        beside=beside,
+        held_examples=held,
+        begin=begin,
+        end=end,
+    )
+    return replace(update, work=(work,))
 
 
 CHANGES: tuple[Callable[[Rng, ClientUpdate, ClientTask], ClientUpdate], ...] = (

@@ -67,6 +67,8 @@ class Work:
     """A stretch of local work in the terms in which `fedlean.cost` charges it.
 
     A client states what it did; what that costs depends on the device and is not its business.
+    A stretch may run a span of the task's model only: from the activation of layer `begin` to that
+    of `end`, of which it holds some outside the engine, as a frozen beginning leaves them.
     """
 
     steps: int = 0  # forward + backward + update, on `batch_size` examples each
@@ -75,6 +77,10 @@ class Work:
     forward_examples: int = 0  # examples that only ran forward
     kept: Mapping[str, int] = field(default_factory=dict)  # masked tensor -> kept coordinates
     optimizer_floats: int = 0  # held by the optimiser per trained weight (1 with momentum)
+    beside: int = 0  # so many of the stretches right before it stay in memory while it runs
+    held_examples: int = 0  # whose activations at `begin` (else `end`) lie outside the engine
+    begin: str = ""  # the model's input
+    end: str = ""  # the model's output
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,7 @@ class Batches(Protocol):
 
         Shuffled passes over the data, reshuffled at each pass; every batch is full, wrapping around
         where the data is shorter.  `examples` restricts to the first so many of a seeded shuffle.
+        `fedlean.data.batches.drawn_positions` says which examples that are.
         """
         ...
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedlean.core import Batches
 from fedlean.data import batches as module
-from fedlean.data.batches import ClientData, eval_batches
+from fedlean.data.batches import ClientData, drawn_positions, eval_batches
 from fedlean.data.dataset import Dataset
 
 INDICES = np.arange(3, 300, 7)  # 43 examples
@@ -135,3 +135,15 @@ def test_the_test_subset_is_stratified_and_fixed(balanced: Dataset):
     assert module.test_subset(balanced, 5000).tolist() == list(range(1000))
     with pytest.raises(ValueError, match="n is 0"):
         module.test_subset(balanced, 0)
+
+
+@pytest.mark.parametrize("restriction", [{}, {"examples": 3}, {"examples": 99}])
+def test_drawn_positions_say_which_examples_are_in_each_batch(balanced, restriction):
+    data = ClientData(balanced, INDICES)
+    places = list(drawn_positions(len(INDICES), 5, 4, 7, **restriction))
+    batches = list(data.draw(steps=5, batch_size=4, seed=7, **restriction))
+    assert len(places) == len(batches) == 5
+    for at, (x, y) in zip(places, batches, strict=True):
+        assert at.dtype == np.int64 and at.shape == (4,)
+        np.testing.assert_array_equal(balanced.y_train[INDICES[at]], y)
+        np.testing.assert_array_equal(balanced.normalise(balanced.x_train[INDICES[at]]), x)

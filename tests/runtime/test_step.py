@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,6 +148,10 @@ CLAIMS = {
     "momentum": (claiming(Work(2, 4, optimizer_floats=1)), "work of 1 optimiser values"),
     "kept": (claiming(Work(2, 4, kept={"fc1.weight": 10**9})), "work on 1000000000 weights of"),
     "no tensor": (claiming(Work(2, 4, kept={"fc9": 1})), "work on 'fc9', which the model lacks"),
+    "a part": (claiming(Work(2, 4, end="conv")), "from the input to conv of the model, which the"),
+    "beside": (claiming(Work(2, 4, beside=1)), "work of 1 stretches beside it, the task takes"),
+    "held": (claiming(Work(2, 4, held_examples=1)), "work of 1 activations held, the task takes"),
+    "less held than none": (claiming(Work(2, 4, held_examples=-1)), "less work than none"),
     "less than none": (claiming(Work(-1, 4)), "less work than none"),
     "many": (claiming(*[Work()] * 257), "257 stretches of work"),
     "metrics": (claiming(**{f"m{at}": 0.0 for at in range(65)}), "65 metrics, expected at most 64"),
@@ -183,6 +188,44 @@ def test_work_on_pruned_weights():
     for kept in ({}, {**honest.kept, "fc1.weight": honest.kept["fc1.weight"] + 1}):
         reason = beyond_order([replace(honest, kept=kept)], task, [honest]) or ""
         assert "work on all weights of" in reason
+
+
+def test_each_part_is_held_against_the_order_for_it():
+    """What is left of one part's order is no room for another's."""
+    algorithm = quick(1)
+    (task, *_) = algorithm.configure(algorithm.init(params()), [Device(0)])
+    first = Work(0, 4, forward_examples=8, end="pool")
+    rest = Work(2, 4, beside=1, held_examples=8, begin="pool")
+    order = [first, rest]
+
+    def reason(*work: Work) -> str:
+        return beyond_order(work, task, order) or ""
+
+    assert not reason(*order) and not reason(first)
+    assert not reason(replace(rest, steps=1), replace(rest, steps=1))
+    assert "9 examples from the input to pool of the model, the" in reason(
+        replace(first, forward_examples=9), rest
+    )
+    assert "1 steps from the input to pool" in reason(replace(first, steps=1, forward_examples=4))
+    assert "2 stretches beside it from pool to the output" in reason(first, replace(rest, beside=2))
+    assert "from the input to the output of the model, which the task does not" in reason(
+        Work(1, 4)
+    )
+    assert "from pool to fc1 of the model, which" in reason(replace(rest, end="fc1"))
+
+
+def test_a_part_that_the_model_lacks():
+    """Where a method does not say what a task takes, the model says which parts there are."""
+    algorithm = quick(1)._replace(work=None)
+    for work, why in (
+        (Work(1, 4, begin="nothing"), "a span of the model that it lacks: .*no layer 'nothing'"),
+        (Work(1, 4, begin="fc1", end="conv"), "'conv' does not need 'fc1'"),
+        (Work(1, 4, held_examples=10**13), "10000000000000 activations held, expected at most"),
+    ):
+        _, (record,) = attacked(algorithm, claiming(work), rounds=1)
+        assert re.search(why, record.rejected[ROGUE])
+    _, (record,) = attacked(algorithm, claiming(Work(1, 4, begin="fc1")), rounds=1)
+    assert not record.rejected
 
 
 def test_as_much_work_as_ordered_is_taken_and_less_too():

@@ -243,6 +243,14 @@ def test_json_must_be_utf8(task: ClientTask) -> None:
         {"work": [[1, {}, 1]]},
         {"work": [[1, {"no.such": 1}]]},
         {"work": [[1, {"fc.weight": 1 << 70}]]},
+        {"work": [[1, ["", ""]]]},
+        {"work": [[1, ["conv"]]]},
+        {"work": [[1, ["conv", 1]]]},
+        {"work": [[1, ["conv", "fc", "fc"]]]},
+        {"work": [[1, ["no such", ""]]]},
+        {"work": [[1, ["conv", ""], 2]]},
+        {"work": [[1, {}, ["conv", ""]]]},
+        {"work": [[1, ["conv", ""], ["conv", ""]]]},
         {"phase": "train"},
     ],
 )
@@ -392,6 +400,9 @@ def test_what_cannot_travel_is_refused_by_name(
         ({"statistics": {"s": Statistic({}, "keep")}}, "unknown reduction"),  # type: ignore[arg-type]
         ({"work": (Work(steps=-1),)}, "work.steps must be a count"),
         ({"work": (Work(kept={"no.such": 1}),)}, "no tensor"),
+        ({"work": (Work(begin="no such"),)}, "work.begin: 'no such' names no layer"),
+        ({"work": (Work(end="no such"),)}, "work.end: 'no such' names no layer"),
+        ({"work": (Work(beside=-1),)}, "work.beside must be a count"),
     ],
 )
 def test_what_cannot_be_answered(task: ClientTask, change: dict[str, Any], why: str) -> None:

@@ -269,6 +269,24 @@ def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
     assert got.work == update.work and got.statistics["c"].reduction == "mean"
 
 
+def test_work_on_spans_of_the_model(task: ClientTask) -> None:
+    """A span is two names behind the numbers; the whole model has none."""
+    works = (
+        Work(0, 8, forward_examples=100, kept={"fc.weight": 30}, end="conv"),
+        Work(5, 20, optimizer_floats=1, beside=1, held_examples=28, begin="conv"),
+        Work(1, begin="conv", end="fc"),
+        Work(1, 2, beside=2),
+    )
+    update = ClientUpdate(5, 20, {}, task.sub_model, work=works)
+    sent = encode_update(update, task)
+    text = (
+        '[[0,8,0,100,["","conv"],{"fc.weight":30}],[5,20,0,0,1,1,28,["conv",""]],'
+        '[1,["conv","fc"]],[1,2,0,0,0,2]]'
+    )
+    assert text.encode() in sent and len(sent) == update_bytes(update, task)
+    assert decode_update(sent, task).work == works
+
+
 def test_fifty_scalars_of_a_byte_each_are_below_200_bytes(task: ClientTask) -> None:
     """Whatever the model: neither the tensors nor the masked ones are named."""
     scalars = round_int8(np.linspace(-3, 3, 50, dtype=np.float32))

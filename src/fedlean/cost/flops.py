@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from fedlean.core import Work
+from fedlean.cost.stretch import stretch
 from fedlean.engine.gradient_flow import needs_gradient
 from fedlean.layers import Conv2d, Linear
 from fedlean.spec import ModelSpec, Node
@@ -121,6 +122,7 @@ def work_flops(
     With `dense_gradient` every step takes the weights' gradients densely, as the PruneFL paper
     counts: its kernels cannot sample them.
     """
+    spec, work, frozen = stretch(spec, work, frozen)
     plain, dense = (
         step_flops(spec, work.kept, work.batch_size, importance=flag, frozen=frozen)
         for flag in (dense_gradient, True)

@@ -12,7 +12,7 @@ from fedlean.core import SubModel, Work
 from fedlean.cost.flops import work_flops
 from fedlean.cost.profile import Profile
 from fedlean.cost.time import VALUE_BYTES, link_seconds
-from fedlean.cost.way import Done, as_done, work_memory_bytes
+from fedlean.cost.way import Done, as_done, peak_memory_bytes
 from fedlean.spec import ModelSpec
 
 
@@ -58,17 +58,16 @@ class Cost:
 
     @cached_property
     def peak_memory_bytes(self) -> int:
-        """Of the neediest stretch."""
-        return max(
-            (work_memory_bytes(self.spec, one.work, frozen=self.frozen) for one in self.done),
-            default=0,
-        )
+        """Of the neediest stretch, with those that stay in memory beside it."""
+        return peak_memory_bytes(self.spec, [one.work for one in self.done], frozen=self.frozen)
 
 
 def cost(task: Priced, works: Sequence[Work], device: Profile) -> Cost:
     """The price on `device` of the `works` that a client did, or would do, for `task`.
 
-    Masks are the works' own (`Work.kept`); of the task count its model and what is frozen.
+    Masks are the works' own (`Work.kept`); of the task count its model and what is frozen.  Work on
+    a span of the model is priced as work on that part alone.  Raises ValueError where it speaks of
+    a span that the model does not have.
     """
     frozen = task.sub_model.frozen
     done = tuple(as_done(task.spec, work, device, frozen) for work in works)

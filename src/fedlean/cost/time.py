@@ -10,7 +10,9 @@ from fedlean.core import Work
 from fedlean.cost.backward import FORWARD_SHARE, BackwardLeft, activations_of, backward_left
 from fedlean.cost.flops import flops_by_layer, forward_flops, step_flops
 from fedlean.cost.measured import MeasuredTime
+from fedlean.cost.measured_part import profile_of_part
 from fedlean.cost.profile import Profile
+from fedlean.cost.stretch import stretch
 from fedlean.layers import Conv2d
 from fedlean.spec import ModelSpec, Node
 
@@ -124,6 +126,9 @@ def work_seconds(
     dense_too: bool = True,
 ) -> float:
     """Computation of one stretch of work, without the link; it opens one session of the engine."""
+    own = stretch(spec, work, frozen)
+    profile = profile_of_part(profile, spec, own.spec)
+    spec, work, frozen = own
 
     def step(importance: bool) -> float:
         return step_seconds(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from fedlean.core import Work
 from fedlean.cost.profile import Profile
+from fedlean.cost.stretch import held_bytes, is_span, stretch
 from fedlean.cost.time import work_seconds
 from fedlean.engine.memory import ForwardMemory, StepMemory, forward_memory, step_memory
 from fedlean.spec import ModelSpec
@@ -34,13 +35,14 @@ def as_done(
     if not work.kept:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen))
     dense = replace(work, kept={})
-    held = _dense_memory(spec, dense.batch_size, *_of(dense), frozen)
+    own = stretch(spec, work, frozen)
+    held = _dense_memory(own.spec, dense.batch_size, *_of(dense), own.frozen)
     if held.peak_bytes > profile.memory_bytes:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen, dense_too=False))
     sparse_seconds, dense_seconds = (
         work_seconds(spec, one, profile, frozen=frozen) for one in (work, dense)
     )
-    if sparse_seconds < dense_seconds and _sparse_fits(spec, work, profile, frozen, held):
+    if sparse_seconds < dense_seconds and _sparse_fits(*own, profile, held):
         return Done(work, sparse_seconds)
     return Done(dense, dense_seconds)
 
@@ -50,16 +52,39 @@ def work_memory_bytes(
 ) -> int:
     """Modelled peak of a device that stores only what it trains (see `engine.memory`).
 
-    Work of forward passes alone needs no more than those: what is frozen may be perturbed in them.
+    It is that of the stretch alone, with the activations that it holds outside the engine.  Work of
+    forward passes alone needs no more than those: what is frozen may be perturbed in them, unless
+    they are of a span.
     """
-    return _memory(spec, work, frozen, sparse).peak_bytes
+    own = stretch(spec, work, frozen)
+    return _memory(*own, sparse).peak_bytes + held_bytes(spec, work)
+
+
+def peak_memory_bytes(
+    spec: ModelSpec,
+    works: Sequence[Work],
+    *,
+    frozen: frozenset[str] = frozenset(),
+    sparse: bool = True,
+) -> int:
+    """Of the neediest stretch, with those before it that stay in memory beside it."""
+    alone = [work_memory_bytes(spec, work, frozen=frozen, sparse=sparse) for work in works]
+    together = (sum(alone[max(0, i - work.beside) : i + 1]) for i, work in enumerate(works))
+    return max(together, default=0)
 
 
 def _memory(
     spec: ModelSpec, work: Work, frozen: frozenset[str], sparse: bool = True
 ) -> StepMemory | ForwardMemory:
+    """`spec` and `frozen` are of the span that the work ran."""
     if not work.steps:
-        return forward_memory(spec, work.kept, batch_size=work.batch_size, sparse=sparse)
+        return forward_memory(
+            spec,
+            work.kept,
+            batch_size=work.batch_size,
+            frozen=frozen if is_span(work) else frozenset(),
+            sparse=sparse,
+        )
     return step_memory(
         spec,
         work.kept,
@@ -71,9 +96,10 @@ def _memory(
     )
 
 
-def _of(work: Work) -> tuple[bool, bool, int]:
-    """What its memory depends on beside the masks."""
-    return work.steps > 0, work.importance_steps > 0, work.optimizer_floats
+def _of(work: Work) -> tuple[bool, bool, int, str]:
+    """What its memory depends on beside the masks and the model."""
+    spanned = work.begin or work.end  # which span it is, the model says
+    return work.steps > 0, work.importance_steps > 0, work.optimizer_floats, spanned
 
 
 @lru_cache(maxsize=64)
@@ -83,18 +109,21 @@ def _dense_memory(
     steps: bool,
     importance: bool,
     optimizer_floats: int,
+    spanned: str,
     frozen: frozenset[str],
 ) -> StepMemory | ForwardMemory:
     """Once for all masks: a time model asks for thousands."""
-    work = Work(int(steps), batch_size, int(importance), optimizer_floats=optimizer_floats)
+    work = Work(
+        int(steps), batch_size, int(importance), optimizer_floats=optimizer_floats, end=spanned
+    )
     return _memory(spec, work, frozen)
 
 
 def _sparse_fits(
     spec: ModelSpec,
     work: Work,
-    profile: Profile,
     frozen: frozenset[str],
+    profile: Profile,
     dense: StepMemory | ForwardMemory,
 ) -> bool:
     if enough_bytes(dense, work.kept) <= profile.memory_bytes:  # most devices need no plan

@@ -50,28 +50,43 @@ class ClientData:
 
         Raises ValueError when steps < 0, batch_size < 1 or examples < 1.
         """
-        _at_least("steps", steps, 0)
-        _at_least("batch_size", batch_size, 1)
-        pool = self.indices
-        if examples is not None:
-            _at_least("examples", examples, 1)
-            if examples < len(pool):
-                pool = _generator(SUBSET_SEED).permutation(pool)[:examples]
-        return self._batches(pool, steps, batch_size, seed)
+        return self._batches(drawn_positions(self.num_examples, steps, batch_size, seed, examples))
 
-    def _batches(self, pool: np.ndarray, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
-        rng = _generator(seed)
-        queue = rng.permutation(pool)
-        for _ in range(steps):
-            pieces, missing = [], batch_size
-            while missing > len(queue):
-                pieces.append(queue)
-                missing -= len(queue)
-                queue = rng.permutation(pool)
-            pieces.append(queue[:missing])
-            queue = queue[missing:]
-            chosen = np.concatenate(pieces)
+    def _batches(self, positions: Iterator[np.ndarray]) -> Iterator[Batch]:
+        for at in positions:
+            chosen = self.indices[at]
             yield self.dataset.normalise(self.dataset.x_train[chosen]), self.dataset.y_train[chosen]
+
+
+def drawn_positions(
+    num_examples: int, steps: int, batch_size: int, seed: int, examples: int | None = None
+) -> Iterator[np.ndarray]:
+    """Of `Batches.draw`: which of a client's examples are in each batch, int64 (batch_size,).
+
+    A pure function of its arguments; what they mean, and what is refused, as in `ClientData.draw`.
+    """
+    _at_least("steps", steps, 0)
+    _at_least("batch_size", batch_size, 1)
+    pool = np.arange(num_examples)
+    if examples is not None:
+        _at_least("examples", examples, 1)
+        if examples < num_examples:
+            pool = _generator(SUBSET_SEED).permutation(pool)[:examples]
+    return _passes(pool, steps, batch_size, seed)
+
+
+def _passes(pool: np.ndarray, steps: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    rng = _generator(seed)
+    queue = rng.permutation(pool)
+    for _ in range(steps):
+        pieces, missing = [], batch_size
+        while missing > len(queue):
+            pieces.append(queue)
+            missing -= len(queue)
+            queue = rng.permutation(pool)
+        pieces.append(queue[:missing])
+        queue = queue[missing:]
+        yield np.concatenate(pieces)
 
 
 def eval_batches(

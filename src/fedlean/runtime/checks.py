@@ -15,6 +15,7 @@ import numpy as np
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
 from fedlean.printable import printable
+from fedlean.spans import span
 from fedlean.tree import is_packed, num_kept
 
 MAX_EXAMPLES = 10**9  # more from one client is a mistake or an attempt to own the mean
@@ -127,15 +128,50 @@ def beyond_order(
                 return f"claims work on {name!r}, which the model lacks"
             if not 0 <= kept <= prod(task.spec.tensor_shapes[name]):
                 return f"claims work on {kept} weights of {name!r}, which has fewer"
-    claimed = _amounts(work)
+        if reason := _other_span(one, task, ordered):
+            return reason
     if ordered is None:
-        if (examples := claimed["examples"]) > MAX_WORK_EXAMPLES:
-            return f"claims work on {examples} examples, expected at most {MAX_WORK_EXAMPLES}"
+        amounts = _amounts(work)
+        for what in ("examples", "activations held"):
+            if (claimed := amounts[what]) > MAX_WORK_EXAMPLES:
+                return f"claims work on {claimed} {what}, expected at most {MAX_WORK_EXAMPLES}"
         return None
-    for what, most in _amounts(ordered).items():
-        if claimed[what] > most:
-            return f"claims work of {claimed[what]} {what}, the task takes at most {most}"
-    return _on_more_weights(work, ordered)
+    return _more_than(work, ordered) or _on_more_weights(work, ordered)
+
+
+def _other_span(work: Work, task: ClientTask, ordered: Sequence[Work] | None) -> str | None:
+    """Where a claim is of a part that was not ordered, or that the task's model does not have."""
+    if ordered is not None:
+        if (work.begin, work.end) not in {(one.begin, one.end) for one in ordered}:
+            return f"claims work {_where(work.begin, work.end)}, which the task does not order"
+        return None
+    if not (work.begin or work.end):
+        return None
+    try:
+        span(task.spec, work.begin, work.end)
+    except ValueError as error:
+        return f"claims work on a span of the model that it lacks: {error}"
+    return None
+
+
+def _more_than(work: Sequence[Work], ordered: Sequence[Work]) -> str | None:
+    """Each span is held against the order for it."""
+    for part in dict.fromkeys((one.begin, one.end) for one in work):
+        claimed, orders = (
+            _amounts([one for one in works if (one.begin, one.end) == part])
+            for works in (work, ordered)
+        )
+        where = f" {_where(*part)}" if any(part) else ""
+        for what, most in orders.items():
+            if claimed[what] > most:
+                return (
+                    f"claims work of {claimed[what]} {what}{where}, the task takes at most {most}"
+                )
+    return None
+
+
+def _where(begin: str, end: str) -> str:
+    return f"from {begin or 'the input'} to {end or 'the output'} of the model"
 
 
 def _on_more_weights(work: Sequence[Work], ordered: Sequence[Work]) -> str | None:
@@ -150,7 +186,15 @@ def _on_more_weights(work: Sequence[Work], ordered: Sequence[Work]) -> str | Non
     return None
 
 
-_COUNTS = ("steps", "batch_size", "importance_steps", "forward_examples", "optimizer_floats")
+_COUNTS = (
+    "steps",
+    "batch_size",
+    "importance_steps",
+    "forward_examples",
+    "optimizer_floats",
+    "beside",
+    "held_examples",
+)
 
 
 def _amounts(work: Sequence[Work]) -> dict[str, int]:
@@ -163,6 +207,8 @@ def _amounts(work: Sequence[Work]) -> dict[str, int]:
         "examples a step": max((one.batch_size for one in work if one.steps), default=0),
         "examples at once": max((one.batch_size for one in work), default=0),
         "optimiser values a weight": max((one.optimizer_floats for one in work), default=0),
+        "stretches beside it": max((one.beside for one in work), default=0),
+        "activations held": max((one.held_examples for one in work), default=0),
     }
 
 

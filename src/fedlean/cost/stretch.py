@@ -1,0 +1,50 @@
+"""A stretch of work as what it ran: a span of the task's model with that span's own tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from fedlean.core import Work
+from fedlean.spans import span
+from fedlean.spec import ModelSpec
+
+FLOAT_BYTES = 4
+
+
+class Stretch(NamedTuple):
+    spec: ModelSpec  # of the span
+    work: Work  # its masks are those of the span
+    frozen: frozenset[str]
+
+
+def stretch(spec: ModelSpec, work: Work, frozen: frozenset[str] = frozenset()) -> Stretch:
+    """The work in the terms of the span that it ran; the whole model's is as it was.
+
+    Raises ValueError naming the layer where `work` speaks of none of the model's spans.
+    """
+    if not is_span(work):
+        return Stretch(spec, work, frozen)
+    part = span(spec, work.begin, work.end)
+    kept = {name: count for name, count in work.kept.items() if name in part.tensor_shapes}
+    return Stretch(part, replace(work, kept=kept), _within(part, frozen))
+
+
+def is_span(work: Work) -> bool:
+    return bool(work.begin or work.end)
+
+
+def held_bytes(spec: ModelSpec, work: Work) -> int:
+    """Of the activations that lie outside the engine; `spec` is the task's model."""
+    if not work.held_examples:
+        return 0
+    shape = spec.shapes[work.begin or work.end or spec.nodes[-1].name]
+    return FLOAT_BYTES * work.held_examples * prod(shape)
+
+
+@lru_cache(maxsize=256)
+def _within(part: ModelSpec, frozen: frozenset[str]) -> frozenset[str]:
+    """The same object for the same span: caches are asked with it."""
+    return frozen.intersection(part.tensor_shapes)
