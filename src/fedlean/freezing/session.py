@@ -98,7 +98,7 @@ class BeginningSession:
         at: str = "",
     ):
         check_micro_batch(micro_batch)
-        checks.check_sub_model(spec, sub_model, engine.name)
+        checks.check_sub_model(spec, sub_model)
         checks.check_params(spec, params, sub_model.masks)
         self._spec, self._sub_model = spec, sub_model
         self.cut: Split = split(spec, sub_model.frozen, at=at)
