@@ -180,6 +180,9 @@ class Server:
     profile: Profile  # the time model of the devices that have none of their own
     init: str = "pytorch"  # how the run's first model was drawn (`models.initialise`)
     clients: int | None = None  # how many there are; None: not known
+    given: bool = False  # whether the run starts from a model that there was, not from a drawn one
+    # inputs that the server itself has, in batches (x, y) of which y is not to be used; None: none
+    inputs: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]] | None = None
 
 
 class FederatedAlgorithm(NamedTuple):

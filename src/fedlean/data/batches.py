@@ -12,6 +12,7 @@ from fedlean.data.dataset import Dataset
 from fedlean.data.stratify import stratified_sample
 
 SUBSET_SEED = 0  # see ClientData.draw
+OWN_INPUTS, OWN_BATCH = 500, 100  # see own_inputs
 Batch = tuple[np.ndarray, np.ndarray]  # x float32 (B, C, H, W) normalised, y int64 (B,)
 
 
@@ -111,6 +112,16 @@ def test_subset(dataset: Dataset, n: int) -> np.ndarray:
     """
     _at_least("n", n, 1)
     return stratified_sample(dataset.y_test, min(n, len(dataset.y_test)), SUBSET_SEED)
+
+
+def own_inputs(dataset: Dataset) -> Iterator[Batch]:
+    """At most 500 test examples, always the same ones, in batches of one size: up to 100.
+
+    For what a server finds out by inputs alone; their labels are not for training.
+    """
+    size = min(OWN_BATCH, len(dataset.y_test))
+    count = min(OWN_INPUTS, len(dataset.y_test)) // size * size
+    return eval_batches(dataset, size, test_subset(dataset, count))
 
 
 def _generator(seed: int) -> np.random.Generator:

@@ -7,14 +7,14 @@ somebody made up, fits neither the method nor the model, and is refused before a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlean.core import ClientState
+from fedlean.core import ClientState, Model
 from fedlean.engine.checks import check_masks
 from fedlean.models.initialise import check_params
 from fedlean.runtime.checkpoint import begin_anew
@@ -22,7 +22,6 @@ from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.moves import Moves
 from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, Progress
 from fedlean.runtime.runlog import Totals
-from fedlean.spec import ModelSpec
 
 
 class Restored(NamedTuple):
@@ -34,14 +33,18 @@ class Restored(NamedTuple):
     clients: dict[int, ClientState]
 
 
-def restored(folder: Path, tree: Mapping[str, Any], initial: Any, spec: ModelSpec) -> Restored:
+def restored(
+    folder: Path, tree: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Model]
+) -> Restored:
     """Of the checkpoint `tree` in `folder`; `initial` is a state of the run's method.
+
+    modelled: what of a state is evaluated and saved.
 
     Raises ValueError naming what of it does not fit the method or the model.
     """
     try:
         progress = Progress(
-            _state(tree["state"], initial, spec),
+            _state(tree["state"], initial, modelled),
             ClientStore(_store(tree["store"])),
             _count("step", tree["step"]),
             _below("empty_steps", tree["empty_steps"], EMPTY_STEPS),
@@ -67,16 +70,19 @@ def recorded_round(tree: Mapping[str, Any] | None) -> int:
     return round if isinstance(round, int) else 0
 
 
-def _state(values: Mapping[str, Any], initial: Any, spec: ModelSpec) -> Any:
-    """A state of the method, with model and masks of the shapes of `spec`."""
+def _state(values: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Model]) -> Any:
+    """A state of the method, with model and masks of the shapes of its spec."""
     for field in fields(initial):
         now, then = values.get(field.name), getattr(initial, field.name)
         if None not in (_kind(now), _kind(then)) and _kind(now) != _kind(then):
             raise TypeError(f"{field.name} of its state is a {type(now).__name__}")
     state = type(initial)(**values)
     _count("round", state.round)
-    check_params(spec, _arrays("params", state.params))
-    check_masks(spec, _arrays("masks", state.masks))
+    _arrays("params", state.params)
+    _arrays("masks", state.masks)
+    spec = modelled(state).spec
+    check_params(spec, state.params)
+    check_masks(spec, state.masks)
     return state
 
 

@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fedlean.cost.profile import (
     other_model,
     to_document,
 )
-from fedlean.data.batches import test_subset
+from fedlean.data.batches import own_inputs, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import absolute
 from fedlean.engine.open import engine_for
@@ -62,7 +63,7 @@ from fedlean.runtime.restored import recorded_round, restored
 from fedlean.runtime.rounds import Progress, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
 from fedlean.runtime.samedata import about_data, held_against
-from fedlean.runtime.start import about_start, first_model, given_model, keep, kept
+from fedlean.runtime.start import about_start, first_model, given_model, keep, kept, was_given
 from fedlean.runtime.summary import summary_of
 from fedlean.runtime.together import check_classes, check_together
 from fedlean.runtime.trust import Named, read_trusted
@@ -106,7 +107,8 @@ def start(
         profile = load_profile(config.device)
         config = _anywhere(config)
         check(config)
-        run = _prepare(config, folder, _load(config, how), profile, how, lock)
+        given = first is not None or bool(config.start)
+        run = _prepare(config, folder, _load(config, how), profile, how, lock, given=given)
         spec = run.server.spec
         model = given_model(first, spec) if first else first_model(run.config, spec)
         state = run.algorithm.init(model)
@@ -179,7 +181,8 @@ def resume(
             advice=f"bring it back (if it has moved: {elsewhere}), or go on with what there is and "
             f"have the run marked: {accept}",
         )
-        run = _prepare(config, folder, loaded, _recorded_profile(folder, document), how, lock)
+        profile, given = _recorded_profile(folder, document), was_given(folder, config)
+        run = _prepare(config, folder, loaded, profile, how, lock, given=given)
         run = replace(run, data_changes=data.get("changes", []))
         _refuse_other_model(document, run.server.spec)
         if document["environment"] != environment(run.server.engine):
@@ -188,7 +191,9 @@ def resume(
         if tree is None:
             progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
         else:
-            progress, totals, log_bytes, clients = restored(folder, tree, initial, run.server.spec)
+            progress, totals, log_bytes, clients = restored(
+                folder, tree, initial, partial(model_of, run.algorithm, run.server)
+            )
             run.dispatch.restore(clients)
             round = progress.state.round
             lines.append(f"continuing after step {progress.step}, round {round} of {config.rounds}")
@@ -246,7 +251,14 @@ def environment(engine: Engine) -> dict[str, Any]:
 
 
 def _prepare(
-    config: RunConfig, folder: Path, dataset: Dataset, profile: Profile, how: How, lock: Lock
+    config: RunConfig,
+    folder: Path,
+    dataset: Dataset,
+    profile: Profile,
+    how: How,
+    lock: Lock,
+    *,
+    given: bool,
 ) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
     config = replace(config, clients=config.clients or _clients(config, dataset))
@@ -257,7 +269,15 @@ def _prepare(
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
         engine, why_not_native = engine_for(spec, config.engine, config.threads)
     server = Server(
-        spec, engine, config.seed, config.rounds, profile, config.init, config.num_clients
+        spec,
+        engine,
+        config.seed,
+        config.rounds,
+        profile,
+        config.init,
+        config.num_clients,
+        given,
+        partial(own_inputs, dataset),
     )
     algorithm = build_method(config.method, server, config.settings)
     # defaults may change, and with them what the same settings mean: the folder names all

@@ -89,6 +89,11 @@ def keep(folder: Path, model: Model) -> None:
     write_model(folder / NAME, model)
 
 
+def was_given(folder: Path, config: RunConfig) -> bool:
+    """Whether a run that has begun started from a model that there was."""
+    return bool(config.start) or (folder / NAME).is_file()
+
+
 def kept(folder: Path, config: RunConfig, spec: ModelSpec) -> Model:
     """The first model of a run that has begun."""
     path = folder / NAME

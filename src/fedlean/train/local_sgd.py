@@ -18,6 +18,7 @@ from fedlean.core import (
     Scalar,
     Server,
     SubModel,
+    Work,
 )
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
 from fedlean.train.cohort import check_cohort, sample_cohort
@@ -64,6 +65,12 @@ class LocalSGD:
     def clients(self, server: Server, devices: Sequence[Device], round: int) -> list[int]:
         """Ids of the cohort of `round`, ascending."""
         return sample_cohort(devices, self.cohort, seed=server.seed, round=round)
+
+    @property
+    def work(self) -> Work:
+        """A client's round on all weights of whatever model it is given."""
+        floats = 1 if self.momentum else 0
+        return Work(self.local_steps, self.batch_size, optimizer_floats=floats)
 
     def hparams(self, rounds_done: int) -> dict[str, Scalar]:
         """What a client is told in the round after so many."""

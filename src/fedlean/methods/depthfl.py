@@ -1,0 +1,180 @@
+"""DepthFL: each device trains the beginning of the model that it can hold, with an exit at its end.
+
+Kim, Yu, Kim and Moon, "DepthFL: Depthwise Federated Learning for Heterogeneous Clients", ICLR 2023.
+A device of depth d has the first d parts of the model and an exit after each; it trains
+
+    L = Σ_i CE_i + 1/(d-1) Σ_i Σ_{j≠i} KL(p_j || p_i)    over its exits, p_j being a target
+
+(mutual self-distillation), and the server averages each part over the devices that have it.
+
+**Deviations.**  Means are weighted by examples.  Depth follows from the memory of the device; the
+paper gives it out by hand, as `assign="fixed"` does.  An exit is global average pooling and a
+linear layer (ours); the authors' have separable convolutions and attention, whose widths are of
+their ResNet.  The paper adds FedDyn's regularisation, which is not there.  As in the authors' code
+the logits of all exits are summed for evaluation, and the weight of distillation may rise over the
+first rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+from fedlean.core import (
+    Batches,
+    ClientState,
+    ClientTask,
+    ClientUpdate,
+    Device,
+    FederatedAlgorithm,
+    Masks,
+    Model,
+    Params,
+    Server,
+)
+from fedlean.engine.protocol import Engine
+from fedlean.layers import Add
+from fedlean.models.initialise import init_params
+from fedlean.spec import Node
+from fedlean.submodels.exits import ending_at, with_exits
+from fedlean.submodels.levels import fold_cuts, levels
+from fedlean.submodels.stages import graft
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.descent import local_descent
+from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
+from fedlean.train.losses import mutual_distillation
+from fedlean.train.start import dense_params
+from fedlean.train.work import only_sgd
+
+Assign = Literal["memory", "fixed"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What survives a round."""
+
+    round: int  # training rounds completed
+    phase: str
+    params: Params  # of the whole model and of every exit
+    masks: Masks = field(default_factory=dict)  # always empty
+
+
+@with_local_sgd
+def depthfl(
+    server: Server,
+    sgd: LocalSGD,
+    *,
+    assign: Assign = "memory",
+    distillation: float = 1.0,
+    distillation_rounds: int = 0,
+    ensemble: bool = True,
+) -> FederatedAlgorithm:
+    """Federated averaging of beginnings of one model, each with its exits.
+
+    Args:
+      sgd: local SGD, whose settings are this method's as well; its loss must be "ce".
+      assign: which depth a device gets.  "memory": the largest that it can hold, the whole model
+        where its memory is not known.  "fixed": client i, depth i modulo their number, beginning
+        with the whole.
+      distillation: weight of the KL terms (paper: 1); 0: cross-entropy alone.
+      distillation_rounds: rounds over which that weight rises linearly from 0 (0: none).
+      ensemble: the model is evaluated and saved with the sum of all exits' logits as its output;
+        otherwise with its last exit, the others beside it.
+
+    Raises ValueError naming the hyper-parameter that is out of range, and for a model that has no
+    block after which it could end.
+    """
+    if assign not in get_args(Assign):
+        raise ValueError(f"assign must be one of {', '.join(get_args(Assign))}, got {assign!r}")
+    if sgd.loss != "ce":
+        raise ValueError(f"loss must be 'ce', the loss of every exit, got {sgd.loss!r}")
+    in_range("distillation", distillation, 0.0, 1e3)
+    at_least("distillation_rounds", distillation_rounds, 0)
+    exits = with_exits(server.spec)
+    depths = range(len(exits.names), 0, -1)  # as `levels` has them, the largest first
+    choice = levels([(str(d), ending_at(exits, d)) for d in depths], sgd.work, server.profile)
+    evaluated = exits.spec
+    if ensemble:
+        evaluated = graft(exits.spec, [Node("ensemble", Add(), exits.names)], output=True)
+
+    def level(device: Device) -> int:
+        return choice.fitting(device) if assign == "memory" else device.id % len(depths)
+
+    def init(model: Model) -> State:
+        drawn = init_params(exits.spec, server.seed, server.init)
+        return State(0, "train", {**drawn, **dense_params(model)})
+
+    def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        round, by_id = state.round + 1, {device.id: device for device in devices}
+        rise = min(1.0, state.round / distillation_rounds) if distillation_rounds else 1.0
+        tasks = []
+        for client in sgd.clients(server, devices, round):
+            at = level(by_id[client])
+            cut = choice.cuts[at]
+            hparams = {
+                **sgd.hparams(state.round),
+                "depth": choice.names[at],
+                "exits": " ".join(exits.names[: int(choice.names[at])]),
+                "distillation": distillation * rise,
+            }
+            tasks += cohort_tasks(
+                server,
+                [client],
+                round=round,
+                phase="train",
+                model=Model(cut.spec, cut.take(state.params)),
+                hparams=hparams,
+            )
+        return tasks
+
+    def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
+        merged = fold_cuts(
+            exits.spec, state.params, updates, lambda task: choice.cut(str(task.hparams["depth"]))
+        )
+        return replace(state, round=state.round + 1, params=merged.params())
+
+    def done(state: State) -> bool:
+        return state.round >= server.rounds
+
+    def model(state: State) -> Model:
+        return Model(evaluated, state.params)
+
+    return FederatedAlgorithm(
+        init, configure, client_update, server_update, done, work=only_sgd, model=model
+    )
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    return {} if settings["distillation"] else {"distillation_rounds": "distillation is 0"}
+
+
+def client_update(
+    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
+) -> tuple[ClientUpdate, ClientState]:
+    """`local_steps` steps on the loss over the exits of the device's depth."""
+    h = task.hparams
+    names = str(h["exits"]).split()
+    loss = partial(mutual_distillation, exits=names, weight=float(h["distillation"]))
+    session = open_session(task, engine)
+    train_loss = local_descent(
+        session,
+        batches,
+        loss,
+        taps=names,
+        steps=int(h["local_steps"]),
+        batch_size=int(h["batch_size"]),
+        seed=task.seed,
+    )
+    update = ClientUpdate(
+        client=task.client,
+        num_examples=batches.num_examples,
+        params=session.params(),
+        sub_model=task.sub_model,
+        metrics={"train_loss": train_loss},
+        work=only_sgd(task),
+    )
+    return update, client_state

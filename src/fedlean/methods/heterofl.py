@@ -1,0 +1,155 @@
+"""HeteroFL: each device trains the slice by width that it can hold, cut from one shared model.
+
+Diao, Ding and Tarokh, "HeteroFL: Computation and Communication Efficient Federated Learning for
+Heterogeneous Clients", ICLR 2021, arXiv 2010.01264.  A device at level p holds the first
+ceil(r^p · C) of each layer's C channels (eq. (1)); the server averages each element over the
+devices that hold it (eqs. (2) to (4)).
+
+**Deviations.**  Means are weighted by examples; the paper counts devices.  An element that nobody
+held keeps its value.  The paper gives out levels by hand: here the memory of the device decides,
+`assign` gives the paper's two ways.  The paper normalises by BatchNorm without running statistics
+(`static_norm`); our models have GroupNorm unless told otherwise, which needs nothing of the kind.
+Its masked cross-entropy for clients that lack classes is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from fedlean.core import (
+    Batches,
+    ClientState,
+    ClientTask,
+    ClientUpdate,
+    Device,
+    FederatedAlgorithm,
+    Masks,
+    Model,
+    Params,
+    Server,
+    generator,
+)
+from fedlean.engine.protocol import Engine
+from fedlean.submodels.cut import whole
+from fedlean.submodels.levels import fold_cuts, levels, rates_from
+from fedlean.submodels.static_norm import calibrate
+from fedlean.submodels.width import width
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
+from fedlean.train.start import dense_params
+from fedlean.train.work import only_sgd
+
+Assign = Literal["memory", "fixed", "drawn"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What survives a round."""
+
+    round: int  # training rounds completed
+    phase: str
+    params: Params  # of the whole model
+    masks: Masks = field(default_factory=dict)  # always empty
+
+
+@with_local_sgd
+def heterofl(
+    server: Server,
+    sgd: LocalSGD,
+    *,
+    widths: str = "1 0.5 0.25",
+    assign: Assign = "memory",
+    scaler: bool = True,
+    static_norm: bool = False,
+) -> FederatedAlgorithm:
+    """Federated averaging of slices of one model.
+
+    Args:
+      sgd: local SGD, whose settings are this method's as well.
+      widths: r^p, shares of every layer's channels, from the largest to the smallest (paper: 1,
+        1/2, 1/4, 1/8 and 1/16).
+      assign: which slice a device gets.  "memory": the largest that it can hold, the first where
+        its memory is not known.  "fixed": client i, level i modulo their number.  "drawn": any
+        level, anew each round.  The last two are the paper's fixed and dynamic assignment.
+      scaler: a slice multiplies what its layers give by 1/width in training (paper: Section 3).
+      static_norm: the server finds the running statistics of BatchNorm after each round, on inputs
+        of its own; without it a model with BatchNorm is refused.
+
+    Raises ValueError naming the hyper-parameter that is out of range, the layer that cannot be
+    sliced, or what `static_norm` lacks.
+    """
+    if assign not in get_args(Assign):
+        raise ValueError(f"assign must be one of {', '.join(get_args(Assign))}, got {assign!r}")
+    spec, rates = server.spec, rates_from(widths)
+    _check_norms(server, static_norm)
+    named = [
+        (f"{rate:g}", whole(spec) if rate == 1 else width(spec, rate, scaler=scaler))
+        for rate in rates
+    ]
+    choice = levels(named, sgd.work, server.profile)
+
+    def level(device: Device, round: int) -> int:
+        if assign == "memory":
+            return choice.fitting(device)
+        if assign == "fixed":
+            return device.id % len(rates)
+        return int(generator(server.seed, round, device.id, "level").integers(len(rates)))
+
+    def init(model: Model) -> State:
+        return State(0, "train", dense_params(model))
+
+    def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        round, by_id = state.round + 1, {device.id: device for device in devices}
+        sent: dict[int, Model] = {}  # by level: what several clients get is one object
+        tasks = []
+        for client in sgd.clients(server, devices, round):
+            at = level(by_id[client], round)
+            if at not in sent:
+                cut = choice.cuts[at]
+                sent[at] = Model(cut.spec, cut.take(state.params))  # eq. (1)
+            hparams = {**sgd.hparams(state.round), "width": choice.names[at]}
+            tasks += cohort_tasks(
+                server, [client], round=round, phase="train", model=sent[at], hparams=hparams
+            )
+        return tasks
+
+    def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
+        merged = fold_cuts(  # eqs. (2) to (4)
+            spec, state.params, updates, lambda task: choice.cut(str(task.hparams["width"]))
+        )
+        params = merged.params()
+        if static_norm and server.inputs is not None and merged.count:
+            params = calibrate(spec, params, server.inputs(), server.engine)
+        return replace(state, round=state.round + 1, params=params)
+
+    def done(state: State) -> bool:
+        return state.round >= server.rounds
+
+    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=only_sgd)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    return {"scaler": "widths has 1 alone"} if rates_from(settings["widths"]) == (1.0,) else {}
+
+
+def client_update(
+    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
+) -> tuple[ClientUpdate, ClientState]:
+    """w_n <- w - η·g for `local_steps` steps on the slice."""
+    return train_kept_weights(task, batches, engine), client_state
+
+
+def _check_norms(server: Server, static_norm: bool) -> None:
+    norms = [name.removesuffix(".running_mean") for name in server.spec.variances.values()]
+    if norms and not static_norm:
+        raise ValueError(
+            f"layer {norms[0]!r} is a BatchNorm, whose running statistics differ between widths: "
+            "take a model with GroupNorm, or static_norm=true"
+        )
+    if static_norm and not norms:
+        raise ValueError("static_norm is for models with BatchNorm, and this one has none")
+    if static_norm and server.inputs is None:
+        raise ValueError("static_norm needs inputs of the server's own, and there are none")

@@ -1,0 +1,101 @@
+"""Sub-models from the largest to the smallest, and the largest of them that a device can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fedlean.core import ClientTask, ClientUpdate, Device, Params, SubModel, Work
+from fedlean.cost.price import Model, cost
+from fedlean.cost.profile import Profile
+from fedlean.spec import ModelSpec
+from fedlean.submodels.cut import Cut
+from fedlean.tree import Fold
+
+
+@dataclass(frozen=True)
+class Levels:
+    """`names` say which one a task is of; what each needs is modelled, to the byte natively."""
+
+    names: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    needs_bytes: tuple[int, ...]
+
+    def fitting(self, device: Device) -> int:
+        """The first that the device can hold; the last where none is small enough.
+
+        A device whose memory is not known takes the first.  One that cannot hold the last is found
+        out before the task is sent (`runtime.step`), with what it lacks.
+        """
+        if device.memory_bytes is None:
+            return 0
+        fits = (at for at, need in enumerate(self.needs_bytes) if need <= device.memory_bytes)
+        return next(fits, len(self.names) - 1)
+
+    def common(self, devices: Sequence[Device]) -> int:
+        """The first that all of `devices` can hold; the last where none is."""
+        return max((self.fitting(device) for device in devices), default=0)
+
+    def cut(self, name: str) -> Cut:
+        return self.cuts[self.names.index(name)]
+
+
+def levels(cuts: Sequence[tuple[str, Cut]], work: Work, profile: Profile) -> Levels:
+    """Of named cuts, largest first, on which a client does `work` on all weights.
+
+    Raises ValueError where a later one needs more memory than one before it.
+    """
+    needs = tuple(_needs(cut.spec, work, profile) for _, cut in cuts)
+    names = [name for name, _ in cuts]
+    for (before, name), (more, less) in zip(pairwise(names), pairwise(needs), strict=True):
+        if less > more:
+            raise ValueError(
+                f"sub-models go from the largest to the smallest, but {name} needs {less} bytes "
+                f"and {before} before it {more}"
+            )
+    return Levels(tuple(names), tuple(cut for _, cut in cuts), needs)
+
+
+def _needs(spec: ModelSpec, work: Work, profile: Profile) -> int:
+    return cost(Model(spec, SubModel()), (work,), profile).peak_memory_bytes
+
+
+def rates_from(text: str) -> tuple[float, ...]:
+    """Width rates as a setting has them: "1 0.5 0.25", descending, each in (0, 1].
+
+    Raises ValueError naming what is none of these.
+
+    >>> rates_from("1 0.5, 0.25")
+    (1.0, 0.5, 0.25)
+    """
+    try:
+        rates = tuple(float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        rates = ()
+    descending = all(a > b for a, b in pairwise(rates))
+    if not rates or not descending or not 0 < rates[-1] <= rates[0] <= 1:
+        raise ValueError(
+            f"rates must be numbers in (0, 1] from the largest to the smallest, as '1 0.5 0.25', "
+            f"got {text!r:.60}"
+        )
+    return rates
+
+
+def fold_cuts(
+    full: ModelSpec,
+    base: Params,
+    updates: Iterable[ClientUpdate],
+    cut_of: Callable[[ClientTask], Cut],
+) -> Fold:
+    """The merge of sub-models into `base`, the tensors of `full`: each element is the mean over the
+    clients whose sub-model has it, and one that no client has keeps its value.
+
+    Updates are those that the runtime hands to `server_update`, which know their task.
+    """
+    result = Fold(base, variances=full.variances)
+    for update in updates:
+        if update.task is None:
+            raise ValueError("an update without its task cannot be merged: which part is it of?")
+        result.add(update, index=cut_of(update.task).index)
+    return result
