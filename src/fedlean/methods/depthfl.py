@@ -35,12 +35,9 @@ from fedlean.core import (
     Server,
 )
 from fedlean.engine.protocol import Engine
-from fedlean.layers import Add
 from fedlean.models.initialise import init_params
-from fedlean.spec import Node
 from fedlean.submodels.exits import ending_at, with_exits
 from fedlean.submodels.levels import fold_cuts, levels
-from fedlean.submodels.stages import graft
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.descent import local_descent
 from fedlean.train.hyperparameters import at_least, in_range
@@ -96,9 +93,7 @@ def depthfl(
     exits = with_exits(server.spec)
     depths = range(len(exits.names), 0, -1)  # as `levels` has them, the largest first
     choice = levels([(str(d), ending_at(exits, d)) for d in depths], sgd.work, server.profile)
-    evaluated = exits.spec
-    if ensemble:
-        evaluated = graft(exits.spec, [Node("ensemble", Add(), exits.names)], output=True)
+    evaluated = choice.cuts[0].spec if ensemble else exits.spec
 
     def level(device: Device) -> int:
         return choice.fitting(device) if assign == "memory" else device.id % len(depths)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fedlean.layers import Flatten, GlobalAvgPool, Layer, Linear
+from fedlean.layers import Add, Flatten, GlobalAvgPool, Layer, Linear
 from fedlean.spans import crossing, upto
 from fedlean.spec import ModelSpec, Node
 from fedlean.submodels.cut import Cut, whole_index
 from fedlean.submodels.stages import graft
 
-PREFIX = "exit_"
+PREFIX, ENSEMBLE = "exit_", "ensemble"
 
 
 class Exits(NamedTuple):
@@ -56,9 +56,14 @@ def with_exits(spec: ModelSpec) -> Exits:
 
 
 def ending_at(exits: Exits, count: int) -> Cut:
-    """The model with the first `count` exits; the last of them is its output."""
-    *before, last = exits.names[:count]
+    """The model with the first `count` exits; its output is the sum of their logits.
+
+    So no exit is a dead end: engines, costs and limits see all of them in a plain step.
+    """
+    *before, last = names = exits.names[:count]
     small = upto(exits.spec, last, also=before)
+    if before:
+        small = graft(small, [Node(ENSEMBLE, Add(), names, ENSEMBLE)], output=True)
     return Cut(small, whole_index(small), exits.spec)
 
 
