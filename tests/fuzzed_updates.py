@@ -135,6 +135,7 @@ def claims(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
         held_examples=held,
         begin=begin,
         end=end,
+        taps=(str(one_of(rng, (*task.spec.by_name, *NAMES))),) * int(rng.integers(3)),
     )
     return replace(update, work=(work,))
 

@@ -81,6 +81,7 @@ class Work:
     held_examples: int = 0  # whose activations at `begin` (else `end`) lie outside the engine
     begin: str = ""  # the model's input
     end: str = ""  # the model's output
+    taps: tuple[str, ...] = ()  # layers that a loss of the client's own reads; (): the engine's
 
 
 @dataclass(frozen=True)

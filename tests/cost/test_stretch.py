@@ -201,6 +201,52 @@ def test_native_sessions_of_any_model_hold_what_is_priced(spec, density, batch_s
     assert peak_memory_bytes(spec, works, frozen=frozen) == session.peak_memory_bytes
 
 
+@pytest.mark.usefixtures("has_native")
+@RUNS
+@given(networks(), st.integers(2, 40), st.booleans(), st.data())
+def test_a_loss_of_ones_own_is_priced_with_what_it_reads(spec, batch_size, behind, data):
+    """A training forward with taps and `descend`, of the whole or behind a frozen beginning."""
+    frozen, cut = frozenset(), ""
+    if behind:
+        cut = data.draw(st.sampled_from([node.name for node in spec.nodes]))
+        try:
+            frozen = frozenset(stretch(spec, Work(end=cut)).spec.tensor_shapes)
+            split(spec, frozen, at=cut)
+        except ValueError:
+            return
+    part = stretch(spec, Work(begin=cut)).spec
+    taps = tuple(data.draw(st.sets(st.sampled_from(sorted(part.by_name)), min_size=1)))
+    task = task_of(spec, frozen, batch_size=batch_size)
+    work = replace(sgd_work(task, taps=taps), begin=cut)
+    session = open_engine("native", 1).open(
+        part,
+        init_params(part, 0),
+        SubModel(frozen=frozen.intersection(part.tensor_shapes)),
+        batch_size=batch_size,
+        optimizer=SGD(0.1, 0.9),
+    )
+    x = np.zeros((batch_size, *part.input_shape), np.float32)
+    values = session.forward(x, taps=taps, training=True)
+    session.descend({tap: np.zeros_like(values[tap]) for tap in taps})
+    plain = work_memory_bytes(spec, replace(work, taps=()), frozen=frozen)
+    found = work_memory_bytes(spec, work, frozen=frozen)
+    assert found == max(plain, session.held_bytes)
+    assert cost(Model(spec, SubModel(frozen=frozen)), [work], PI).peak_memory_bytes == found
+
+
+@pytest.mark.usefixtures("has_native")
+def test_a_forward_to_taps_is_priced_with_them():
+    spec, params = units()
+    frozen = frozenset(spec.tensor_shapes)
+    taps = ("stage1_1_relu2", "stage2_1_relu2")
+    session = open_engine("native", 1).open_forward(
+        spec, params, SubModel(frozen=frozen), batch_size=8
+    )
+    work = Work(0, 8, forward_examples=8, end="fc", taps=taps)
+    plain = work_memory_bytes(spec, replace(work, taps=()), frozen=frozen)
+    assert plain == session.peak_memory_bytes < work_memory_bytes(spec, work, frozen=frozen)
+
+
 def test_the_price_falls_with_the_frozen_share():
     """FLOPs, seconds and memory, stage by stage, with one session and with two."""
     spec, _ = units()

@@ -151,6 +151,7 @@ CLAIMS = {
     "a part": (claiming(Work(2, 4, end="conv")), "from the input to conv of the model, which the"),
     "beside": (claiming(Work(2, 4, beside=1)), "work of 1 stretches beside it, the task takes"),
     "held": (claiming(Work(2, 4, held_examples=1)), "work of 1 activations held, the task takes"),
+    "a loss of its own": (claiming(Work(2, 4, taps=("conv",))), "claims a loss at 'conv', which"),
     "less held than none": (claiming(Work(2, 4, held_examples=-1)), "less work than none"),
     "less than none": (claiming(Work(-1, 4)), "less work than none"),
     "many": (claiming(*[Work()] * 257), "257 stretches of work"),
@@ -193,16 +194,16 @@ def test_work_on_pruned_weights():
 def test_each_part_is_held_against_the_order_for_it():
     """What is left of one part's order is no room for another's."""
     algorithm = quick(1)
-    (task, *_) = algorithm.configure(algorithm.init(params()), [Device(0)])
+    (task, *_) = algorithm.configure(algorithm.init(first_model()), [Device(0)])
     first = Work(0, 4, forward_examples=8, end="pool")
-    rest = Work(2, 4, beside=1, held_examples=8, begin="pool")
+    rest = Work(2, 4, beside=1, held_examples=8, begin="pool", taps=("fc1", "fc2"))
     order = [first, rest]
 
     def reason(*work: Work) -> str:
         return beyond_order(work, task, order) or ""
 
     assert not reason(*order) and not reason(first)
-    assert not reason(replace(rest, steps=1), replace(rest, steps=1))
+    assert not reason(replace(rest, steps=1), replace(rest, steps=1, taps=("fc2",)))
     assert "9 examples from the input to pool of the model, the" in reason(
         replace(first, forward_examples=9), rest
     )
@@ -220,6 +221,7 @@ def test_a_part_that_the_model_lacks():
     for work, why in (
         (Work(1, 4, begin="nothing"), "a span of the model that it lacks: .*no layer 'nothing'"),
         (Work(1, 4, begin="fc1", end="conv"), "'conv' does not need 'fc1'"),
+        (Work(1, 4, taps=("nothing",)), "a loss at 'nothing', which the task does not order"),
         (Work(1, 4, held_examples=10**13), "10000000000000 activations held, expected at most"),
     ):
         _, (record,) = attacked(algorithm, claiming(work), rounds=1)

@@ -246,7 +246,9 @@ def test_json_must_be_utf8(task: ClientTask) -> None:
         {"work": [[1, ["", ""]]]},
         {"work": [[1, ["conv"]]]},
         {"work": [[1, ["conv", 1]]]},
-        {"work": [[1, ["conv", "fc", "fc"]]]},
+        {"work": [[1, ["conv", "fc", "no such"]]]},
+        {"work": [[1, ["conv", "fc", ""]]]},
+        {"work": [[1, ["", "", 1]]]},
         {"work": [[1, ["no such", ""]]]},
         {"work": [[1, ["conv", ""], 2]]},
         {"work": [[1, {}, ["conv", ""]]]},
@@ -402,6 +404,7 @@ def test_what_cannot_travel_is_refused_by_name(
         ({"work": (Work(kept={"no.such": 1}),)}, "no tensor"),
         ({"work": (Work(begin="no such"),)}, "work.begin: 'no such' names no layer"),
         ({"work": (Work(end="no such"),)}, "work.end: 'no such' names no layer"),
+        ({"work": (Work(taps=("no such",)),)}, "work.taps: 'no such' names no layer"),
         ({"work": (Work(beside=-1),)}, "work.beside must be a count"),
     ],
 )

@@ -16,7 +16,7 @@ FLOAT_BYTES = 4
 
 class Stretch(NamedTuple):
     spec: ModelSpec  # of the span
-    work: Work  # its masks are those of the span
+    work: Work  # its masks and taps are those of the span
     frozen: frozenset[str]
 
 
@@ -29,7 +29,8 @@ def stretch(spec: ModelSpec, work: Work, frozen: frozenset[str] = frozenset()) -
         return Stretch(spec, work, frozen)
     part = span(spec, work.begin, work.end)
     kept = {name: count for name, count in work.kept.items() if name in part.tensor_shapes}
-    return Stretch(part, replace(work, kept=kept), _within(part, frozen))
+    taps = tuple(name for name in work.taps if name in part.by_name)
+    return Stretch(part, replace(work, kept=kept, taps=taps), _within(part, frozen))
 
 
 def is_span(work: Work) -> bool:

@@ -36,7 +36,7 @@ def as_done(
         return Done(work, work_seconds(spec, work, profile, frozen=frozen))
     dense = replace(work, kept={})
     own = stretch(spec, work, frozen)
-    held = _dense_memory(own.spec, dense.batch_size, *_of(dense), own.frozen)
+    held = _dense_memory(own.spec, *_of(own.work), own.frozen)
     if held.peak_bytes > profile.memory_bytes:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen, dense_too=False))
     sparse_seconds, dense_seconds = (
@@ -83,6 +83,7 @@ def _memory(
             work.kept,
             batch_size=work.batch_size,
             frozen=frozen if is_span(work) else frozenset(),
+            taps=work.taps,
             sparse=sparse,
         )
     return step_memory(
@@ -92,14 +93,21 @@ def _memory(
         optimizer_floats=work.optimizer_floats,
         frozen=frozen,
         importance=work.importance_steps > 0,
+        taps=work.taps,
         sparse=sparse,
     )
 
 
-def _of(work: Work) -> tuple[bool, bool, int, str]:
+def _of(work: Work) -> tuple[int, bool, bool, int, bool, tuple[str, ...]]:
     """What its memory depends on beside the masks and the model."""
-    spanned = work.begin or work.end  # which span it is, the model says
-    return work.steps > 0, work.importance_steps > 0, work.optimizer_floats, spanned
+    return (
+        work.batch_size,
+        work.steps > 0,
+        work.importance_steps > 0,
+        work.optimizer_floats,
+        is_span(work),
+        work.taps,
+    )
 
 
 @lru_cache(maxsize=64)
@@ -109,12 +117,18 @@ def _dense_memory(
     steps: bool,
     importance: bool,
     optimizer_floats: int,
-    spanned: str,
+    of_span: bool,
+    taps: tuple[str, ...],
     frozen: frozenset[str],
 ) -> StepMemory | ForwardMemory:
     """Once for all masks: a time model asks for thousands."""
     work = Work(
-        int(steps), batch_size, int(importance), optimizer_floats=optimizer_floats, end=spanned
+        int(steps),
+        batch_size,
+        int(importance),
+        optimizer_floats=optimizer_floats,
+        end=spec.nodes[-1].name if of_span else "",
+        taps=taps,
     )
     return _memory(spec, work, frozen)
 

@@ -9,12 +9,12 @@ workspace.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from fedlean.engine.gradient_flow import needed
-from fedlean.engine.native_forward_plan import forward_bytes
+from fedlean.engine.native_forward_plan import forward_bytes, tapped_bytes
 from fedlean.engine.native_step_plan import SessionPlan
 from fedlean.engine.native_storage import FLOAT_BYTES
 from fedlean.engine.protocol import SGD
@@ -42,13 +42,15 @@ def step_memory(
     optimizer_floats: int = 0,
     frozen: frozenset[str] = frozenset(),
     importance: bool = False,
+    taps: Collection[str] = (),
     sparse: bool = True,
     threads: int = 1,
 ) -> StepMemory:
     """Memory of one forward, backward and update on `batch_size` examples.
 
     `kept` maps masked tensors to their kept coordinates (absent: dense); `optimizer_floats` is what
-    the optimiser holds per trained weight (`optimizer_floats`).
+    the optimiser holds per trained weight (`optimizer_floats`).  With `taps` the session also runs
+    forward to them and descends from there, which natively takes more scratch.
     """
     sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
     sums = FLOAT_BYTES * sum(sizes.values()) if importance else 0
@@ -56,6 +58,8 @@ def step_memory(
         plan = SessionPlan(spec, kept, batch_size, frozen, threads)
         stored = plan.stored_bytes(optimizer_floats)
         arena = plan.step_bytes(importance=importance)
+        if taps:
+            arena = max(arena, plan.forward_bytes(batch_size, taps, training=True))
         return StepMemory(stored, sums, arena, stored + sums + arena)
     gradients = {name: FLOAT_BYTES * size for name, size in sizes.items()}
     stored = sum(FLOAT_BYTES * prod(shape) for shape in spec.tensor_shapes.values())
@@ -91,6 +95,7 @@ def forward_memory(
     *,
     batch_size: int,
     frozen: frozenset[str] = frozenset(),
+    taps: Collection[str] = (),
     sparse: bool = True,
     directions_at_once: int = 1,
 ) -> ForwardMemory:
@@ -107,6 +112,8 @@ def forward_memory(
             frozen=frozen,
             directions_at_once=directions_at_once,
         )
+        if taps:
+            live = max(live, tapped_bytes(spec, kept, examples=batch_size, taps=taps))
         return ForwardMemory(stored, live, stored + live)
     sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
     stored = sum(FLOAT_BYTES * prod(shape) for shape in spec.tensor_shapes.values())

@@ -128,7 +128,7 @@ def beyond_order(
                 return f"claims work on {name!r}, which the model lacks"
             if not 0 <= kept <= prod(task.spec.tensor_shapes[name]):
                 return f"claims work on {kept} weights of {name!r}, which has fewer"
-        if reason := _other_span(one, task, ordered):
+        if reason := _other_taps(one, task, ordered) or _other_span(one, task, ordered):
             return reason
     if ordered is None:
         amounts = _amounts(work)
@@ -137,6 +137,17 @@ def beyond_order(
                 return f"claims work on {claimed} {what}, expected at most {MAX_WORK_EXAMPLES}"
         return None
     return _more_than(work, ordered) or _on_more_weights(work, ordered)
+
+
+def _other_taps(work: Work, task: ClientTask, ordered: Sequence[Work] | None) -> str | None:
+    """Where a claim is of layers whose activations no loss was ordered to read."""
+    known = task.spec.by_name.keys()
+    if ordered is not None:
+        known = {tap for one in ordered for tap in one.taps}
+    for tap in work.taps:
+        if tap not in known:
+            return f"claims a loss at {tap!r}, which the task does not order"
+    return None
 
 
 def _other_span(work: Work, task: ClientTask, ordered: Sequence[Work] | None) -> str | None:

@@ -8,8 +8,18 @@ from fedlean.core import ClientTask, Work
 from fedlean.tree import kept_counts
 
 
-def sgd_work(task: ClientTask, *, importance: bool = False, forward_examples: int = 0) -> Work:
-    """Of `local_steps` steps on the task's masks; importance: each with all weight gradients."""
+def sgd_work(
+    task: ClientTask,
+    *,
+    importance: bool = False,
+    forward_examples: int = 0,
+    taps: tuple[str, ...] = (),
+) -> Work:
+    """Of `local_steps` steps on the task's masks; importance: each with all weight gradients.
+
+    taps: the layers that the loss of `descent.local_descent` reads, the output among them; without
+    any, the loss is the engine's (`local_sgd`).
+    """
     h = task.hparams
     steps = int(h["local_steps"])
     return Work(
@@ -19,18 +29,24 @@ def sgd_work(task: ClientTask, *, importance: bool = False, forward_examples: in
         forward_examples=forward_examples,
         kept=kept_counts(task.sub_model.masks),
         optimizer_floats=1 if h["momentum"] else 0,
+        taps=taps,
     )
 
 
 def behind_frozen(
-    task: ClientTask, cut: str, *, micro_batch: int, importance: bool = False
+    task: ClientTask,
+    cut: str,
+    *,
+    micro_batch: int,
+    importance: bool = False,
+    taps: tuple[str, ...] = (),
 ) -> tuple[Work, ...]:
     """Of `sgd_work` where what comes before the activation of `cut` only runs forward.
 
     The beginning stays in memory beside the rest, with the batch's activations at the cut and the
     micro-batch's that join them (`freezing.session.BeginningSession`).
     """
-    whole = sgd_work(task, importance=importance)
+    whole = sgd_work(task, importance=importance, taps=taps)
     micro_batch = min(micro_batch, whole.batch_size)
     before = _beginning(whole, cut, micro_batch, whole.steps * whole.batch_size)
     held = whole.batch_size + micro_batch
@@ -45,13 +61,14 @@ def behind_cached(
     examples: int,
     on_disk: bool = False,
     importance: bool = False,
+    taps: tuple[str, ...] = (),
 ) -> tuple[Work, ...]:
     """As `behind_frozen`, the beginning having run once over all `examples` of the client.
 
     What it gave stays in memory (`freezing.cached.cache`), or `on_disk`, where each batch is read;
     the beginning itself does not.
     """
-    whole = sgd_work(task, importance=importance)
+    whole = sgd_work(task, importance=importance, taps=taps)
     micro_batch = min(micro_batch, examples)
     stays = 0 if on_disk else examples
     before = _beginning(whole, cut, micro_batch, examples)

@@ -114,21 +114,24 @@ def read_update(document: dict[str, Any]) -> UpdateFields:
 
 
 def write_work(work: Work) -> list[Any]:
-    """The numbers in their order without the defaults at the end, the span, `kept`.
+    """The numbers in their order without the defaults at the end, the span with the taps, `kept`.
 
-    The span is left out where it is the whole model, and `kept` where it is empty; an empty object
-    stands for `AS_MASKED`.
+    The span is left out where it is the whole model without taps, and `kept` where it is empty; an
+    empty object stands for `AS_MASKED`.
 
     >>> write_work(Work(steps=5, batch_size=20, kept={"fc.weight": 48}))
     [5, 20, {'fc.weight': 48}]
     >>> write_work(Work(steps=5, begin="relu"))
     [5, ['relu', '']]
+    >>> write_work(Work(steps=5, taps=("exit", "fc")))
+    [5, ['', '', 'exit', 'fc']]
     """
     values = [getattr(work, name) for name in _WORK]
     defaults = list(_WORK.values())
     while values and values[-1] == defaults[len(values) - 1]:
         values.pop()
-    span = [[work.begin, work.end]] if work.begin or work.end else []
+    names = [work.begin, work.end, *work.taps]
+    span = [names] if any(names) else []
     kept = [dict(work.kept)] if work.kept or work.kept is AS_MASKED else []
     return [*values, *span, *kept]
 
@@ -136,8 +139,9 @@ def write_work(work: Work) -> list[Any]:
 def check_kept(works: tuple[Work, ...], spec: ModelSpec) -> None:
     """Raises WireError where work was done on tensors or layers that `spec` does not have."""
     for work in works:
-        for what, name in (("begin", work.begin), ("end", work.end)):
-            if name and name not in spec.by_name:
+        places = [("begin", work.begin), ("end", work.end), *(("taps", tap) for tap in work.taps)]
+        for what, name in places:
+            if (name or what == "taps") and name not in spec.by_name:
                 raise WireError(f"work.{what}: {_short(name)} names no layer of the spec")
         for name in work.kept:
             if name not in spec.tensor_shapes:
@@ -179,9 +183,9 @@ def _read_work(entry: Any) -> Work:
             kept = {}
         case _:
             raise WireError(f"work must be a list, got {_short(entry)}")
-    begin = end = ""
+    begin, end, taps = "", "", ()
     if values and isinstance(values[-1], list):
-        begin, end = _read_span(values.pop())
+        begin, end, *taps = _read_span(values.pop())
     if len(values) > len(_WORK):
         raise WireError(f"work has {len(values)} numbers, expected at most {len(_WORK)}")
     counts = {
@@ -189,14 +193,16 @@ def _read_work(entry: Any) -> Work:
     }
     if kept is not AS_MASKED:
         kept = {name: _count(value, f"work.kept {name!r}") for name, value in kept.items()}
-    return Work(**counts, kept=kept, begin=begin, end=end)
+    return Work(**counts, kept=kept, begin=begin, end=end, taps=tuple(taps))
 
 
-def _read_span(entry: list[Any]) -> tuple[str, str]:
-    match entry:
-        case [str(begin), str(end)] if begin or end:
-            return begin, end
-    raise WireError(f"work: a span must be two names, not both empty, got {_short(entry)}")
+def _read_span(entry: list[Any]) -> list[str]:
+    """Its beginning, its end and the taps."""
+    if len(entry) >= 2 and any(entry) and all(isinstance(name, str) for name in entry):
+        return entry
+    raise WireError(
+        f"work: a span must be two names and the taps', not all empty, got {_short(entry)}"
+    )
 
 
 def _read_statistic(entry: Any, name: str) -> tuple[Reduction, Mapping[str, TensorForm]]:
