@@ -11,9 +11,10 @@ from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
 from fedlean.freezing.beginning import frozen_beginning, frozen_blocks, split
 from fedlean.freezing.session import BeginningSession
-from fedlean.layers import BatchNorm, Linear, ReLU
+from fedlean.layers import BatchNorm, Conv2d, GlobalAvgPool, Linear, ReLU
 from fedlean.models.mobilenetv3 import mobilenetv3_small
 from fedlean.models.resnet import resnet8
+from fedlean.runtime.remote.room import STATM, resident_bytes
 from fedlean.spec import ModelSpec, sequential
 from fedlean.train.sgd import local_sgd
 
@@ -163,6 +164,40 @@ def test_memory_is_both_sessions_and_what_passes_between():
     trained(two, SMALL)
     held = two.beginning.held_bytes + two.rest.held_bytes + two.features_bytes
     assert two.peak_memory_bytes == held
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.skipif(not STATM.is_file(), reason="this system says the peak only")
+def test_what_passes_between_is_in_memory_when_the_sessions_are_opened():
+    """A device's limit looks at the process then: 64 MB of activations are there."""
+    spec = sequential(
+        (1, 64, 64), [("conv", Conv2d(64, 1)), ("pool", GlobalAvgPool()), ("fc", Linear(2))]
+    )
+    seen = []
+
+    class Limited:
+        name = "limited"
+
+        def open_forward(self, *given, **named):
+            seen.append(resident_bytes())
+            raise Stopped
+
+    before = resident_bytes()
+    with pytest.raises(Stopped):
+        BeginningSession(
+            Limited(),
+            spec,
+            start(spec),
+            SubModel(frozen=frozenset({"conv.weight", "conv.bias"})),
+            batch_size=64,
+            micro_batch=1,
+            optimizer=SGD(0.1),
+            at="conv",
+        )
+    assert seen[0] - before > 60e6
 
 
 def test_a_micro_batch_is_at_most_the_batch():

@@ -20,7 +20,7 @@ from fedlean.core import Batches, Params, SubModel
 from fedlean.data.batches import drawn_positions
 from fedlean.engine.protocol import Engine
 from fedlean.freezing.beginning import Split
-from fedlean.freezing.session import FLOAT_BYTES, check_micro_batch, part, tensors_of
+from fedlean.freezing.session import FLOAT_BYTES, check_micro_batch, held, part, tensors_of
 
 PASS_SEED = 0  # of the one pass over the data
 
@@ -75,10 +75,10 @@ def cache(
     beginning, rest, name = cut
     count = batches.num_examples
     size = min(micro_batch, count)
+    features = _array((count, *rest.input_shape), folder)
     session = engine.open_forward(
         beginning, tensors_of(beginning, params), part(sub_model, beginning), batch_size=size
     )
-    features = _array((count, *rest.input_shape), folder)
     y = np.empty(count, np.int64)
     steps = -(-count // size)
     places = drawn_positions(count, steps, size, PASS_SEED)
@@ -95,6 +95,6 @@ def cache(
 
 def _array(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
     if folder is None:
-        return np.empty(shape, np.float32)
+        return held(shape)
     with tempfile.TemporaryFile(dir=folder) as file:
         return np.memmap(file, np.float32, "w+", shape=shape)

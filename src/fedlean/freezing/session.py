@@ -64,6 +64,13 @@ def check_micro_batch(micro_batch: int) -> None:
         )
 
 
+def held(shape: tuple[int, ...]) -> np.ndarray:
+    """An array that is in memory at once: a device's limit counts it when sessions are opened."""
+    values = np.empty(shape, np.float32)
+    values.fill(0)  # what nobody has written to takes no memory yet
+    return values
+
+
 def features_of(session: ForwardSession, name: str, x: np.ndarray, out: np.ndarray, m: int) -> None:
     """Writes the activation of `name` on x (B, ...) to `out` (B, ...), m examples at a time."""
     for at in range(0, len(x), m):
@@ -98,12 +105,15 @@ class BeginningSession:
         at: str = "",
     ):
         check_micro_batch(micro_batch)
+        checks.check_settings(batch_size, loss)
         checks.check_sub_model(spec, sub_model)
         checks.check_params(spec, params, sub_model.masks)
         self._spec, self._sub_model = spec, sub_model
         self.cut: Split = split(spec, sub_model.frozen, at=at)
         beginning, rest, self.name = self.cut
+        self._batch_size = batch_size
         self.micro_batch = min(micro_batch, batch_size)
+        self._features = held((batch_size, *rest.input_shape))
         self.beginning: ForwardSession = engine.open_forward(
             beginning,
             tensors_of(beginning, params),
@@ -119,8 +129,6 @@ class BeginningSession:
             optimizer=optimizer,
             loss=loss,
         )
-        self._batch_size = batch_size
-        self._features = np.empty((batch_size, *rest.input_shape), np.float32)
 
     @property
     def features_bytes(self) -> int:
