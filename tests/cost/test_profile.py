@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from importlib import resources
 from math import prod
 
@@ -11,7 +11,15 @@ import pytest
 
 from fedlean.core import Device, Work
 from fedlean.cost.flops import layer_flops, step_flops
-from fedlean.cost.profile import Profile, available, faster, load_profile, profile_of
+from fedlean.cost.profile import (
+    Profile,
+    available,
+    faster,
+    from_document,
+    load_profile,
+    profile_of,
+    to_document,
+)
 from fedlean.cost.time import activations, work_seconds
 from fedlean.models.conv2 import conv2
 
@@ -198,7 +206,7 @@ def test_only_sparse_costs_may_be_zero(tmp_path, field):
         assert field in refused(path)
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(Profile) if f.name != "measured"])
+@pytest.mark.parametrize("field", [f.name for f in fields(Profile) if f.default is MISSING])
 def test_missing_field_is_named(tmp_path, field):
     rest = document()
     del rest[field]
@@ -212,6 +220,16 @@ def test_unknown_field_is_named(tmp_path):
 @pytest.mark.parametrize("field", ["name", "description", "source"])
 def test_text_must_be_text(tmp_path, field):
     assert field in refused(written(tmp_path, document(**{field: 3})))
+
+
+@pytest.mark.parametrize("value", [0, 1, "false", None])
+def test_a_dense_way_is_there_or_not(tmp_path, value):
+    assert load_profile(written(tmp_path, document())).dense_way, "files from before it was said"
+    without = load_profile(written(tmp_path, document(dense_way=False)))
+    assert not without.dense_way
+    assert from_document(to_document(without)) == without
+    path = written(tmp_path, document(dense_way=value))
+    assert "dense_way must be true or false" in refused(path)
 
 
 def test_a_device_counts_with_its_own_profile_else_with_the_servers():

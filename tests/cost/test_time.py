@@ -127,6 +127,20 @@ def test_sparse_step_by_hand():
     assert step_seconds(spec, {}, 2, profile) == pytest.approx(48)
 
 
+def test_without_a_dense_way_each_layer_takes_its_shorter_one():
+    """As above: fc1 40 FLOPs at 0.02 s, fc2 36; 480 each in full at 640 a second, 0.75 s."""
+    spec = sequential((6,), [("fc1", Linear(10)), ("fc2", Linear(4))])
+    kept = {"fc1.weight": 5, "fc2.weight": 3}
+    board = replace(BY_HAND, dense_way=False, dense_flops_per_s=640.0)
+    assert step_seconds(spec, kept, 2, board) == pytest.approx(14 + 0.75 + 0.72)
+    # with dense weight gradients fc1 0.02·20 + 240/640 = 0.775 s, fc2 0.02·24 + 160/640 s
+    assert step_seconds(spec, kept, 2, board, importance=True) == pytest.approx(14 + 0.75 + 0.73)
+    assert step_seconds(spec, {}, 2, board) == pytest.approx(1.5), "there are no masks"
+    one = sequential((6,), [("fc", Linear(10))])
+    assert forward_seconds(one, {"fc.weight": 2}, 3, board) == pytest.approx(5 + 0.24)
+    assert forward_seconds(one, {"fc.weight": 50}, 3, board) == pytest.approx(5 + 360 / 640)
+
+
 def test_conv_and_linear_have_their_own_rates():
     conv = sequential((1, 4, 4), [("conv", Conv2d(2, 3))])
     slow = replace(BY_HAND, dense_flops_per_s=1e-3, sparse_seconds_per_activation=0.0)

@@ -52,6 +52,16 @@ def test_the_way_that_fits(device, memory_bytes, taken, may_be_dense):
     assert price.peak_memory_bytes == work_memory_bytes(SPEC, taken)
 
 
+@pytest.mark.parametrize("memory_bytes", [NEEDS - 1, NEEDS_DENSE, 2 * NEEDS_DENSE])
+def test_a_device_without_the_dense_way_keeps_its_masks(memory_bytes):
+    device = replace(FAST_DENSE, memory_bytes=memory_bytes, dense_way=False)
+    assert as_done(SPEC, WORK, device).work == WORK
+    assert as_done(SPEC, DENSE, device) == as_done(SPEC, DENSE, FAST_DENSE)
+    price = cost(Model(SPEC, SubModel()), (WORK,), device)
+    assert price.peak_memory_bytes == NEEDS
+    assert price.flops < cost(Model(SPEC, SubModel()), (WORK,), FAST_DENSE).flops
+
+
 def test_a_sparse_way_that_takes_more_memory_than_the_dense_one():
     """A 1x1 convolution on a large image that keeps 69%: indices and copies outweigh the rest."""
     spec = sequential(

@@ -82,9 +82,10 @@ def test_algorithm_2_and_3_agree_on_linear_times():
     assert kept(pruner(profile, "linear")) == kept(pruner(profile, "device"))
 
 
-def test_the_initial_client_gets_the_measured_times():
+@pytest.mark.parametrize("dense_way", [True, False])
+def test_the_initial_client_gets_the_measured_times(dense_way):
     """Over the wire and back: the same T(M), so the same masks."""
-    sent = pruner(measured_profile(1.0, 0.1))
+    sent = pruner(replace(measured_profile(1.0, 0.1), dense_way=dense_way))
     hparams = {**sent.to_hparams(), "batch_size": 20, "local_steps": 5}
     task = ClientTask(0, "initial", 0, 1, SPEC, {}, SubModel(), hparams)
     got = Pruner.from_hparams(wire.decode_task(wire.encode_task(task), {}, {}).hparams)

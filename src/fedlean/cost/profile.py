@@ -22,11 +22,15 @@ RATES = (1e-30, 1e30)  # what divides or multiplies counts of up to 1e60 and lea
 class Profile:
     """What a device computes and sends per second.
 
-    A step takes the shorter of two ways, since a device may always compute densely:
+    A step takes the shorter of two ways:
     dense   FLOPs / dense_flops_per_s
     sparse  Σ_layers FLOPs · seconds_per_flop[kind] + activations · seconds_per_activation
     where activations are all layer outputs of the batch except Flatten's.  The link is apart.
     For the model that `measured` is of, if any, its times count instead of these rates.
+
+    Without `dense_way` a masked model is never computed as one without masks.  So it is with the
+    native engine, which decides layer by layer: a layer then takes the shorter of
+    FLOPs · seconds_per_flop[kind] and its FLOPs without a mask / dense_flops_per_s.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Profile:
     downlink_bytes_per_s: float
     memory_bytes: int
     measured: MeasuredTime | None = None
+    dense_way: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -47,6 +52,9 @@ class Profile:
             if field.type == "str":
                 if not isinstance(value, str):
                     raise ValueError(f"{field.name} must be text, got {value!r:.60}")
+            elif field.type == "bool":
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name} must be true or false, got {value!r:.60}")
             elif field.name != "measured":  # `measured_from` checks it
                 _check_rate(field.name, value)
 

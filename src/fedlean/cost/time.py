@@ -64,13 +64,14 @@ def step_seconds(
     frozen: frozenset[str] = frozenset(),
     dense_too: bool = True,
 ) -> float:
-    """One training step, the shorter of the sparse and the dense way.
+    """One training step, the shorter of the sparse and the dense way where the profile has both.
 
     A model without masks runs densely.  With `importance` the sparse way takes the weight gradient
     densely, at the dense rate; the dense way has it already.  What is `frozen` takes no gradient,
     and nothing runs backward below what trains.  Without `dense_too` the way is the sparse one.  A
     profile that was measured on this model gives what was measured, here and below.
     """
+    dense_too = dense_too and profile.dense_way
     if measured := _measured(spec, profile):
         left = backward_left(spec, frozen)
         return measured.step_seconds(
@@ -80,13 +81,25 @@ def step_seconds(
     if not kept:
         return dense
     sparse = _activation_seconds(spec, profile, batch_size, frozen)
-    for node, flops in flops_by_layer(spec, kept, batch_size, frozen):
+    full = flops_by_layer(spec, {}, batch_size, frozen)
+    for (node, flops), (_, most) in zip(
+        flops_by_layer(spec, kept, batch_size, frozen), full, strict=True
+    ):
+        rate, dense_gradient = _seconds_per_flop(profile, node), 0.0
+        layer = flops.step * rate
         if importance:
-            sparse += (flops.step - flops.grad_weight) * _seconds_per_flop(profile, node)
-            sparse += flops.dense_grad_weight / profile.dense_flops_per_s
-        else:
-            sparse += flops.step * _seconds_per_flop(profile, node)
+            layer = (flops.step - flops.grad_weight) * rate
+            dense_gradient = flops.dense_grad_weight / profile.dense_flops_per_s
+        if not profile.dense_way:
+            layer = _at_most(most.step, layer + dense_gradient, profile)
+            dense_gradient = 0.0
+        sparse = sparse + layer + dense_gradient
     return min(sparse, dense) if dense_too else sparse
+
+
+def _at_most(full_flops: int, sparse: float, profile: Profile) -> float:
+    """Ours: where the model has no dense way, each of its layers has one."""
+    return min(sparse, full_flops / profile.dense_flops_per_s)
 
 
 def _activation_seconds(
@@ -106,14 +119,17 @@ def forward_seconds(
     dense_too: bool = True,
 ) -> float:
     """Of so many examples, the shorter of the two ways as in `step_seconds`."""
+    dense_too = dense_too and profile.dense_way
     if measured := _measured(spec, profile):
         return measured.forward_seconds(kept, _sizes(spec), examples, dense_too=dense_too)
     dense = forward_flops(spec, {}, examples) / profile.dense_flops_per_s
     if not kept:
         return dense
     sparse = profile.sparse_seconds_per_activation * activations(spec) * examples * FORWARD_SHARE
-    for node, flops in flops_by_layer(spec, kept, examples):
-        sparse += flops.forward * _seconds_per_flop(profile, node)
+    full = flops_by_layer(spec, {}, examples)
+    for (node, flops), (_, most) in zip(flops_by_layer(spec, kept, examples), full, strict=True):
+        layer = flops.forward * _seconds_per_flop(profile, node)
+        sparse += layer if profile.dense_way else _at_most(most.forward, layer, profile)
     return min(sparse, dense) if dense_too else sparse
 
 

@@ -1,4 +1,4 @@
-"""Which of its two ways a device computes: the shorter of those that fit its memory."""
+"""Which of its ways a device computes: the shorter of those that it has and that fit its memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def as_done(
     Its seconds, too, but for sparse steps with the dense weight gradient: those take the shorter
     way each.  It is the shorter of the sparse and the dense way where both fit the device's memory,
     and otherwise the one that fits; where neither does, the sparse one, which so never takes less
-    time for keeping more.
+    time for keeping more.  A profile without `dense_way` has the sparse one only.
     """
-    if not work.kept:
+    if not work.kept or not profile.dense_way:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen))
     dense = replace(work, kept={})
     own = stretch(spec, work, frozen)

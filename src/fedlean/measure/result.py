@@ -75,6 +75,7 @@ def measurement(
         downlink_bytes_per_s=link.downlink_bytes_per_s if link else assumed.downlink_bytes_per_s,
         memory_bytes=machine.memory_bytes(),
         measured=measured,
+        dense_way=False,  # it is the native engine that was measured
     )
     steps = survey.setting.local_steps
     whole = fit_operation(survey, lambda p: p.session + steps * p.step)

@@ -88,6 +88,8 @@ class Pruner:
             for f in fields(Profile)
             if f.type in ("float", "int")
         }
+        if not self.profile.dense_way:
+            device["device/dense_way"] = False
         if self.profile.measured is not None:
             measured = replace(self.profile.measured, conditions={})  # no business of a client
             device["device/measured"] = json.dumps(asdict(measured))
