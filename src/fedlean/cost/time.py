@@ -8,7 +8,7 @@ from math import prod
 
 from fedlean.core import Work
 from fedlean.cost.backward import FORWARD_SHARE, BackwardLeft, activations_of, backward_left
-from fedlean.cost.flops import flops_by_layer, forward_flops, step_flops
+from fedlean.cost.flops import flops_by_layer, forward_flops, layer_flops, step_flops
 from fedlean.cost.measured import MeasuredTime
 from fedlean.cost.measured_part import profile_of_part
 from fedlean.cost.profile import Profile
@@ -81,18 +81,15 @@ def step_seconds(
     if not kept:
         return dense
     sparse = _activation_seconds(spec, profile, batch_size, frozen)
-    full = flops_by_layer(spec, {}, batch_size, frozen)
-    for (node, flops), (_, most) in zip(
-        flops_by_layer(spec, kept, batch_size, frozen), full, strict=True
-    ):
+    for node, flops in flops_by_layer(spec, kept, batch_size, frozen):
         rate, dense_gradient = _seconds_per_flop(profile, node), 0.0
         layer = flops.step * rate
         if importance:
             layer = (flops.step - flops.grad_weight) * rate
             dense_gradient = flops.dense_grad_weight / profile.dense_flops_per_s
         if not profile.dense_way:
-            layer = _at_most(most.step, layer + dense_gradient, profile)
-            dense_gradient = 0.0
+            full = layer_flops(spec, node, {}, batch_size, frozen).step
+            layer, dense_gradient = _at_most(full, layer + dense_gradient, profile), 0.0
         sparse = sparse + layer + dense_gradient
     return min(sparse, dense) if dense_too else sparse
 
@@ -126,10 +123,11 @@ def forward_seconds(
     if not kept:
         return dense
     sparse = profile.sparse_seconds_per_activation * activations(spec) * examples * FORWARD_SHARE
-    full = flops_by_layer(spec, {}, examples)
-    for (node, flops), (_, most) in zip(flops_by_layer(spec, kept, examples), full, strict=True):
+    for node, flops in flops_by_layer(spec, kept, examples):
         layer = flops.forward * _seconds_per_flop(profile, node)
-        sparse += layer if profile.dense_way else _at_most(most.forward, layer, profile)
+        if not profile.dense_way:
+            layer = _at_most(layer_flops(spec, node, {}, examples).forward, layer, profile)
+        sparse += layer
     return min(sparse, dense) if dense_too else sparse
 
 
