@@ -54,6 +54,38 @@ def test_round_trip(tmp_path):
         assert {key: tuple(entry) for key, entry in again.to_tree().items()} == tree
 
 
+FROZEN = replace(TASK, sub_model=SubModel(MASKS, frozenset({"conv.weight", "fc1.weight"})))
+FROZEN_KEY = wire.frozen_hash(wire.frozen_params(FROZEN), MASKS)
+
+
+def test_frozen_values_are_held_until_others_come():
+    store = filled()
+    assert store.known(5).frozen == frozenset()
+    store.acknowledge(FROZEN, UPDATE)
+    assert store.known(5).frozen == {FROZEN_KEY}
+    store.acknowledge(TASK, UPDATE)  # it has none, and takes none away
+    assert store.known(5).frozen == {FROZEN_KEY}
+    moved = {name: value + np.float32(1) for name, value in params().items()}
+    store.acknowledge(replace(FROZEN, params=moved), UPDATE)
+    assert store.known(5).frozen != {FROZEN_KEY} and len(store.known(5).frozen) == 1
+
+
+def test_what_an_earlier_version_remembered_is_read():
+    entry = [SPEC.hash, wire.pattern_hash(MASKS), 3]
+    assert ClientStore({"5": entry}).known(5) == filled().known(5)
+
+
+def test_a_restored_store_charges_as_the_one_that_was_kept(tmp_path):
+    store = filled()
+    store.acknowledge(FROZEN, UPDATE)
+    save_checkpoint(tmp_path, 1, {"store": store.to_tree()})
+    again = ClientStore(load_checkpoint(tmp_path)[0]["store"])
+    kept = int(MASKS["fc1.weight"].sum()) + 4 * 9
+    known = replace(again.known(5), frozen=frozenset())
+    bytes_of = [wire.task_bytes(FROZEN, one) for one in (known, again.known(5))]
+    assert bytes_of[0] - bytes_of[1] == 1 + 4 * kept  # a byte of names
+
+
 def test_what_is_held_is_not_charged_again():
     store = ClientStore()
     first = wire.task_bytes(TASK, store.known(5))

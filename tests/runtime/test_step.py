@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from federation import CLIENTS, SPEC, Around, first_model, fresh_dispatch, params, run, same, server
 
-from fedlean.core import ClientUpdate, Device, FederatedAlgorithm, Masks, Params, Work
+from fedlean.core import (
+    ClientUpdate,
+    Device,
+    FederatedAlgorithm,
+    Masks,
+    Params,
+    SubModel,
+    Work,
+)
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.ntk_zo import ntk_zo
 from fedlean.methods.prunefl import prunefl
@@ -59,6 +67,34 @@ def attacked(
         **rest,
     )
     return state, records
+
+
+def test_server_update_gets_the_task_beside_the_answer_and_nothing_frozen():
+    """In cohort order, whoever answered first: what waited on disk as well."""
+    algorithm, frozen = quick(1), frozenset({"conv.weight", "conv.bias"})
+    seen: list[ClientUpdate] = []
+
+    def configure(state, devices):
+        tasks = algorithm.configure(state, devices)
+        return [
+            replace(task, sub_model=SubModel(frozen=frozen), hparams={**task.hparams, "own": i})
+            for i, task in enumerate(tasks)
+        ]
+
+    def server_update(state, updates):
+        held = list(updates)
+        seen.extend(held)
+        return algorithm.server_update(state, held)
+
+    turned = Around(fresh_dispatch(algorithm), lambda tasks, updates: reversed(list(updates)))
+    changed = algorithm._replace(configure=configure, server_update=server_update)
+    run(changed, dispatch=turned, rounds=1)
+    assert [update.client for update in seen] == list(range(CLIENTS))
+    assert [update.task and update.task.hparams["own"] for update in seen] == list(range(CLIENTS))
+    assert [update.task and update.task.client for update in seen] == list(range(CLIENTS))
+    for update in seen:
+        assert update.params.keys() == SPEC.tensor_shapes.keys() - frozen
+        assert "task=" not in repr(update) and replace(update, task=None) == update
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e9, 1e17], ids=str)

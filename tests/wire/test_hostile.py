@@ -22,6 +22,8 @@ from fedlean.wire import (
     decode_update,
     encode_task,
     encode_update,
+    frozen_hash,
+    frozen_params,
     pattern_hash,
 )
 
@@ -94,10 +96,14 @@ def test_mutated_messages(task: ClientTask, update: ClientUpdate) -> None:
     """Thousands of mutants; flipped values and counts may pass, broken structure may not."""
     held = {task.spec.hash: task.spec}, {pattern_hash(task.sub_model.masks): task.sub_model.masks}
     known = Known(frozenset(held[0]), frozenset(held[1]))
+    frozen = frozen_params(task)
+    kept = {frozen_hash(frozen, task.sub_model.masks): frozen}
+    all_known = replace(known, frozen=frozenset(kept))
     cases: list[tuple[bytes, Callable[[bytes], Any]]] = [
         (encode_task(task), lambda data: decode_task(data, {}, {})),
         (encode_task(task, known), lambda data: decode_task(data, *held)),
         (encode_update(update, task), lambda data: decode_update(data, task)),
+        (encode_task(task, all_known), lambda data: decode_task(data, *held, kept)),
         (encode_task(task, known, value_dtype="int8"), lambda data: decode_task(data, *held)),
     ]
     for seed, (data, decode) in enumerate(cases):

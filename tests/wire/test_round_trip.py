@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedlean.core import ClientTask, ClientUpdate, Statistic, SubModel, Work
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear
 from fedlean.spec import ModelSpec, sequential
-from fedlean.tree import pack
+from fedlean.tree import pack, unpack
 from fedlean.wire import (
     HEADER_BYTES,
     Known,
@@ -24,6 +24,8 @@ from fedlean.wire import (
     decode_update,
     encode_task,
     encode_update,
+    frozen_hash,
+    frozen_params,
     params_payload_bytes,
     pattern_hash,
     pattern_payload_bytes,
@@ -110,15 +112,23 @@ def tasks(draw: st.DrawFn) -> ClientTask:
     )
 
 
-@given(tasks(), st.booleans(), st.booleans())
+@given(tasks(), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_task_round_trip(task: ClientTask, knows_spec: bool, knows_pattern: bool) -> None:
+def test_task_round_trip(
+    task: ClientTask, knows_spec: bool, knows_pattern: bool, knows_frozen: bool, packed: bool
+) -> None:
     key = pattern_hash(task.sub_model.masks)
     held_specs = {task.spec.hash: task.spec} if knows_spec else {}
     held = {key: task.sub_model.masks} if knows_pattern else {}
-    known = Known(frozenset(held_specs), frozenset(held))
+    frozen = frozen_params(task)
+    key_of_frozen = frozen_hash(frozen, task.sub_model.masks)
+    held_frozen = {key_of_frozen: frozen} if knows_frozen else {}
+    known = Known(frozenset(held_specs), frozenset(held), frozenset(held_frozen))
     data = encode_task(task, known)
-    got = decode_task(data, held_specs, held)
+    got = decode_task(data, held_specs, held, held_frozen, packed=packed)
+    if packed:
+        masks = task.sub_model.masks
+        got = replace(got, params={n: unpack(v, masks.get(n, v)) for n, v in got.params.items()})
     assert len(data) == task_bytes(task, known)
     assert got.spec.hash == task.spec.hash
     assert same_arrays(got.params, task.params)
@@ -167,7 +177,8 @@ def test_update_round_trip(data: st.DataObject) -> None:
     sent = encode_update(update, task)
     got = decode_update(sent, task)
     assert len(sent) == update_bytes(update, task)
-    assert same_arrays(got.params, update.params)
+    trained = {n: v for n, v in update.params.items() if n not in sub_model.frozen}
+    assert same_arrays(got.params, trained)
     assert same_sub_model(got.sub_model, sub_model)
     assert (got.sub_model is task.sub_model) == same_sub_model(sub_model, task.sub_model)
     assert got.statistics.keys() == update.statistics.keys()
@@ -202,15 +213,21 @@ def test_values_by_hand(spec: ModelSpec, task: ClientTask) -> None:
 
 
 def test_task_bytes_by_hand(spec: ModelSpec, task: ClientTask) -> None:
-    """All known: header 80, JSON, names of the frozen 1 (8 tensors), names 1, values 312.
+    """All known: header 80, JSON, names of the frozen 1 (8 tensors) and a hash 16, names 1, values
+    312 - 16; the frozen ones' are 4 * 4 and a byte of names.
+
 
     The pattern adds 1 for its names, 1 + ceil(36 / 8) = 6 for conv.weight, and for fc.weight 30
     gaps of one byte: 1 + 4 + 30 = 35.
     """
     text = '{"hparams":{"lr":0.1,"steps":5},"phase":"train"}'
     assert HEADER_BYTES == 80
-    known = Known(frozenset({spec.hash}), frozenset({pattern_hash(task.sub_model.masks)}))
-    assert task_bytes(task, known) == 80 + len(text) + 1 + 1 + 312
+    held = frozen_hash(frozen_params(task), task.sub_model.masks)
+    patterns = frozenset({pattern_hash(task.sub_model.masks)})
+    known = Known(frozenset({spec.hash}), patterns, frozenset({held}))
+    assert task_bytes(task, known) == 80 + len(text) + 17 + 1 + 296
+    known = Known(frozenset({spec.hash}), patterns)
+    assert task_bytes(task, known) == 80 + len(text) + 17 + 1 + 312 + 1
     assert pattern_payload_bytes(task.sub_model.masks) == 6 + 35
     without_pattern = replace(known, patterns=frozenset())
     assert task_bytes(task, without_pattern) == task_bytes(task, known) + 1 + 41
@@ -366,20 +383,20 @@ def test_fp32_is_bit_exact(task: ClientTask) -> None:
 
 def test_fp16_rounds_to_nearest(task: ClientTask) -> None:
     """1 + 2^-11 lies halfway between 1 and 1 + 2^-10: to even, 1."""
-    params = {"conv.bias": np.array([1 + 2**-11, 0.1, -65504, 0], np.float32)}
+    params = {"norm.bias": np.array([1 + 2**-11, 0.1, -65504, 0], np.float32)}
     got = decode_task(encode_task(replace(task, params=params), value_dtype="fp16"), {}, {})
     expected = np.array([1, np.float16(0.1), -65504, 0], np.float32)
-    assert np.array_equal(got.params["conv.bias"], expected)
-    params = {"conv.bias": np.full(4, 65536, np.float32)}
+    assert np.array_equal(got.params["norm.bias"], expected)
+    params = {"norm.bias": np.full(4, 65536, np.float32)}
     with pytest.raises(WireError, match="beyond float16"):
         encode_task(replace(task, params=params), value_dtype="fp16")
 
 
 def test_int8_by_hand(task: ClientTask) -> None:
     """max |x| = 254, scale 2: 254, -3, 1, 0 -> 127, rint(-1.5) = -2, rint(0.5) = 0, 0."""
-    params = {"conv.bias": np.array([254, -3, 1, 0], np.float32)}
+    params = {"norm.bias": np.array([254, -3, 1, 0], np.float32)}
     got = decode_task(encode_task(replace(task, params=params), value_dtype="int8"), {}, {})
-    assert got.params["conv.bias"].tolist() == [254, -4, 0, 0]
+    assert got.params["norm.bias"].tolist() == [254, -4, 0, 0]
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=9))

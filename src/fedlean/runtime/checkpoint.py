@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from shlex import quote
@@ -30,15 +30,16 @@ SIDECAR_BYTES = 1000  # at most
 _OWN = re.compile(r"([0-9]{8,18})\.(safetensors|json)(\..*)?")  # leftovers of writers as well
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` or nothing, even when the power fails.
+def write_atomically(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """All of `data`, in one piece or several, or nothing, even when the power fails.
 
     In a folder that others may write, nobody can put a link where the data goes first.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

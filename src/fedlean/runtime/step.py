@@ -188,6 +188,7 @@ class Step:
             if task is None or update.client in seen:
                 continue
             seen.add(update.client)
+            update = _without_frozen(update)
             reason = self._refuse(update, task)
             try:
                 ledger.answer(task, self._payable(update, task) if reason else update)
@@ -204,3 +205,12 @@ class Step:
         """A refused update is charged, but for work beyond what was ordered."""
         beyond = beyond_order(update.work, task, self._expected(task).work)
         return update if beyond is None else replace(update, work=())
+
+
+def _without_frozen(update: ClientUpdate) -> ClientUpdate:
+    """As it travels, so that a method sees the same of clients in this process and elsewhere."""
+    frozen = update.sub_model.frozen
+    if frozen.isdisjoint(update.params):
+        return update
+    params = {name: value for name, value in update.params.items() if name not in frozen}
+    return replace(update, params=params)

@@ -28,6 +28,11 @@ class UnknownSpec(_Unknown):
         super().__init__("spec", hash)
 
 
+class UnknownFrozen(_Unknown):
+    def __init__(self, hash: str) -> None:
+        super().__init__("values of frozen tensors with the hash", hash)
+
+
 class UnknownPattern(_Unknown):
     def __init__(self, hash: str) -> None:
         super().__init__("pattern", hash)

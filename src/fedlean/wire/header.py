@@ -13,13 +13,14 @@ VERSION = 2
 TASK, UPDATE = 1, 2
 SPEC, PATTERN, FROZEN = 1, 2, 4  # flags: which optional sections the payload opens with
 BARE = 8  # flag: no parameters, not even the bits that say which
+VALUES = 32  # flag, beside FROZEN: their values travel, whose receiver does not hold them
 DRAWN = 16  # flag, beside PATTERN: seed and counts of random masks in their place
 
 # magic, version, kind, flags, value dtype, round, client, seed, examples, spec, pattern, lengths
 _LAYOUT = struct.Struct("<4sBBBBIQQQ16s16sIQ")
 HEADER_BYTES = _LAYOUT.size
 _KINDS = {TASK: "task", UPDATE: "update"}
-_FLAGS = {TASK: SPEC | PATTERN | FROZEN | DRAWN, UPDATE: PATTERN | BARE}
+_FLAGS = {TASK: SPEC | PATTERN | FROZEN | DRAWN | VALUES, UPDATE: PATTERN | BARE}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from fedlean.core import ClientTask, ClientUpdate, Masks, SubModel, Work
+from fedlean.core import ClientTask, ClientUpdate, Masks, Params, SubModel, Work
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
 from fedlean.wire.errors import UnknownPattern, UnknownSpec, WireError
@@ -21,6 +22,13 @@ from fedlean.wire.fields import (
     read_task,
     read_update,
 )
+from fedlean.wire.frozen import (
+    NO_FROZEN,
+    decode_frozen,
+    decode_frozen_values,
+    dense,
+    held_values,
+)
 from fedlean.wire.header import (
     BARE,
     DRAWN,
@@ -29,6 +37,7 @@ from fedlean.wire.header import (
     SPEC,
     TASK,
     UPDATE,
+    VALUES,
     Header,
     read_header,
 )
@@ -44,32 +53,38 @@ from fedlean.wire.statistic import decode_statistics
 from fedlean.wire.values import decode_params, dtype_of
 
 DEFAULT_LIMIT_BYTES = 1 << 28
+_NOTHING: Mapping[str, Params] = MappingProxyType({})
 
 
 def decode_task(
     data: bytes | memoryview,
     specs: Mapping[str, ModelSpec],
     patterns: Mapping[str, Masks],
+    frozen: Mapping[str, Params] = _NOTHING,
     *,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     allow_nonfinite: bool = False,
     packed: bool = False,
 ) -> ClientTask:
-    """The task in `data`; `specs` and `patterns` are what this side holds, by hash.
+    """The task in `data`; `specs`, `patterns` and `frozen` are what this side holds, by hash.
 
     `limit_bytes` bounds the message and, apart from it, the arrays that it decodes into; with
     `packed` those of masked tensors are their kept values alone.  Raises
-    UnknownSpec or UnknownPattern where the sender took for granted what is not held here, WireError
-    for everything else that is wrong.
+    UnknownSpec, UnknownPattern or UnknownFrozen where the sender took for granted what is not held
+    here, WireError for everything else that is wrong.
     """
     reader, header, document = _open(data, TASK, limit_bytes)
     fields = read_task(document)
     if header.num_examples:
         raise WireError(f"a task has no examples, the header says {header.num_examples}")
     spec = _spec(reader, header, specs)
-    names = decode_names(reader, spec, "frozen") if header.flags & FROZEN else ()
-    sub_model = SubModel(_masks(reader, header, spec, patterns), frozenset(names))
+    names, key = frozenset[str](), NO_FROZEN
+    if header.flags & FROZEN:
+        names, key = decode_frozen(reader, spec)
+    sub_model = SubModel(_masks(reader, header, spec, patterns), names)
+    kept = _frozen(reader, header, spec, sub_model, key, frozen, allow_nonfinite)
     params = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
+    params |= kept if packed else dense(kept, sub_model.masks, reader)
     table: Table = {key: ("mean", forms) for key, forms in fields.arrays.items()}
     arrays = decode_statistics(reader, table, spec.tensor_shapes, allow_nonfinite)
     reader.finish()
@@ -166,6 +181,24 @@ def _masks(
     return patterns[claimed]
 
 
+def _frozen(
+    reader: Reader,
+    header: Header,
+    spec: ModelSpec,
+    sub_model: SubModel,
+    key: str,
+    held: Mapping[str, Params],
+    allow_nonfinite: bool,
+) -> dict[str, np.ndarray]:
+    """Packed values of the frozen tensors, those that came or those that are held."""
+    names, masks = sub_model.frozen, sub_model.masks
+    if header.flags & VALUES:
+        if not header.flags & FROZEN:
+            raise WireError("the flag of frozen values comes without that of frozen tensors")
+        return decode_frozen_values(reader, spec, names, key, masks, allow_nonfinite)
+    return {} if key == NO_FROZEN else held_values(reader, spec, names, key, masks, held)
+
+
 def _params(
     reader: Reader,
     header: Header,
@@ -174,10 +207,12 @@ def _params(
     allow_nonfinite: bool,
     packed: bool,
 ) -> dict[str, np.ndarray]:
-    """The tensors carried."""
+    """The tensors carried that are not frozen."""
     if header.flags & BARE:
         return {}
     carried = {name: spec.tensor_shapes[name] for name in decode_names(reader, spec, "params")}
+    if frozen := sorted(carried.keys() & sub_model.frozen):
+        raise WireError(f"params: {frozen[0]!r} is frozen, its values have a section of their own")
     value_dtype = dtype_of(header.value_dtype)
     return decode_params(reader, carried, sub_model.masks, value_dtype, allow_nonfinite, packed)
 

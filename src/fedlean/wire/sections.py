@@ -2,7 +2,6 @@
 
 names    one bit per tensor of the spec, in its order, in ceil(tensors / 8) bytes
 spec     u32 length, canonical JSON
-frozen   names of the frozen
 masks    names of the masked, then their patterns
 drawn    names of the masked, u64 seed, u32 kept coordinates of each
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,14 @@ from fedlean.wire.fields import (
     write_statistic,
     write_work,
 )
+from fedlean.wire.frozen import (
+    NO_FROZEN,
+    encode_frozen,
+    encode_frozen_values,
+    frozen_hash,
+    frozen_params,
+    frozen_values_bytes,
+)
 from fedlean.wire.header import (
     BARE,
     DRAWN,
@@ -30,6 +38,7 @@ from fedlean.wire.header import (
     SPEC,
     TASK,
     UPDATE,
+    VALUES,
     Header,
 )
 from fedlean.wire.pattern import NO_PATTERN, check_masks, pattern_hash, pattern_payload_bytes
@@ -53,10 +62,11 @@ from fedlean.wire.values import (
 
 @dataclass(frozen=True)
 class Known:
-    """Hashes of the specs and patterns that the receiver holds."""
+    """Hashes of the specs, patterns and values of frozen tensors that the receiver holds."""
 
     specs: frozenset[str] = frozenset()
     patterns: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
 
 
 DRAWN_COORDINATES = 1 << 20  # of a tensor whose random mask is left to the receiver to draw
@@ -83,7 +93,7 @@ def task_bytes(
 def encode_update(
     update: ClientUpdate, task: ClientTask, *, value_dtype: ValueDtype = "fp32"
 ) -> bytes:
-    """The answer to `task`: of the sub-model only what differs from the task's.
+    """The answer to `task`: of the sub-model only what differs from the task's, nothing frozen.
 
     `value_dtype` is for the parameters; statistics travel as they are.  Raises WireError naming
     what cannot travel.
@@ -104,17 +114,17 @@ class _Draft:
 
     header: Header
     text: bytes  # the JSON part
-    opening: bytes  # spec and names of the frozen
+    opening: bytes  # spec, and which tensors are frozen
     spec: ModelSpec
-    params: Params
+    params: Params  # those that are not frozen
     sub_model: SubModel
     value_dtype: ValueDtype
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    frozen: Params = field(default_factory=dict)  # whose values travel, if the flag says so
 
     def __post_init__(self) -> None:
-        shapes = self.spec.tensor_shapes
-        check_masks(self.sub_model.masks, shapes)
-        check_params(self.params, shapes, self.sub_model.masks)
+        check_masks(self.sub_model.masks, self.spec.tensor_shapes)
+        check_params(self.params, self.spec.tensor_shapes, self.sub_model.masks)
 
     @property
     def _sends_masks(self) -> bool:
@@ -123,6 +133,10 @@ class _Draft:
     @property
     def _draws_masks(self) -> bool:
         return bool(self.header.flags & DRAWN)
+
+    @property
+    def _sends_frozen(self) -> bool:
+        return bool(self.header.flags & VALUES)
 
     @property
     def _bare(self) -> bool:
@@ -136,6 +150,8 @@ class _Draft:
             size += drawn_bytes(self.sub_model.masks, self.spec)
         elif self._sends_masks:
             size += names_bytes(self.spec) + pattern_payload_bytes(self.sub_model.masks)
+        if self._sends_frozen:
+            size += frozen_values_bytes(self.frozen, self.sub_model.masks, self.spec)
         size += values_bytes(carried, self.sub_model.masks, self.value_dtype)
         return size + statistics_bytes(self.statistics)
 
@@ -145,6 +161,7 @@ class _Draft:
         payload = [
             self.opening,
             *self._pattern(),
+            *(encode_frozen_values(self.frozen, masks, self.spec) if self._sends_frozen else ()),
             b"" if self._bare else encode_names(self.params, self.spec, "params"),
             *encode_params(self.params, carried, masks, self.value_dtype),
             *encode_statistics(self.statistics),
@@ -165,7 +182,12 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
     flags = 0 if spec.hash in known.specs else SPEC
     flags |= 0 if pattern == NO_PATTERN or pattern in known.patterns else PATTERN
     flags |= DRAWN if flags & PATTERN and _better_drawn(sub_model, spec) else 0
+    frozen = frozen_params(task)
+    check_masks(sub_model.masks, spec.tensor_shapes)
+    check_params(frozen, spec.tensor_shapes, sub_model.masks)
+    key = frozen_hash(frozen, sub_model.masks)
     flags |= FROZEN if sub_model.frozen else 0
+    flags |= 0 if key == NO_FROZEN or key in known.frozen else VALUES
     arrays = {key: Statistic(tensors, "mean") for key, tensors in task.arrays.items()}
     document = _nonempty(
         phase=task.phase,
@@ -177,12 +199,13 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
     return _Draft(
         header=_header(TASK, flags, task, 0, pattern, value_dtype, text),
         text=text,
-        opening=_opening(flags, spec, sub_model),
+        opening=_opening(flags, spec, sub_model.frozen, key),
         spec=spec,
-        params=task.params,
+        params=_without(task.params, frozen),
         sub_model=sub_model,
         value_dtype=value_dtype,
         statistics=arrays,
+        frozen=frozen,
     )
 
 
@@ -192,10 +215,11 @@ def _draft_update(update: ClientUpdate, task: ClientTask, value_dtype: ValueDtyp
     sub_model, old = update.sub_model, task.sub_model
     if sub_model.frozen != old.frozen:
         raise WireError("the frozen tensors of an answer are those of its task, got others")
+    params = _without(update.params, sub_model.frozen)
     pattern = pattern_hash(sub_model.masks)
     same = sub_model.masks is old.masks or pattern == pattern_hash(old.masks)
     flags = 0 if same or pattern == NO_PATTERN else PATTERN
-    flags |= BARE if update.statistics and not update.params else 0
+    flags |= BARE if update.statistics and not params else 0
     works = update.work
     if flags & BARE:
         works = tuple(_as_masked(work, sub_model.masks) for work in works)
@@ -216,7 +240,7 @@ def _draft_update(update: ClientUpdate, task: ClientTask, value_dtype: ValueDtyp
         text=text,
         opening=b"",
         spec=task.spec,
-        params=update.params,
+        params=params,
         sub_model=sub_model,
         value_dtype=value_dtype,
         statistics=update.statistics,
@@ -247,9 +271,14 @@ def _header(
     )
 
 
-def _opening(flags: int, spec: ModelSpec, sub_model: SubModel) -> bytes:
+def _opening(flags: int, spec: ModelSpec, frozen: frozenset[str], key: str) -> bytes:
     sent = encode_spec(spec) if flags & SPEC else b""
-    return sent + (encode_names(sub_model.frozen, spec, "frozen") if flags & FROZEN else b"")
+    return sent + (encode_frozen(frozen, key, spec) if flags & FROZEN else b"")
+
+
+def _without(params: Params, names: Collection[str]) -> Params:
+    """What is no tensor of the model stays, to be refused by its name."""
+    return {name: value for name, value in params.items() if name not in names} if names else params
 
 
 def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:

@@ -39,7 +39,7 @@ EARLY_BYTES = 1 << 28  # of late replies that are kept in memory for the next at
 
 @dataclass(frozen=True)
 class Missing:
-    """A device lacks the spec or the pattern that the server took for granted."""
+    """A device lacks what the server took for granted: one of `envelope.MISSING`."""
 
     what: str
     reason: str
@@ -194,7 +194,8 @@ class RemoteDispatch:
                     self._useless(client, update.reason)
                     return {}
                 repeated.add(client)
-                self._say(f"client {client} lacks the {update.what}: it is sent again")
+                again = "they are" if update.what.endswith("s") else "it is"
+                self._say(f"client {client} lacks the {update.what}: {again} sent again")
                 return {node: partial(self._letter, asked[client], ends, whole=True)}
             if update is not None:
                 try:

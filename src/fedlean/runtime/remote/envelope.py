@@ -20,9 +20,10 @@ from typing import Any
 from fedlean.data.labels import MAX_NAME_CHARACTERS
 
 MAGIC = b"FdLe"
-VERSION = 3
+VERSION = 4
 HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
+MISSING = ("spec", "pattern", "frozen tensors")  # what a device may have lost
 MAX_JSON_BYTES = 1 << 20  # class names take most of it
 MAX_LIST = 1 << 16
 _START = struct.Struct("<4sBBHI")
@@ -45,7 +46,7 @@ class Envelope:
     TASK     run, method, step, committed (step whose client state counts, or null), classes, mean,
              std, deadline_seconds (for which the server waits, from sending on)
     UPDATE   step, seconds, lost_state
-    TROUBLE  reason, missing ("spec", "pattern" or null), final (asking again is of no use), gave_up
+    TROUBLE  reason, missing (one of `MISSING` or null), final (asking again is of no use), gave_up
              (the time was over before the work was done)
     """
 
@@ -170,7 +171,7 @@ _WANTED: dict[int, dict[str, Any]] = {
     UPDATE: {"step": _count, "seconds": _number, "lost_state": lambda v: isinstance(v, bool)},
     TROUBLE: {
         "reason": _text(2000),
-        "missing": lambda value: value in (None, "spec", "pattern"),
+        "missing": lambda value: value in (None, *MISSING),
         "final": lambda value: isinstance(value, bool),
         "gave_up": lambda value: isinstance(value, bool),
     },

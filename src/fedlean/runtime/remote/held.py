@@ -3,6 +3,7 @@
     FOLDER/identity                                 what the device is known by, where it has no key
     FOLDER/<run>/spec-<hash>.json                   the model
     FOLDER/<run>/pattern-<hash>.safetensors         packed bits of the masks
+    FOLDER/<run>/frozen-<hash>.values               of frozen tensors (`frozen`)
     FOLDER/<run>/states-<client>/<step>.safetensors its state after that step (`checkpoint`)
 
 Losing any of it costs a message or a method's memory, never the run: the device says what it lacks.
@@ -44,7 +45,7 @@ class HeldSpecs(Mapping[str, ModelSpec]):
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, spec.to_json().encode())
-            _keep_newest(self._folder.glob("spec-*.json"), SPECS)
+            keep_newest(self._folder.glob("spec-*.json"), SPECS)
 
     def __getitem__(self, key: str) -> ModelSpec:
         if self._last and self._last[0] == key:
@@ -91,7 +92,7 @@ class HeldPatterns(Mapping[str, Masks]):
         bits = {name: np.packbits(mask) for name, mask in masks.items()}
         shapes = {name: ",".join(map(str, mask.shape)) for name, mask in masks.items()}
         write_atomically(path, save(bits, metadata=shapes))
-        _keep_newest(self._folder.glob("pattern-*.safetensors"), PATTERNS)
+        keep_newest(self._folder.glob("pattern-*.safetensors"), PATTERNS)
 
     def __getitem__(self, key: str) -> Masks:
         if self._last and self._last[0] == key:
@@ -175,7 +176,7 @@ def forget_old_runs(folder: Path, current: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _keep_newest(paths: Iterable[Path], count: int) -> None:
+def keep_newest(paths: Iterable[Path], count: int) -> None:
     for old in sorted(paths, key=_modified)[:-count]:
         old.unlink(missing_ok=True)
 

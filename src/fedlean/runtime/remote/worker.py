@@ -27,6 +27,7 @@ from fedlean.printable import printable
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.budget import Budget, GaveUp, TimedBatches, TimedEngine, TooMuch
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
+from fedlean.runtime.remote.frozen import HeldFrozen
 from fedlean.runtime.remote.held import (
     HeldPatterns,
     HeldSpecs,
@@ -109,6 +110,8 @@ class Worker:
             return trouble(str(error), "spec")
         except wire.UnknownPattern as error:
             return trouble(str(error), "pattern")
+        except wire.UnknownFrozen as error:
+            return trouble(str(error), "frozen tensors")
         except GaveUp as error:
             log.warning("gave up a task: %s", error)
             return trouble(f"gave up: {error}", gave_up=True)
@@ -150,6 +153,7 @@ class Worker:
         del job
         run.specs.keep(task.spec)
         run.patterns.keep(task.sub_model.masks)
+        run.frozen.keep(wire.frozen_params(task), task.sub_model.masks)
         states = HeldStates(run.folder / f"states-{task.client}")
         state, lost = states.read(fields["committed"])
         began = time.perf_counter()
@@ -166,7 +170,8 @@ class Worker:
 
     def _task(self, body: bytes | memoryview, run: _Run) -> ClientTask:
         limit = _array_limit_bytes(self._limit)
-        return wire.decode_task(body, run.specs, run.patterns, limit_bytes=limit, packed=True)
+        held = run.specs, run.patterns, run.frozen
+        return wire.decode_task(body, *held, limit_bytes=limit, packed=True)
 
     def _open_run(self, run: str) -> _Run:
         if self._run is None or self._run.folder.name != run:
@@ -261,6 +266,7 @@ class _Run:
         self.folder = folder
         self.specs = HeldSpecs(folder)
         self.patterns = HeldPatterns(folder)
+        self.frozen = HeldFrozen(folder)
 
 
 class _Job(NamedTuple):
