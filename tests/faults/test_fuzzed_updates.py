@@ -22,12 +22,14 @@ from fedlean.methods.ntk_zo import ntk_zo
 from fedlean.methods.prunefl import prunefl
 from fedlean.models.initialise import init_params
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
+from fedlean.runtime.checks import Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch, Refuse
 from fedlean.runtime.moves import MaxNorm, Moves
 from fedlean.runtime.step import Step
+from fedlean.slices import Index
 from fedlean.spec import sequential
-from fedlean.tree import apply_mask
+from fedlean.tree import Fold, apply_mask
 
 UPDATES = int(os.environ.get("FEDLEAN_FUZZED_UPDATES", "500"))  # of every case
 SPEC = sequential(
@@ -131,3 +133,42 @@ def test_every_step_returns_and_keeps_what_is_finite(case, max_norm: MaxNorm, tm
             kept, skipped = load_checkpoint(tmp_path)
             assert not skipped and finite(kept)
     assert merged > UPDATES / 100  # some changes are harmless: not everything is refused
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "slices"])
+def test_what_the_checks_let_pass_can_be_merged(case, sliced):
+    """Whole, or as the slice of a model a few channels wider, at places drawn anew each time."""
+    algorithm, first = CASES[case]()
+    inner = fresh_dispatch(algorithm, SERVER.engine)
+    tasks = algorithm.configure(first, inner.begin(ClientStore(), 1))
+    honest = {update.client: update for update in inner(tasks, lambda update, task: None)}
+    rng, passed, asked = np.random.default_rng(len(case)), 0, tasks[0]
+    expected = Expected(algorithm.statistics(asked))
+    wider = {name: tuple(side + 3 for side in s) for name, s in SPEC.tensor_shapes.items()}
+    shapes = wider if sliced else SPEC.tensor_shapes
+    base = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    result = Fold(base, variances=SPEC.variances)
+    for _ in range(UPDATES):
+        update = travelled(rng, fuzzed(rng, honest[asked.client], asked), asked)
+        if update is None or refusal(update, asked, expected) is not None:
+            continue
+        result.add(update, slice_at(rng, shapes) if sliced else None)
+        passed += 1
+    assert passed == result.count > UPDATES / 100
+    merged = result.params()
+    assert finite(merged) and {n: v.shape for n, v in merged.items()} == shapes
+
+
+def slice_at(rng: np.random.Generator, shapes: dict[str, tuple[int, ...]]) -> dict[str, Index]:
+    """Of three coordinates less on each axis: a row of them, or any; a norm's tensors alike."""
+    cut = {
+        name: tuple(
+            slice(start, start + side - 3)
+            if (start := int(rng.integers(4))) % 2
+            else rng.permutation(side)[: side - 3]
+            for side in shape
+        )
+        for name, shape in shapes.items()
+    }
+    return {name: cut["bn.bias"] if name.startswith("bn.") else axes for name, axes in cut.items()}

@@ -8,16 +8,33 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import CLIENTS, ROUNDS, SPEC, fresh_dispatch, params, run, same, server
+from federation import (
+    CLIENTS,
+    ENGINE,
+    ROUNDS,
+    SPEC,
+    client_data,
+    dataset,
+    fresh_dispatch,
+    params,
+    run,
+    same,
+    server,
+)
 from loopback import remote
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, SubModel
+from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, SubModel
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.record import StepRecord
+from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote import frozen, worker
+from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.frozen import FROZEN, HeldFrozen
+from fedlean.runtime.remote.room import resident_bytes
+from fedlean.runtime.remote.worker import Worker
 from fedlean.runtime.rounds import Progress
 
 pytestmark = pytest.mark.usefixtures("clock")
@@ -185,8 +202,6 @@ def test_a_changed_file_is_not_believed_and_makes_room_for_a_sound_one(seed, tmp
 
 
 def test_a_full_disk_costs_a_message_and_no_round(tmp_path, monkeypatch, caplog):
-    from fedlean.runtime.remote import frozen
-
     def full(path, data):
         raise OSError(28, "No space left on device")
 
@@ -195,6 +210,37 @@ def test_a_full_disk_costs_a_message_and_no_round(tmp_path, monkeypatch, caplog)
     held.keep(values(1), MASKS)
     assert "the frozen tensors are not kept: [Errno 28] No space left" in caplog.text
     assert len(held) == 0
+
+
+def test_held_values_count_under_the_memory_limit(tmp_path, monkeypatch):
+    """They are read only if what is free has room for them beside everything else."""
+    algorithm = freezing(lambda number: MORE)
+    (task, *_) = algorithm.configure(algorithm.init(params()), [Device(0)])
+    limit = 4 * resident_bytes()
+    device = Worker(tmp_path, client_data()[0], engine=ENGINE.name, memory_limit_bytes=limit)
+    fields = {
+        "run": "a1",
+        "method": "fedavg",
+        "step": 1,
+        "committed": None,
+        "classes": list(dataset().class_names),
+        "mean": dataset().mean.tolist(),
+        "std": dataset().std.tolist(),
+        "deadline_seconds": 600.0,
+    }
+    held = frozenset({wire.frozen_hash(wire.frozen_params(task), {})})
+    for known in (wire.Known(), wire.Known(frozen=held)):
+        body = wire.encode_task(task, known)
+        answer = device.answer(seal(Envelope(env.TASK, fields, body)))
+        assert unseal(answer, expected=(env.UPDATE,))
+    monkeypatch.setattr(worker, "LIMIT_FLOOR_BYTES", 0)
+    size = 4 * sum(int(np.prod(SPEC.tensor_shapes[name])) for name in MORE)
+    assert len(body) < size
+    monkeypatch.setattr(worker, "resident_bytes", lambda: limit - size + 1)
+    fields = unseal(
+        device.answer(seal(Envelope(env.TASK, fields, body))), expected=(env.TROUBLE,)
+    ).fields
+    assert f"the frozen tensors held here would decode into {size} bytes" in fields["reason"]
 
 
 def test_task_values_are_those_of_frozen_tensors_alone():
