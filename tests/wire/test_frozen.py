@@ -163,7 +163,7 @@ def test_held_values_are_not_read_beyond_the_limit():
 
 
 SPEC = sequential((4,), [("fc", Linear(3))])
-SMALL = ClientTask(0, "", 0, 0, SPEC, {"fc.bias": np.float32([1, 2, 3])},
+SMALL = ClientTask(0, "", 0, 0, SPEC, {"fc.bias": np.array([1, 2, 3], np.float32)},
                    SubModel(frozen=frozenset({"fc.bias"})), {})  # fmt: skip
 KNOWN_SPEC = Known(frozenset({SPEC.hash}))
 # 80 of header, {} of JSON; names of the frozen, 16 of hash; names with values, 12; names

@@ -163,7 +163,10 @@ def test_a_server_that_resumes_knows_what_devices_hold(post, tmp_path):
 
 
 def values(number: int) -> dict[str, np.ndarray]:
-    return {"fc1.weight": np.full((3, 4), number, np.float32), "fc1.bias": np.float32([number])}
+    return {
+        "fc1.weight": np.full((3, 4), number, np.float32),
+        "fc1.bias": np.array([number], np.float32),
+    }
 
 
 MASKS = {"fc1.weight": np.arange(12).reshape(3, 4) % 5 == 0}
