@@ -98,6 +98,7 @@ def run(
     engine: str | None = None,
     threads: Whole = 1,
     device: str = "raspberry_pi_4",
+    fleet: str | None = None,
     target_accuracy: Annotated[
         list[float] | None, Parameter(consume_multiple=True, negative=())
     ] = None,
@@ -145,6 +146,8 @@ def run(
         threads of the engine; torch gives the same bits only at the same number, native at any
     device
         profile of the emulated devices, from 'fedlean devices' or a file of 'fedlean profile'
+    fleet
+        a file that says what each device has, round by round (docs/fleets.md)
     target_accuracy
         accuracies in (0, 1) whose cost is reported
     eval_every
@@ -179,6 +182,7 @@ def run(
         engine=engine,
         threads=threads,
         device=device,
+        fleet=fleet,
         target_accuracy=tuple(target_accuracy or ()),
         eval_every=eval_every,
         eval_examples=eval_examples,

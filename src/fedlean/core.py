@@ -76,7 +76,8 @@ class Work:
     importance_steps: int = 0  # of those steps, how many also took the dense weight gradient
     forward_examples: int = 0  # examples that only ran forward
     kept: Mapping[str, int] = field(default_factory=dict)  # masked tensor -> kept coordinates
-    optimizer_floats: int = 0  # held by the optimiser per trained weight (1 with momentum)
+    # held per trained weight beside its value: by the optimiser (1 with momentum), or of gradients
+    optimizer_floats: int = 0
     beside: int = 0  # so many of the stretches right before it stay in memory while it runs
     held_examples: int = 0  # whose activations at `begin` (else `end`) lie outside the engine
     begin: str = ""  # the model's input

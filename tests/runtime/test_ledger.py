@@ -11,8 +11,10 @@ from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
 from fedlean.cost.profile import Profile
 from fedlean.layers import Linear
+from fedlean.runtime import prices
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import Ledger, StepCost
+from fedlean.runtime.prices import Prices
 from fedlean.spec import sequential
 
 SPEC = sequential((4,), [("fc", Linear(3))])
@@ -41,7 +43,7 @@ def sizes(client: int, *work: Work) -> tuple[int, int]:
 
 
 def charge(*answers: ClientUpdate, store: ClientStore | None = None) -> StepCost:
-    ledger = Ledger([task(0), task(1)], store or ClientStore(), DEVICE)
+    ledger = Ledger([task(0), task(1)], store or ClientStore(), Prices(DEVICE))
     for answer in answers:
         ledger.answer(task(answer.client), answer)
     return ledger.cost
@@ -61,10 +63,8 @@ def test_the_slowest_client_decides_the_time_and_all_pay(turned):
 
 def test_equal_work_is_priced_once(monkeypatch):
     priced = []
-    price = Ledger._priced
-    monkeypatch.setattr(
-        Ledger, "_priced", lambda self, *args: priced.append(args) or price(self, *args)
-    )
+    price = prices.cost
+    monkeypatch.setattr(prices, "cost", lambda *args: priced.append(args) or price(*args))
     cost = charge(update(0, SLOW), update(1, replace(SLOW, kept={})))
     assert cost.flops == 2 * 480 and len(priced) == 1
     cost = charge(update(0, SLOW), update(1, replace(SLOW, batch_size=1)))
@@ -82,7 +82,7 @@ def test_frozen_layers_cost_no_backward():
     costs = []
     for names in ((), ("fc.bias",), ("fc.weight",), ("fc.weight", "fc.bias")):
         frozen = replace(task(0), sub_model=SubModel(frozen=frozenset(names)))
-        ledger = Ledger([frozen], ClientStore(), DEVICE)
+        ledger = Ledger([frozen], ClientStore(), Prices(DEVICE))
         ledger.answer(frozen, update(0, SLOW))
         costs.append(ledger.cost)
     assert [cost.flops for cost in costs] == [480, 480, 240, 240]
@@ -128,7 +128,7 @@ def test_an_absent_client_is_charged_its_downlink():
 
 
 def test_no_tasks():
-    assert Ledger([], ClientStore(), DEVICE).cost == StepCost()
+    assert Ledger([], ClientStore(), Prices(DEVICE)).cost == StepCost()
 
 
 def test_memory_is_that_of_the_neediest():

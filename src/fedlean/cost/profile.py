@@ -128,12 +128,12 @@ def from_document(document: Any) -> Profile:
 def profile_of(device: Device, fallback: Profile) -> Profile:
     """The profile that counts for a device: its own, else `fallback`, the server's.
 
-    Its memory is the device's, where that is known.
+    Its memory is the device's, where that is known; of none, a byte, as a profile has some.
     """
     profile = fallback if device.profile is None else device.profile
     if device.memory_bytes is None or device.memory_bytes == profile.memory_bytes:
         return profile
-    return replace(profile, memory_bytes=device.memory_bytes)
+    return replace(profile, memory_bytes=max(1, device.memory_bytes))
 
 
 def faster(profile: Profile, factor: float) -> Profile:

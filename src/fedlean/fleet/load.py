@@ -19,10 +19,10 @@ ENDINGS = (".toml", ".json", ".csv")
 
 
 class Loaded(NamedTuple):
-    """A fleet and its record: JSON values, of which `recorded` makes the same fleet."""
+    """A fleet and all of its files as JSON values, of which `recorded` makes the same fleet."""
 
     fleet: Fleet
-    record: dict[str, Any]
+    content: dict[str, Any]
 
 
 def load_fleet(path: str | Path, fallback: Profile) -> Loaded:
@@ -51,10 +51,10 @@ def load_fleet(path: str | Path, fallback: Profile) -> Loaded:
     return Loaded(fleet, {"name": place.name, "texts": texts, "profiles": used})
 
 
-def recorded(record: Any, fallback: Profile) -> Fleet:
-    """Raises ValueError where the record is none."""
+def recorded(content: Any, fallback: Profile) -> Fleet:
+    """The fleet that `load_fleet` gave with this content.  Raises ValueError where it is none."""
     try:
-        name, texts, used = record["name"], record["texts"], record["profiles"]
+        name, texts, used = content["name"], content["texts"], content["profiles"]
         found = {name: from_document(document) for name, document in used.items()}
         return _parsed(name, texts.__getitem__, found.__getitem__, fallback, name)
     except (KeyError, TypeError, AttributeError) as error:

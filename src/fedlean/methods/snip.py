@@ -160,11 +160,15 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:
-    """Scores: as steps whose full weight gradients are summed, which is what is done."""
+    """Scores: as steps whose full weight gradients are summed, which is what is done.
+
+    The engine gives them as arrays, a float for every weight beside its own.
+    """
     if task.phase != "score":
         return only_sgd(task)
     steps = int(task.hparams["snip_batches"])
-    return (Work(steps, int(task.hparams["batch_size"]), importance_steps=steps),)
+    batch_size = int(task.hparams["batch_size"])
+    return (Work(steps, batch_size, importance_steps=steps, optimizer_floats=1),)
 
 
 def client_update(

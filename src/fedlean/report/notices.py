@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -21,8 +22,22 @@ def notices(run: Run) -> list[str]:
         lines.append(
             f"After round {change.get('after_round')} the run went on with other data: {parts}"
         )
+    nobody = [row for row in run.rounds if _asked_nobody(row)]
     for row in run.rounds:
-        lines += [f"Round {_asked(row)}: {line}" for line in _list(row.get("notes"))]
+        notes = _list(row.get("notes"))[1 if _asked_nobody(row) else 0 :]
+        lines += [f"Round {_asked(row)}: {line}" for line in notes]
+    if nobody:
+        why = next(iter(_list(nobody[0].get("notes"))), "nobody was asked")
+        steps = _count(len(nobody), "step")
+        lines.append(f"{steps} asked nobody; the first, of round {_asked(nobody[0])}: {why}")
+    if left_out := _by_client(run, "left_out"):
+        client, reasons = next(iter(left_out.items()))
+        tasks = _count(sum(map(len, left_out.values())), "task")
+        clients = _count(len(left_out), "client")
+        lines.append(
+            f"{tasks} of {clients} not sent, for lack of memory; the first, of client {client}: "
+            f"{reasons[0]}"
+        )
     if rejected := _rejected(run):
         updates = _count(sum(map(len, rejected.values())), "update")
         clients = _count(len(rejected), "client")
@@ -37,22 +52,22 @@ def notices_section(run: Run) -> str:
     if not lines:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<ul class="note">{items}</ul>{_table(run)}'
+    refused = _table("Refused updates by client", "refused", _rejected(run))
+    left_out = _table("Tasks not sent, by client", "not sent", _by_client(run, "left_out"))
+    return f'<ul class="note">{items}</ul>{refused}{left_out}'
 
 
-def _table(run: Run) -> str:
-    """Client, how many of its updates were refused, and the first reason."""
-    rejected = _rejected(run)
-    if not rejected:
+def _table(title: str, head: str, by_client: Mapping[Any, Sequence[str]]) -> str:
+    """Client, how often, and the first reason; the worst first."""
+    if not by_client:
         return ""
     rows = [
         (str(client), str(len(reasons)), reasons[0])
-        for client, reasons in sorted(rejected.items(), key=lambda item: -len(item[1]))
+        for client, reasons in sorted(by_client.items(), key=lambda item: -len(item[1]))
     ]
-    title = "Refused updates by client"
     if len(rows) > MAX_CLIENTS:
         title += f" (the first {MAX_CLIENTS} of {len(rows)})"
-    heads = ("client", "refused", "first reason")
+    heads = ("client", head, "first reason")
     return markup.details(title, markup.plain_table(heads, rows[:MAX_CLIENTS]))
 
 
@@ -65,6 +80,20 @@ def _rejected(run: Run) -> dict[int, list[str]]:
             why = f"round {_asked(row)}: {reasons.get(str(client), 'no reason given')}"
             found.setdefault(client, []).append(why)
     return found
+
+
+def _by_client(run: Run, key: str) -> dict[str, list[str]]:
+    """Client -> the reasons that each step has for it under `key`, with the round."""
+    found: dict[str, list[str]] = {}
+    for row in run.rounds:
+        for client, reason in (row.get(key) or {}).items():
+            found.setdefault(client, []).append(f"round {_asked(row)}: {reason}")
+    return found
+
+
+def _asked_nobody(row: Row) -> bool:
+    """Early runs do not say, and in them it did not happen."""
+    return row.get("server_only") is False and not row.get("cohort")
 
 
 def _list(value: object) -> list:

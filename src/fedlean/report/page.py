@@ -33,6 +33,7 @@ from fedlean.report.style import CSS
 from fedlean.report.tables import costs, density, differences, labels, peak_memory, summary_rows
 
 MAX_TABLE_ROWS = 60
+MAX_FLEET_CHARACTERS = 20_000  # a trace may have megabytes
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -295,5 +296,8 @@ def _evaluations(run: Run) -> str:
 
 
 def _config(title: str, run: Run) -> str:
-    text = json.dumps(run.config, indent=2, ensure_ascii=False)
+    content = run.config.get("fleet_content")
+    long = len(json.dumps(content)) > MAX_FLEET_CHARACTERS
+    shown = {**run.config, "fleet_content": "see config.json"} if long else run.config
+    text = json.dumps(shown, indent=2, ensure_ascii=False)
     return markup.details(title, f"<pre>{escape(text)}</pre>")

@@ -20,6 +20,7 @@ LARGEST_ROUND = 1 << 50
 _PARTS = {  # of a row, each of which may be missing: early runs lack the newer ones
     "layer_density": dict,
     "refused": dict,
+    "left_out": dict,
     "rejected": list,
     "notes": list,
     "asked_round": int,

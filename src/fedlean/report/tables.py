@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from fedlean.report import units
@@ -116,12 +117,18 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     settings = ("method", "dataset", "model", "partition", "clients", "cohort", "seed", "engine")
     rows = [(key, [_text(run.fact(key)) for run in runs]) for key in settings]
     rows.append(("device profile", [_text(run.fact("device")) for run in runs]))
+    rows.append(("fleet", [_text(_name(run.fact("fleet"))) for run in runs]))
     rows += [(name, [measure(run) for run in runs]) for name, measure in _MEASURES]
     return [(name, cells) for name, cells in rows if any(cell != "–" for cell in cells)]
 
 
 def _text(value: Any) -> str:
     return "–" if value is None else str(value)
+
+
+def _name(path: Any) -> str | None:
+    """Of a file, without its folders."""
+    return PurePath(path).name if isinstance(path, str) else None
 
 
 def _state(run: Run) -> str:
@@ -144,8 +151,18 @@ def peak_memory(run: Run) -> float | None:
     return max((value for value in found if value is not None), default=None)
 
 
+def mean_share(run: Run, key: str) -> float | None:
+    """Of the steps that have one; None where none has."""
+    found = [share for row in run.rounds if (share := number(row.get(key))) is not None]
+    return sum(found) / len(found) if found else None
+
+
 def _clock(run: Run) -> str:
     return units.human(run_total(run, "simulated_seconds") if has_clock(run) else None, "seconds")
+
+
+def _share(run: Run, key: str) -> str:
+    return units.percent(mean_share(run, key))
 
 
 _MEASURES = (
@@ -159,11 +176,13 @@ _MEASURES = (
     ("simulated time", _clock),
     ("wall time here", lambda run: units.human(run_total(run, "wall_seconds"), "seconds")),
     ("peak memory, modelled", lambda run: units.human(peak_memory(run), "bytes")),
+    ("memory used, of what devices have", lambda run: _share(run, "memory_utilisation")),
+    ("links busy, of a round's time", lambda run: _share(run, "link_utilisation")),
     ("arithmetic", lambda run: _text(run.fact("arithmetic"))),
 )
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """Settings in which the runs differ although a fair comparison holds them equal."""
-    held = ("dataset", "model", "partition", "clients", "cohort", "seed", "device")
+    held = ("dataset", "model", "partition", "clients", "cohort", "seed", "device", "fleet")
     return [key for key in held if len({_text(run.fact(key)) for run in runs}) > 1]

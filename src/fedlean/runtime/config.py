@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,15 @@ _MOST = {  # far beyond what a machine can do, so that no sum of them is beyond 
     "final_eval_examples": 1 << 31,
 }
 MAX_SEED = (1 << 63) - 1
-_BESIDE = ("format", "environment", "spec", "profile", "data", "notes")  # the run's, not its user's
+_BESIDE = (  # the run's, not its user's
+    "format",
+    "environment",
+    "spec",
+    "profile",
+    "fleet_content",
+    "data",
+    "notes",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class RunConfig:
     engine: str | None = None  # None: native where it can; a run folder names the one that ran
     threads: int = 1
     device: str = "raspberry_pi_4"
+    fleet: str | None = None  # a file (docs/fleets.md)
     target_accuracy: tuple[float, ...] = ()
     eval_every: int = 1
     eval_examples: int | None = None  # of the test set, during the run; None: all
@@ -105,26 +115,32 @@ def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 def differences(config: RunConfig, written: RunConfig) -> list[str]:
     """Fields in which the run of a folder is another one than `config`; [] for the same.
 
-    A configuration that names no engine takes the run of any, and a natural partition without a
-    number of clients that of any number; of a setting that is left out, the method's default
-    counts.  Folders of data are compared by where they are, not by how they were written.
+    A configuration that names no engine takes the run of any, and a natural partition or a fleet
+    without a number of clients that of any number; of a setting that is left out, the method's
+    default counts.  Folders of data and fleets are compared by where they are, not by how they were
+    written.
     """
     if written.method != config.method:
         return ["method"]  # whatever its settings mean: another's code is not asked
     written = replace(written, clients=written.num_clients)
-    natural = written.clients if config.partition == "natural" else CLIENTS
-    config = replace(
-        config, engine=config.engine or written.engine, clients=config.clients or natural
-    )
+    open_number = config.partition == "natural" or config.fleet is not None
+    clients = config.clients or (written.clients if open_number else CLIENTS)
+    config = replace(config, engine=config.engine or written.engine, clients=clients)
     one, other = (
         {
             **vars(each),
             "settings": complete(each.method, each.settings),
             "dataset": absolute(each.dataset),
+            "fleet": None if each.fleet is None else absolute_file(each.fleet),
         }
         for each in (config, written)
     )
     return [name for name in one if one[name] != other[name]]
+
+
+def absolute_file(name: str) -> str:
+    """`name` as an absolute path, `~` expanded."""
+    return str(Path(os.path.expanduser(name)).resolve())  # noqa: PTH111 - Path's raises
 
 
 def _typed(config: RunConfig) -> RunConfig:

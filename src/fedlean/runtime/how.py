@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from fedlean.core import FederatedAlgorithm, Server
+from fedlean.core import Device, FederatedAlgorithm, Server
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_dataset
 from fedlean.data.partition import partition
+from fedlean.fleet.fleet import Fleet
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.local import Dispatch, LocalDispatch
 from fedlean.runtime.lock import Lock
@@ -30,6 +32,13 @@ class Parts:
     dataset: Dataset
     lock: Lock  # on the run folder
     say: Say
+    fleet: Fleet | None = None
+
+    def present(self) -> Callable[[int], Sequence[Device]] | None:
+        """The fleet's devices at a step; None without a fleet."""
+        if self.fleet is None:
+            return None
+        return partial(self.fleet.present, self.config.seed, clients=self.config.num_clients)
 
 
 Connect = Callable[[Parts], tuple[Dispatch, list[str]]]  # and lines about the clients
@@ -41,7 +50,9 @@ def in_process(parts: Parts) -> tuple[Dispatch, list[str]]:
     config, dataset = parts.config, parts.dataset
     shares = partition(config.partition, dataset, config.num_clients, config.seed)
     data = [ClientData(dataset, indices) for indices in shares]
-    dispatch = LocalDispatch(parts.algorithm.client_update, parts.server.engine, data)
+    dispatch = LocalDispatch(
+        parts.algorithm.client_update, parts.server.engine, data, parts.present()
+    )
     return dispatch, about_shares(dataset, shares, config.partition)
 
 

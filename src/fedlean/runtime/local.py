@@ -17,6 +17,8 @@ from fedlean.engine.protocol import Engine
 from fedlean.runtime.checks import diverged, remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.outofmemory import OutOfMemory, memory_for
+from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.room import TooLarge
 from fedlean.tree import kept_counts
 
 Refuse = Callable[[ClientUpdate, ClientTask], str | None]  # why an update cannot be used
@@ -73,34 +75,58 @@ ClientUpdateFunction = Callable[
 
 
 class LocalDispatch:
-    """Runs `client_update` for each task in this process."""
+    """Runs `client_update` for each task in this process.
+
+    present: the devices of a step, of a fleet; without one all are there, and have no limit.
+    """
 
     def __init__(
-        self, client_update: ClientUpdateFunction, engine: Engine, data: Sequence[Batches]
+        self,
+        client_update: ClientUpdateFunction,
+        engine: Engine,
+        data: Sequence[Batches],
+        present: Callable[[int], Sequence[Device]] | None = None,
     ):
         self._client_update = client_update
         self._engine = engine
         self._data = data
+        self._present = present
+        self._step = 0
+        self._here: dict[int, Device] = {}  # by client, in this step
+        self._unable: set[int] = set()  # who had too little memory in it, and would have again
+        self._troubles: dict[int, str] = {}
         self._committed: dict[int, ClientState] = {}
         self._pending: dict[int, ClientState] = {}
         self._seconds: dict[int, float] = {}
 
     def begin(self, store: ClientStore, step: int) -> Sequence[Device]:
-        return [Device(client) for client in range(len(self._data))]
+        if self._present is None:
+            return [Device(client) for client in range(len(self._data))]
+        if step != self._step:
+            self._step, self._unable = step, set()
+        devices = [device for device in self._present(step) if device.id not in self._unable]
+        self._here = {device.id: device for device in devices}
+        return devices
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
-        self._pending = {}
-        self._seconds = {}
+        self._pending, self._seconds, self._troubles = {}, {}, {}
         for task in tasks:
+            if self._present is not None and task.client not in self._here:
+                self._troubles[task.client] = "is away"
+                continue
             began = time.perf_counter()
             held = self._committed.get(task.client, {})
             try:
                 with memory_for(_what(task), partial(self._planned_bytes, task)):
                     update, state = self._client_update(
-                        task, self._data[task.client], self._engine, held
+                        task, self._data[task.client], self._engine_of(task.client), held
                     )
             except OutOfMemory:
                 raise
+            except TooLarge as error:
+                self._troubles[task.client] = str(error)
+                self._unable.add(task.client)
+                continue
             except Exception as error:
                 line = f"{_what(task)}, seed {task.seed}: {type(error).__name__}: {error}"
                 hint = f"; {remedy(line)}" if diverged(line) else ""
@@ -108,6 +134,13 @@ class LocalDispatch:
             self._pending[task.client] = state
             self._seconds[task.client] = time.perf_counter() - began
             yield update
+
+    def _engine_of(self, client: int) -> Engine:
+        """As a device has it, which looks whether a session fits before it opens one."""
+        device = self._here.get(client)
+        if device is None or device.memory_bytes is None:
+            return self._engine
+        return LimitedEngine(self._engine, device.memory_bytes, emulated=True)
 
     def _planned_bytes(self, task: ClientTask) -> int:
         """Of a plain step of the task, as the engine plans it."""
@@ -132,7 +165,7 @@ class LocalDispatch:
         return dict(self._seconds)
 
     def troubles(self) -> Mapping[int, str]:
-        return {}  # an error in this process ends the run
+        return dict(self._troubles)  # any other error in this process ends the run
 
     def notes(self) -> Sequence[str]:
         return ()

@@ -44,14 +44,32 @@ def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[
 
 
 def _with_refusals(show: Show, console: Console) -> Show:
-    """Also shows at once whose updates were refused in a step, and what to do about it."""
+    """Also shows at once whose updates were refused in a step, and what to do about it.
+
+    The same, once, of whom is left out for lack of memory, and of every step that asked nobody.
+    """
+    said: list[str] = []
 
     def shown(entry: dict[str, Any]) -> None:
         show(entry)
         if entry["rejected"]:
             console.print(printable(_refusals(entry)), style="bold red", **_PLAIN)
+        if entry["left_out"] and not said:
+            said.append(_left_out(entry))
+            console.print(printable(said[0]), style="bold yellow", **_PLAIN)
+        if not (entry["cohort"] or entry["server_only"]):
+            line = f"round {entry['asked_round']}: {entry['notes'][0]}"
+            console.print(printable(line), style="bold red", **_PLAIN)
 
     return shown
+
+
+def _left_out(entry: dict[str, Any]) -> str:
+    client, reason = next(iter(entry["left_out"].items()))
+    return (
+        f"round {entry['asked_round']}: {len(entry['left_out'])} left out, their devices have too "
+        f"little memory; client {client} {reason} (said once: rounds.jsonl has all, as left_out)"
+    )
 
 
 def _refusals(entry: dict[str, Any]) -> str:

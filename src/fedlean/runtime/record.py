@@ -8,23 +8,41 @@ from dataclasses import dataclass, field
 from fedlean.core import ClientTask
 from fedlean.runtime.ledger import StepCost
 from fedlean.runtime.moves import Moved
+from fedlean.runtime.prices import MB, Lack
 
 
 @dataclass
 class StepRecord:
     """tasks: of the last attempt, after those of earlier ones whose clients were not asked again.
 
-    answered: clients whose updates are in the model, in cohort order.
+    answered: clients whose updates are in the model, in cohort order.  asked_round: of the tasks,
+    those for clients that were left out among them; None where there was none.
     """
 
     tasks: Sequence[ClientTask] = ()
     cost: StepCost = field(default_factory=StepCost)
     answered: list[int] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)  # why a client got no task
+    lacks: list[Lack] = field(default_factory=list)  # of those, of what
     refused: dict[int, str] = field(default_factory=dict)  # why a client gave nothing
     rejected: dict[int, str] = field(default_factory=dict)  # of those: an update came and is wrong
     notes: list[str] = field(default_factory=list)  # what the user should know
     moved: dict[int, Moved] = field(default_factory=dict)  # by client, of sound updates
     metrics: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
+    asked_round: int | None = None
+    server_only: bool = False  # a step of the server's own
     wall_seconds: float = 0.0
     measured_seconds: float = 0.0  # of the median client, all attempts together
+
+
+def nobody_was_asked(record: StepRecord) -> str:
+    """Why a step sent no task, in a sentence."""
+    if not record.lacks:
+        return "nobody was asked: no device is there"
+    least = min(lack.needed_bytes for lack in record.lacks)
+    most = max(lack.memory_bytes for lack in record.lacks)
+    return (
+        f"nobody was asked: no task fits its device: {len(record.left_out)} left out, the smallest "
+        f"task needs {least / MB:.1f} MB and the largest device has {most / MB:.1f} MB"
+    )

@@ -16,7 +16,7 @@ from fedlean.runtime.checks import remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Dispatch
 from fedlean.runtime.moves import MaxNorm, Moves
-from fedlean.runtime.record import StepRecord
+from fedlean.runtime.record import StepRecord, nobody_was_asked
 from fedlean.runtime.step import Step
 
 EMPTY_STEPS = 10  # unanswered steps in a row after which the run stops
@@ -60,8 +60,9 @@ def run_rounds(
         step = Step(algorithm, server, dispatch, progress.store, progress.step + 1, max_update_norm)
         state, moves = step.take(progress.state, progress.moves)
         record = step.record
-        empty = bool(record.tasks) and not record.answered
-        refused = empty and all(task.client in record.rejected for task in record.tasks)
+        empty = not (record.answered or record.server_only)
+        asked = bool(record.tasks)
+        refused = empty and asked and all(task.client in record.rejected for task in record.tasks)
         progress = replace(
             progress,
             state=state,
@@ -91,6 +92,15 @@ def _failure(progress: Progress, record: StepRecord) -> str | None:
 
 
 def _unanswered(record: StepRecord) -> str:
+    if not record.tasks:
+        remedy = (
+            "train a smaller model, batch or density, or give the devices more (in --fleet, or by "
+            "the --memory-limit of a node)"
+        )
+        if not record.lacks:
+            remedy = "see which devices are there and when in --fleet"
+        why = nobody_was_asked(record)
+        return f"{EMPTY_STEPS} steps without an answer; in the last {why}: {remedy}"
     why = [f"client {client}: {reason[:MAX_REASON]}" for client, reason in record.refused.items()]
     return (
         f"round {record.tasks[0].round} was asked in {EMPTY_STEPS} steps, of {len(record.tasks)} "

@@ -8,7 +8,6 @@ same outcome, bit for bit.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -21,18 +20,13 @@ import numpy as np
 
 import fedlean
 from fedlean.core import FederatedAlgorithm, Masks, Model, Params, Server
-from fedlean.cost.profile import (
-    Profile,
-    from_document,
-    load_profile,
-    other_model,
-    to_document,
-)
+from fedlean.cost.profile import other_model
 from fedlean.data.batches import own_inputs, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import absolute
 from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import Engine
+from fedlean.fleet.fleet import Fleet
 from fedlean.models.catalog import build as build_model
 from fedlean.runtime.checkpoint import (
     load_checkpoint,
@@ -45,9 +39,11 @@ from fedlean.runtime.config import (
     CLIENTS,
     FORMAT,
     RunConfig,
+    absolute_file,
     check,
     write_document,
 )
+from fedlean.runtime.devices import Devices, load_devices, recorded_devices
 from fedlean.runtime.evaluate import Evaluate, evaluator
 from fedlean.runtime.how import How, Parts
 from fedlean.runtime.local import Dispatch
@@ -104,11 +100,11 @@ def start(
         raise ValueError(f"--out {folder} is a file: name a folder")
     with hold(folder, how.say, shared=how.shared) as lock:
         _refuse_used(folder)
-        profile = load_profile(config.device)
+        devices, about_devices = load_devices(config)
         config = _anywhere(config)
         check(config)
         given = first is not None or bool(config.start)
-        run = _prepare(config, folder, _load(config, how), profile, how, lock, given=given)
+        run = _prepare(config, folder, _load(config, how), devices, how, lock, given=given)
         spec = run.server.spec
         model = given_model(first, spec) if first else first_model(run.config, spec)
         state = run.algorithm.init(model)
@@ -118,7 +114,7 @@ def start(
         document = {"format": FORMAT, **asdict(run.config)}
         document["environment"] = environment(run.server.engine)
         document["spec"] = json.loads(run.server.spec.to_json())
-        document["profile"] = to_document(run.server.profile)  # its file may change or go
+        document |= about_devices
         document["data"] = about_data(run.dataset)
         document["notes"] = run.notes
         lock.own()
@@ -131,11 +127,9 @@ def start(
 
 def _anywhere(config: RunConfig) -> RunConfig:
     """With absolute paths, so that `resume` finds them from any folder."""
-    config = replace(config, dataset=absolute(config.dataset))
-    if not config.start:
-        return config
-    given = os.path.expanduser(config.start)  # noqa: PTH111 - never raises
-    return replace(config, start=str(Path(given).resolve()))
+    fleet = None if config.fleet is None else absolute_file(config.fleet)
+    start = absolute_file(config.start) if config.start else ""
+    return replace(config, dataset=absolute(config.dataset), fleet=fleet, start=start)
 
 
 def _refuse_used(folder: Path) -> None:
@@ -181,8 +175,8 @@ def resume(
             advice=f"bring it back (if it has moved: {elsewhere}), or go on with what there is and "
             f"have the run marked: {accept}",
         )
-        profile, given = _recorded_profile(folder, document), was_given(folder, config)
-        run = _prepare(config, folder, loaded, profile, how, lock, given=given)
+        devices, given = recorded_devices(folder, document), was_given(folder, config)
+        run = _prepare(config, folder, loaded, devices, how, lock, given=given)
         run = replace(run, data_changes=data.get("changes", []))
         _refuse_other_model(document, run.server.spec)
         if document["environment"] != environment(run.server.engine):
@@ -223,16 +217,6 @@ def _refuse_other_model(document: dict[str, Any], spec: ModelSpec) -> None:
         )
 
 
-def _recorded_profile(folder: Path, document: dict[str, Any]) -> Profile:
-    """The device profile that the run began with; of an early run, the one of that name."""
-    if "profile" not in document:
-        return load_profile(document["device"])
-    try:
-        return from_document(document["profile"])
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: profile: {error}") from None
-
-
 def environment(engine: Engine) -> dict[str, Any]:
     """Where the run was made, and by what: results are bit-equal only on the same of all these.
 
@@ -254,15 +238,17 @@ def _prepare(
     config: RunConfig,
     folder: Path,
     dataset: Dataset,
-    profile: Profile,
+    devices: Devices,
     how: How,
     lock: Lock,
     *,
     given: bool,
 ) -> _Run:
     """Everything that can be wrong is found here, before anything is written or trained."""
-    config = replace(config, clients=config.clients or _clients(config, dataset))
+    profile, fleet = devices
+    config = replace(config, clients=config.clients or _clients(config, dataset, fleet))
     check(config)
+    devices.check(config.num_clients)
     check_classes(dataset)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     check_together(spec, dataset, config.model)
@@ -286,7 +272,8 @@ def _prepare(
         test_subset(dataset, examples) if examples else None
         for examples in (config.eval_examples, config.final_eval_examples)
     )
-    dispatch, about_clients = how.connect(Parts(config, server, algorithm, dataset, lock, how.say))
+    parts = Parts(config, server, algorithm, dataset, lock, how.say, fleet)
+    dispatch, about_clients = how.connect(parts)
     notes = [why_not_native, other_model(profile, spec), *about_model(spec, dataset)]
     said = [line for line in [*notes, *about_clients] if line]
     for line in said:
@@ -306,10 +293,10 @@ def _load(config: RunConfig, how: How, elsewhere: str = "") -> Dataset:
         raise ValueError(f"{error}; if it has moved, say where it is: {elsewhere}") from None
 
 
-def _clients(config: RunConfig, dataset: Dataset) -> int:
+def _clients(config: RunConfig, dataset: Dataset, fleet: Fleet | None) -> int:
     if config.partition == "natural" and dataset.clients is not None:
         return len(np.unique(dataset.clients))
-    return CLIENTS
+    return CLIENTS if fleet is None or fleet.size is None else fleet.size
 
 
 def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str, Any]:

@@ -36,6 +36,12 @@ class Totals:
     refused_updates: int = 0  # by the checks, after they came
     first_refusals: Mapping[str, str] = field(default_factory=dict)  # client -> round and reason
     largest_cohort: int = 0  # clients asked in one step, at most
+    left_out_tasks: int = 0  # that were not sent, since their devices cannot hold them
+    left_out: Mapping[str, int] = field(default_factory=dict)  # client -> how many of them
+    memory_shares: float = 0.0  # the sum of the steps' `memory_utilisation`, and of how many
+    memory_steps: int = 0
+    link_shares: float = 0.0
+    link_steps: int = 0
 
     def after(self, record: StepRecord, clients: int) -> Totals:
         cost = record.cost
@@ -53,7 +59,30 @@ class Totals:
             refused_updates=self.refused_updates + len(record.rejected),
             first_refusals=self._first_refusals(record),
             largest_cohort=max(self.largest_cohort, len(record.tasks)),
+            left_out_tasks=self.left_out_tasks + len(record.left_out),
+            left_out=self._left_out(record),
+            memory_shares=self.memory_shares + (cost.memory_utilisation or 0.0),
+            memory_steps=self.memory_steps + (cost.memory_utilisation is not None),
+            link_shares=self.link_shares + (cost.link_utilisation or 0.0),
+            link_steps=self.link_steps + (cost.link_utilisation is not None),
         )
+
+    @property
+    def memory_utilisation(self) -> float | None:
+        """Mean over the steps that have one."""
+        return self.memory_shares / self.memory_steps if self.memory_steps else None
+
+    @property
+    def link_utilisation(self) -> float | None:
+        return self.link_shares / self.link_steps if self.link_steps else None
+
+    def _left_out(self, record: StepRecord) -> Mapping[str, int]:
+        """Of at most FIRST_REFUSALS clients, as below."""
+        times = dict(self.left_out)
+        for client in sorted(record.left_out):
+            if str(client) in times or len(times) < FIRST_REFUSALS:
+                times[str(client)] = times.get(str(client), 0) + 1
+        return times
 
     def _first_refusals(self, record: StepRecord) -> Mapping[str, str]:
         """Of at most FIRST_REFUSALS clients, since a checkpoint holds them."""
@@ -107,10 +136,12 @@ def log_entry(
     flops, dense = cost.pop("flops"), cost.pop("flops_dense_gradient")
     return {
         "round": round,
-        "asked_round": record.tasks[0].round if record.tasks else round,
+        "asked_round": round if record.asked_round is None else record.asked_round,
         "phase": phase,
         "cohort": cohort,
+        "server_only": record.server_only,
         "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
+        "left_out": {str(client): reason for client, reason in sorted(record.left_out.items())},
         "refused": {str(client): reason for client, reason in sorted(record.refused.items())},
         "rejected": sorted(record.rejected),
         "notes": list(record.notes),

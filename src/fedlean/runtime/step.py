@@ -2,6 +2,7 @@
 
 Whose update was refused is left out of the next attempt, so that one bad client costs a round its
 time and not its result.  A merged state that is none is taken back, and the attempt was in vain.
+A task that its device cannot hold is not sent; where that leaves nobody, others are asked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server, Work
 from fedlean.runtime.checks import Expected, beyond_order, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.heldback import held_back
@@ -24,7 +25,8 @@ from fedlean.runtime.merged import fault, suspects
 from fedlean.runtime.moves import LEAST, MaxNorm, Moves, moved
 from fedlean.runtime.notices import some
 from fedlean.runtime.order import in_cohort_order
-from fedlean.runtime.record import StepRecord
+from fedlean.runtime.prices import Prices
+from fedlean.runtime.record import StepRecord, nobody_was_asked
 
 ATTEMPTS = 3  # how often a step asks
 
@@ -44,7 +46,8 @@ class Step:
         self._algorithm, self._server, self._dispatch = algorithm, server, dispatch
         self._store, self._number, self._max_norm = store, number, max_norm
         self._moves = Moves()
-        self._examples: dict[int, int | None] = {}  # as the clients said when they joined
+        self._prices = Prices(server.profile)  # on the devices of the attempt
+        self._ordered: dict[int, Sequence[Work]] = {}  # by client: what the attempt's task takes
         self.record = StepRecord()
         self.failure: str | None = None
 
@@ -57,10 +60,14 @@ class Step:
             devices = self._dispatch.begin(self._store, self._number)
             tasks = self._tasks(state, devices)
             if not tasks:
-                if not record.attempts:
+                if devices and not record.attempts and not record.left_out:
                     after = self._alone(state)
                 break
-            after = self._attempt(state, tasks)
+            record.asked_round = tasks[0].round
+            if fitting := self._fitting(tasks):
+                after = self._attempt(state, fitting)
+        if not record.tasks and not record.server_only:
+            record.notes.append(nobody_was_asked(record))
         for reasons in (record.refused, record.rejected):
             for client in record.answered:
                 reasons.pop(client, None)
@@ -70,17 +77,42 @@ class Step:
         return after, moves.after(phase, record.moved) if record.moved else moves
 
     def _tasks(self, state: Any, devices: Sequence[Device]) -> list[ClientTask]:
-        """Without the clients whose updates this step has refused: they would do the same again."""
-        self._examples = {device.id: device.num_examples for device in devices}
-        rejected = self.record.rejected
-        left = [device for device in devices if device.id not in rejected]
-        if rejected and not left:
+        """Without the clients whose updates this step has refused, and those that it left out.
+
+        They would do the same again.  Without a device it is no step of the server's own either.
+        """
+        self._prices, self._ordered = Prices(self._server.profile, devices), {}
+        not_again = self.record.rejected.keys() | self.record.left_out.keys()
+        left = [device for device in devices if device.id not in not_again]
+        if not left:
             return []
         tasks = self._algorithm.configure(state, left)
-        return [task for task in tasks if task.client not in rejected]
+        return [task for task in tasks if task.client not in not_again]
+
+    def _fitting(self, tasks: Sequence[ClientTask]) -> list[ClientTask]:
+        """Without those that their devices cannot hold, which is noted."""
+        fitting = []
+        for task in tasks:
+            work = self._work(task)
+            lack = None if work is None else self._prices.lack(task, work)
+            if lack is None:
+                fitting.append(task)
+            else:
+                self.record.left_out[task.client] = str(lack)
+                self.record.lacks.append(lack)
+        return fitting
+
+    def _work(self, task: ClientTask) -> Sequence[Work] | None:
+        """What the task takes, where the method says so."""
+        if self._algorithm.work is None:
+            return None
+        if task.client not in self._ordered:
+            self._ordered[task.client] = self._algorithm.work(task)
+        return self._ordered[task.client]
 
     def _alone(self, state: Any) -> Any:
         """A step of the server's own."""
+        self.record.server_only = True
         after = self._algorithm.server_update(state, ())
         if wrong := fault(state, after, self._server.spec):
             self.failure = f"a step of the server's own went wrong: {wrong}"
@@ -92,7 +124,7 @@ class Step:
         record.attempts += 1
         asked = {task.client: task for task in tasks}
         record.tasks = [*(one for one in record.tasks if one.client not in asked), *tasks]
-        ledger = Ledger(tasks, self._store, self._server.profile)
+        ledger = Ledger(tasks, self._store, self._prices)
         answers = self._taken(dispatch(tasks, self._refuse), tasks, ledger)
         after = self._algorithm.server_update(state, answers)
         for _ in answers:  # whatever the method did not read is checked and charged all the same
@@ -129,11 +161,10 @@ class Step:
         return why
 
     def _expected(self, task: ClientTask) -> Expected:
-        work = self._algorithm.work
         return Expected(
             self._algorithm.statistics(task),
-            None if work is None else work(task),
-            self._examples.get(task.client),
+            self._work(task),
+            self._prices.device(task.client).num_examples,
         )
 
     def _taken(

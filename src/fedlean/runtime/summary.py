@@ -34,6 +34,7 @@ def summary_of(
         "seed": config.seed,
         "engine": config.engine,
         "device": config.device,
+        "fleet": config.fleet,
         "arithmetic": server.engine.arithmetic,
         "final_accuracy": final,
         "best_accuracy": max(totals.best_accuracy, final),
@@ -53,5 +54,9 @@ def summary_of(
         "time_to_accuracy": targets,
         "refused_updates": totals.refused_updates,
         "first_refusals": dict(totals.first_refusals),
+        "left_out_tasks": totals.left_out_tasks,
+        "left_out": dict(totals.left_out),
+        "memory_utilisation": totals.memory_utilisation,
+        "link_utilisation": totals.link_utilisation,
         "data_changes": list(data_changes),
     }

@@ -233,7 +233,11 @@ def test_updates_that_the_checks_refuse_do_not_count(post):
 
 
 def test_who_refuses_a_task_for_good_is_not_asked_for_the_same_again(post, monkeypatch):
-    """Not enough memory: until the model is another, or ten minutes have passed."""
+    """Not enough memory: until the model is another, or ten minutes have passed.
+
+    It has not said so when it joined; else it would not be asked at all.
+    """
+    monkeypatch.setattr(Worker, "_memory_bytes", lambda self: None)
     post.workers[101] = Worker(
         post.folder / "1",
         client_data()[1],

@@ -19,6 +19,7 @@ RIGHT = {
     env.WELCOME: {
         "client": None,
         "num_examples": 7,
+        "memory_bytes": 3,
         **HOLDING,
         "device": "f00d",
         "name": "board",
@@ -95,6 +96,7 @@ WRONG = [
     (env.WELCOME, "client", -1),
     (env.WELCOME, "client", True),
     (env.WELCOME, "num_examples", 1.5),
+    (env.WELCOME, "memory_bytes", -1),
     (env.WELCOME, "input_shape", [1] * ((1 << 16) + 1)),
     (env.WELCOME, "name", "x" * 201),
     (env.WELCOME, "device", "x" * 201),

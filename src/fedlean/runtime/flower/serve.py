@@ -59,6 +59,7 @@ def over(post: Post, settings: ServerSettings) -> Connect:
             say=parts.say,
             check=parts.lock.check,
             statistics=parts.algorithm.statistics,
+            present=parts.present(),
         )
         return dispatch, []
 
@@ -71,6 +72,8 @@ def _watch(entry: dict[str, Any]) -> None:
     missing = [f"{client}: {why}" for client, why in entry["refused"].items()]
     said = f"; refused {'; '.join(missing)}" if missing else ""
     absent = f"; absent {entry['absent']}" if entry["absent"] else ""
+    left = [f"{client}: {why}" for client, why in entry["left_out"].items()]
+    said += f"; left out {'; '.join(left)}" if left else ""
     log.info(
         "round %s (%s)%s density %.1f%% %.1f MB %.1f s%s%s",
         entry["round"],
@@ -83,5 +86,7 @@ def _watch(entry: dict[str, Any]) -> None:
         said,
     )
     unused = len(entry["absent"]) + len(entry["refused"])
+    if not (entry["cohort"] or entry["server_only"]):
+        log.warning("round %s: %s", entry["asked_round"], entry["notes"][0])
     if entry["cohort"] and unused == len(entry["cohort"]):
         log.warning("nobody's answer to round %s could be used", entry["asked_round"])

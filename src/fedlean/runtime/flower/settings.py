@@ -14,7 +14,7 @@ from fedlean.runtime.remote.dispatch import Terms
 
 Flat = Mapping[str, bool | float | int | str]
 _NUMBERS = ("clients", "rounds", "seed", "threads", "eval_every")
-_TEXTS = ("dataset", "model", "inputs", "init", "partition", "engine", "device", "start")
+_TEXTS = ("dataset", "model", "inputs", "init", "partition", "engine", "device", "fleet", "start")
 _TERMS = tuple(field.name for field in fields(Terms))
 _OTHERS = (
     "method",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence, Set
+from dataclasses import dataclass, replace
 
 from fedlean.core import Device
 from fedlean.runtime.notices import some
@@ -14,6 +14,7 @@ from fedlean.runtime.remote.roster import Roster
 
 # A SuperLink lets a killed node in again once it takes it for dead: after two heartbeats of 30 s.
 READMIT_SECONDS = 70.0
+Present = Callable[[int], Sequence[Device]]  # the devices of a step
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,16 @@ class Attendance:
         *,
         clients: int,
         say: Callable[[str], None],
+        present: Present | None = None,
     ):
+        """present: the devices of a step, of a fleet for which the connected ones stand.
+
+        Who is not among them is away.
+        """
         self.patience = Patience(say)
         self._exchange, self._roster, self._terms, self._say = exchange, roster, terms, say
         self._clients = clients
+        self._present = present
         self._wanted = max(terms.min_clients, terms.min_replies)
         self._unheard: set[int] = set()  # asked in vain; those that died are let in again soon
         self._again = 0.0  # the monotonic second before which nobody is asked as in vain before
@@ -89,8 +96,16 @@ class Attendance:
         out = set[int]()
         if step != self._vain:
             out = self.patience.left_out(here, step, least=self._terms.min_replies)
-        examples = self._roster.num_examples
-        return [Device(client, examples.get(client)) for client in here if client not in out]
+        examples, memory = self._roster.num_examples, self._roster.memory_bytes
+        devices = [
+            Device(client, examples.get(client), memory_bytes=memory.get(client))
+            for client in here
+            if client not in out
+        ]
+        if self._present is None:
+            return devices
+        fleet = {device.id: device for device in self._present(step)}
+        return [_standing_for(fleet[one.id], one) for one in devices if one.id in fleet]
 
     def heard(self, client: int) -> None:
         """It is there, whatever it said."""
@@ -154,3 +169,9 @@ class Attendance:
             if self.patience.spoke(client):
                 self.heard(client)
         return here
+
+
+def _standing_for(emulated: Device, connected: Device) -> Device:
+    """With the emulated one's profile; of two limits of its memory the smaller counts."""
+    limits = [each.memory_bytes for each in (connected, emulated) if each.memory_bytes is not None]
+    return replace(connected, profile=emulated.profile, memory_bytes=min(limits, default=None))

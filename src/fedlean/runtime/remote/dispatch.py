@@ -23,7 +23,7 @@ from fedlean.printable import printable
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
-from fedlean.runtime.remote.attendance import Attempt, Attendance, NobodyThere, Terms
+from fedlean.runtime.remote.attendance import Attempt, Attendance, NobodyThere, Present, Terms
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, Post
 from fedlean.runtime.remote.holding import expected_by
@@ -62,9 +62,11 @@ class RemoteDispatch:
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
         statistics: Statistics | None = None,
+        present: Present | None = None,
     ):
         """`check` is called before a step and before its updates are used, and may raise.
 
+        present: see `Attendance`.
         statistics: of the method, by which the size of replies is bounded; None: more loosely.
         Raises ValueError where the names of the classes are too long to be sent, or `terms` ask for
         more clients than there are.
@@ -78,9 +80,7 @@ class RemoteDispatch:
         self._say = say
         self._exchange = Exchange(post, poll_seconds=terms.poll_seconds, say=say)
         expected = expected_by(dataset)
-        seal(
-            Envelope(env.HELLO, expected.to_fields())
-        )  # raises here rather than in the first round
+        seal(Envelope(env.HELLO, expected.to_fields()))  # raises here, not in the first round
         for name in ("min_clients", "min_replies"):
             if (least := getattr(terms, name)) > clients:
                 raise ValueError(
@@ -88,7 +88,9 @@ class RemoteDispatch:
                     "lower it, or raise clients"
                 )
         self._roster = Roster(self._exchange, expected=expected, clients=clients, say=say)
-        self._attendance = Attendance(self._exchange, self._roster, terms, clients=clients, say=say)
+        self._attendance = Attendance(
+            self._exchange, self._roster, terms, clients=clients, say=say, present=present
+        )
         self._exchange.late = self._late
         self._store = ClientStore()  # the runtime's own, set by `begin`
         self._step = 0

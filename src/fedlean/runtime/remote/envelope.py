@@ -40,9 +40,9 @@ class Envelope:
     """`fields` by kind:
 
     HELLO    run; what it expects: input_shape, classes, value_range; refused (why, or null)
-    WELCOME  client (or null), num_examples, name, device (who it is, across restarts: a secret of
-             its own, and before a space what may be shown); what it holds: input_shape, classes,
-             value_range
+    WELCOME  client (or null), num_examples, memory_bytes (that a task may take, or null), name,
+             device (who it is, across restarts: a secret of its own, and before a space what may be
+             shown); what it holds: input_shape, classes, value_range
     TASK     run, method, step, committed (step whose client state counts, or null), classes, mean,
              std, deadline_seconds (for which the server waits, from sending on)
     UPDATE   step, seconds, lost_state
@@ -154,6 +154,7 @@ _WANTED: dict[int, dict[str, Any]] = {
     WELCOME: {
         "client": _maybe(_count),
         "num_examples": _count,
+        "memory_bytes": _maybe(_count),
         **_HOLDING,
         "device": _text(200),
         "name": _text(200),

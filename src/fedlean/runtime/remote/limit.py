@@ -7,8 +7,8 @@ all that they were asked for so far; a session that nobody holds gives its bytes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,16 +17,31 @@ from fedlean.core import Params, SubModel
 from fedlean.engine import checks
 from fedlean.engine.protocol import SGD, Engine, ForwardSession, Loss, Session
 from fedlean.runtime.remote.needs import ForwardNeeds, StepNeeds, forward_needs, step_needs
-from fedlean.runtime.remote.room import Room, check_fits
+from fedlean.runtime.remote.room import Room
 from fedlean.spec import ModelSpec
+
+SQUARES = "a training step with Σ g² of all coordinates"
+
+
+class _Emulated:
+    """The engine of an emulated device, whichever it is that computes here."""
+
+    arithmetic: Literal["masked", "sparse"] = "sparse"
+    threads = 1
 
 
 class LimitedEngine:
-    """`engine` on a device whose process may hold `limit_bytes` in all."""
+    """`engine` on a device whose process may hold `limit_bytes` in all.
 
-    def __init__(self, engine: Engine, limit_bytes: int):
+    emulated: the device is one of a fleet, in this process; `limit_bytes` is what its sessions may
+    hold, on the native engine and one thread, on the smaller of the sparse and the dense way.
+    """
+
+    def __init__(self, engine: Engine, limit_bytes: int, *, emulated: bool = False):
         self._engine = engine
-        self._room = Room(engine, limit_bytes)
+        self._room = Room(engine, limit_bytes, emulated=emulated)
+        self._planned: Any = _Emulated() if emulated else engine
+        self._emulated = emulated
         self.name = engine.name
         self.arithmetic: Literal["masked", "sparse"] = engine.arithmetic
         self.instruction_set = engine.instruction_set
@@ -35,6 +50,10 @@ class LimitedEngine:
     def granted_bytes(self) -> int:
         """What all open sessions may hold."""
         return self._room.granted_bytes
+
+    def free_bytes(self) -> int:
+        """What a session that is opened now may hold."""
+        return self._room.free_bytes()
 
     def open(
         self,
@@ -48,12 +67,15 @@ class LimitedEngine:
     ) -> Session:
         """Raises TooLarge before anything is allocated; else as the engine's own."""
         checks.check_settings(batch_size, loss)
-        needs = step_needs(self._engine, spec, sub_model, batch_size, optimizer)
-        self._room.check(needs.step_bytes, "a training step")
+        ways = tuple(
+            _Way(step_needs(self._planned, spec, way, batch_size, optimizer))
+            for way in self._ways(sub_model)
+        )
+        self._room.check(_least(ways), "a training step")
         session = self._engine.open(
             spec, params, sub_model, batch_size=batch_size, optimizer=optimizer, loss=loss
         )
-        return _Guarded(session, needs, self._room)  # type: ignore[return-value]
+        return _Guarded(session, ways, self._room)  # type: ignore[return-value]
 
     def open_forward(
         self,
@@ -73,20 +95,58 @@ class LimitedEngine:
         checks.check_settings(batch_size, loss)
         checks.check_directions_at_once(directions_at_once)
         free = self._room.free_bytes()
-        needs_of = partial(forward_needs, self._engine, spec, sub_model, batch_size)
-        at_once = min(directions_at_once, getattr(self._engine, "threads", 1))
+        at_once = min(directions_at_once, getattr(self._planned, "threads", 1))
+
+        def needs_of(at_once: int) -> ForwardNeeds:
+            ways = [
+                forward_needs(self._planned, spec, way, batch_size, at_once)
+                for way in self._ways(sub_model)
+            ]
+            return min(ways, key=lambda way: way.loss_bytes)
+
         while (needs := needs_of(at_once)).loss_bytes > free and at_once > 1:
             at_once -= 1
-        check_fits(needs.loss_bytes, free, self._room.limit_bytes, "a forward pass")
+        self._room.check(needs.loss_bytes, "a forward pass")
         session = self._engine.open_forward(
             spec,
             params,
             sub_model,
             batch_size=batch_size,
             loss=loss,
-            directions_at_once=at_once,
+            # an emulated device has one thread, and this machine may take its time with more
+            directions_at_once=directions_at_once if self._emulated else at_once,
         )
         return _GuardedForward(session, needs, self._room)  # type: ignore[return-value]
+
+    def _ways(self, sub_model: SubModel) -> Sequence[SubModel]:
+        """An emulated device may always compute densely, as in `cost.way`."""
+        dense = self._emulated and sub_model.masks
+        return (sub_model, replace(sub_model, masks={})) if dense else (sub_model,)
+
+
+class _Way:
+    """Of computing, and the most that its session was granted so far."""
+
+    def __init__(self, needs: StepNeeds):
+        self.needs = needs
+        self.squares = 0  # bytes of each kind
+        self.arena = needs.arena_bytes
+        self.returned = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.needs.stored_bytes + self.squares + self.arena + self.returned
+
+    def with_more(self, *, squares: int = 0, arena: int = 0, returned: int = 0) -> _Way:
+        way = _Way(self.needs)
+        way.squares = max(self.squares, squares)
+        way.arena = max(self.arena, arena)
+        way.returned = max(self.returned, returned)
+        return way
+
+
+def _least(ways: Sequence[_Way]) -> int:
+    return min(way.total_bytes for way in ways)
 
 
 class _Guarded:
@@ -95,25 +155,27 @@ class _Guarded:
     What was granted once stays granted: the engine keeps most of it, and a loop asks for it again.
     """
 
-    def __init__(self, session: Session, needs: StepNeeds, room: Room):
+    def __init__(self, session: Session, ways: Sequence[_Way], room: Room):
         self._session = session
-        self._needs = needs
+        self._ways = ways
         self._room = room
-        self._squares = 0  # bytes of each kind that were granted
-        self._arena = needs.arena_bytes
-        self._returned = 0
-        room.grant(self, needs.step_bytes)
+        room.grant(self, _least(ways))
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
         if importance:
-            self._hold_squares(self._needs.importance_arena_bytes)
+            self._hold(
+                SQUARES,
+                lambda way: way.with_more(
+                    squares=way.needs.square_bytes, arena=way.needs.importance_arena_bytes
+                ),
+            )
         return self._session.step(x, y, importance=importance)
 
     def descend(
         self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
     ) -> None:
         if importance:
-            self._hold_squares(0)
+            self._hold(SQUARES, lambda way: way.with_more(squares=way.needs.square_bytes))
         self._session.descend(output_gradients, importance=importance)
 
     def forward(
@@ -121,37 +183,35 @@ class _Guarded:
     ) -> Mapping[str, np.ndarray]:
         self._hold(
             "a forward pass that a backward may follow" if training else "a forward pass with taps",
-            arena=self._needs.forward_arena_bytes(_examples(x), taps, training),
+            lambda way: way.with_more(
+                arena=way.needs.forward_arena_bytes(_examples(x), taps, training)
+            ),
         )
         return self._session.forward(x, taps=taps, training=training)
 
     def backward(
         self, output_gradients: Mapping[str, np.ndarray], *, dense: bool = False
     ) -> Params:
-        self._hold("a backward pass", returned=self._needs.backward_bytes(dense))
+        self._hold(
+            "a backward pass", lambda way: way.with_more(returned=way.needs.backward_bytes(dense))
+        )
         return self._session.backward(output_gradients, dense=dense)
 
     def apply(self, gradients: Params) -> None:
-        self._hold("an optimiser step", returned=self._needs.gradient_bytes)
+        self._hold(
+            "an optimiser step", lambda way: way.with_more(returned=way.needs.gradient_bytes)
+        )
         self._session.apply(gradients)
 
-    def _hold_squares(self, arena: int) -> None:
-        what = "a training step with Σ g² of all coordinates"
-        self._hold(what, squares=self._needs.square_bytes, arena=arena)
-
-    def _hold(self, what: str, *, squares: int = 0, arena: int = 0, returned: int = 0) -> None:
+    def _hold(self, what: str, more: Callable[[_Way], _Way]) -> None:
         """Raises TooLarge where the session cannot hold so much beside what it was granted."""
-        asked = (
-            max(self._squares, squares),
-            max(self._arena, arena),
-            max(self._returned, returned),
-        )
-        if asked == (self._squares, self._arena, self._returned):
+        asked = tuple(more(way) for way in self._ways)
+        if all(a.total_bytes == b.total_bytes for a, b in zip(asked, self._ways, strict=True)):
             return
-        needed = self._needs.stored_bytes + sum(asked)
+        needed = _least(asked)
         self._room.check(needed, what, self)
         self._room.grant(self, needed)
-        self._squares, self._arena, self._returned = asked
+        self._ways = asked
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)

@@ -25,8 +25,10 @@ class Room:
     has touched that yet.  What it holds already is not counted again as the process's.
     """
 
-    def __init__(self, engine: Any, limit_bytes: int):
+    def __init__(self, engine: Any, limit_bytes: int, *, emulated: bool = False):
+        """emulated: the limit is of the sessions alone, not of this process."""
         self._engine = engine
+        self._emulated = emulated
         self.limit_bytes = limit_bytes
         self._granted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._alone_bytes = 0  # the process when no session was open
@@ -44,7 +46,16 @@ class Room:
 
     def check(self, needed_bytes: int, what: str, session: Any = None) -> None:
         """Raises TooLarge naming both numbers."""
-        check_fits(needed_bytes, self.free_bytes(session), self.limit_bytes, what)
+        free_bytes = self.free_bytes(session)
+        if needed_bytes <= free_bytes:
+            return
+        limit, more = f"the limit of {self.limit_bytes / 1e6:.0f} MB", "raise --memory-limit"
+        if self._emulated:
+            limit, more = f"its {self.limit_bytes / 1e6:.1f} MB", "give the device more in --fleet"
+        raise TooLarge(
+            f"{what} needs {needed_bytes / 1e6:.1f} MB, {max(0, free_bytes) / 1e6:.1f} MB are free "
+            f"under {limit}: {more}, or train a smaller model, batch or density"
+        )
 
     def grant(self, session: Any, needed_bytes: int) -> None:
         """For as long as the session lives; in place of what it had."""
@@ -53,6 +64,8 @@ class Room:
 
     def _process_bytes(self) -> int:
         """What the process holds beside its sessions."""
+        if self._emulated:
+            return 0
         resident = resident_bytes()
         if not self._granted:
             self._alone_bytes = resident
@@ -65,16 +78,6 @@ class Room:
         # An engine that does not say what it holds: no more than was granted to it, and of a
         # process that was as large as this before it was opened, nothing.
         return max(self._alone_bytes, resident - self.granted_bytes)
-
-
-def check_fits(needed_bytes: int, free_bytes: int, limit_bytes: int, what: str) -> None:
-    """Raises TooLarge naming both numbers."""
-    if needed_bytes > free_bytes:
-        raise TooLarge(
-            f"{what} needs {needed_bytes / 1e6:.1f} MB, {max(0, free_bytes) / 1e6:.1f} MB are free "
-            f"under the limit of {limit_bytes / 1e6:.0f} MB: raise --memory-limit, or train a "
-            "smaller model, batch or density"
-        )
 
 
 def resident_bytes() -> int:

@@ -133,11 +133,21 @@ class Worker:
         fields = {
             "client": self._client,
             "num_examples": self._data.num_examples,
+            "memory_bytes": self._memory_bytes(),
             **held.to_fields(),
             "device": (self._identity or kept_identity(self._folder))[:200],
             "name": self._name[:200],
         }
         return Envelope(env.WELCOME, fields)
+
+    def _memory_bytes(self) -> int | None:
+        """What is left for a task of the limit of the whole process."""
+        if self._limit is None:
+            return None
+        engine = next(iter(self._engines.values()), None)
+        if isinstance(engine, LimitedEngine):
+            return max(0, engine.free_bytes())
+        return max(0, self._limit - resident_bytes())
 
     def _job(self, asked: Envelope, budget: Budget) -> _Job:
         """What is to be done, decoded and checked."""
