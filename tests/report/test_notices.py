@@ -41,3 +41,24 @@ def test_of_many_clients_the_worst_are_shown():
     rows = [{"round": 1, "rejected": list(range(50)), "refused": {}}]
     page = notices_section(run_of(rows))
     assert page.count("<td>round 1: no reason given") == 20 and "the first 20 of 50" in page
+
+
+def test_tasks_that_were_not_sent_and_steps_that_asked_nobody():
+    nobody = "nobody was asked: no device is there"
+    rows = [
+        {"round": 1, "cohort": [1], "server_only": False, "left_out": {"3": "needs <2", "4": "b"}},
+        {"round": 1, "asked_round": 2, "cohort": [], "server_only": False, "notes": [nobody, "x"]},
+        {"round": 2, "cohort": [], "server_only": True, "notes": ["pruned"]},
+        {"round": 2, "asked_round": 3, "cohort": [], "server_only": False, "notes": [nobody]},
+        {"round": 3, "cohort": [1], "server_only": False, "left_out": {"3": "c"}},
+    ]
+    assert notices(run_of(rows)) == [
+        "Round 2: x",
+        "Round 2: pruned",
+        f"2 steps asked nobody; the first, of round 2: {nobody}",
+        "3 tasks of 2 clients not sent, for lack of memory; the first, of client 3: round 1: "
+        "needs <2",
+    ]
+    page = notices_section(run_of(rows))
+    assert "Tasks not sent, by client" in page and "Refused updates" not in page
+    assert "<td>3</td><td>2</td><td>round 1: needs &lt;2</td>" in page

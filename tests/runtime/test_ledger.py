@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
+from fedlean.core import ClientTask, ClientUpdate, Device, SubModel, Work
 from fedlean.cost.profile import Profile
+from fedlean.engine.memory import step_memory
 from fedlean.layers import Linear
 from fedlean.runtime import prices
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import Ledger, StepCost
-from fedlean.runtime.prices import Prices
+from fedlean.runtime.prices import Lack, Prices
 from fedlean.spec import sequential
 
 SPEC = sequential((4,), [("fc", Linear(3))])
@@ -142,3 +143,102 @@ def test_attempts_add_up_but_memory_does_not():
     second = StepCost(10, 20, 30, 50, 40.0, 30.0, 10.0, 7)
     assert first.plus(second) == StepCost(11, 22, 33, 55, 44.0, 33.0, 11.0, 50)
     assert StepCost().plus(first) == first
+
+
+# Devices of their own
+
+
+def fleet(*devices: Device) -> Prices:
+    return Prices(DEVICE, devices)
+
+
+def settled(prices: Prices, *answers: ClientUpdate) -> StepCost:
+    ledger = Ledger([task(0), task(1)], ClientStore(), prices)
+    for answer in answers:
+        ledger.answer(task(answer.client), answer)
+    return ledger.cost
+
+
+def test_each_client_is_priced_by_its_own_profile_and_link():
+    """Client 0 computes at 1000/s; client 1 at a quarter of it, over a link ten times as fast."""
+    other = replace(
+        DEVICE, dense_flops_per_s=250.0, uplink_bytes_per_s=500.0, downlink_bytes_per_s=2000.0
+    )
+    (down0, up0), (down1, up1) = sizes(0, QUICK), sizes(1, SLOW)
+    seconds = (0.048 + down0 / 200 + up0 / 50, 480 / 250 + down1 / 2000 + up1 / 500)
+    cost = settled(fleet(Device(1, profile=other)), update(0, QUICK), update(1, SLOW))
+    assert seconds[0] > seconds[1]
+    assert cost.simulated_seconds == pytest.approx(seconds[0])
+    assert (cost.compute_seconds, cost.link_seconds) == (
+        pytest.approx(0.048),
+        pytest.approx(down0 / 200 + up0 / 50),
+    )
+    cost = settled(fleet(Device(1, profile=other)), update(1, SLOW))  # client 0 is silent
+    assert cost.simulated_seconds == pytest.approx(max(seconds[1], down0 / 200))
+    assert cost.flops == 480  # whoever does them
+
+
+def test_a_round_that_nobody_answers_lasts_as_long_as_the_slowest_download():
+    slow = replace(DEVICE, downlink_bytes_per_s=20.0)
+    down, _ = sizes(0, QUICK)
+    assert settled(fleet(Device(0, profile=slow))).simulated_seconds == pytest.approx(down / 20)
+
+
+def test_utilisation_of_memory_is_the_mean_over_answers_of_devices_with_a_limit():
+    peak = step_memory(SPEC, {}, batch_size=5).peak_bytes
+    limited = fleet(Device(0, memory_bytes=2 * peak), Device(1, memory_bytes=4 * peak))
+    both = settled(limited, update(0, SLOW), update(1, SLOW))
+    assert both.memory_utilisation == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert settled(limited, update(1, SLOW)).memory_utilisation == pytest.approx(1 / 4)
+    one = fleet(Device(0), Device(1, memory_bytes=4 * peak))
+    assert settled(one, update(0, SLOW), update(1, SLOW)).memory_utilisation == 1 / 4
+    assert settled(limited).memory_utilisation is None
+    assert charge(update(0, SLOW)).memory_utilisation is None
+
+
+def test_utilisation_of_links_is_the_mean_share_of_the_step_in_which_they_are_busy():
+    fast = replace(DEVICE, uplink_bytes_per_s=500.0, downlink_bytes_per_s=2000.0)
+    (down0, up0), (down1, up1) = sizes(0, QUICK), sizes(1, SLOW)
+    links = (down0 / 200 + up0 / 50, down1 / 2000 + up1 / 500)
+    lasts = 0.048 + links[0]
+    prices = fleet(Device(0, profile=DEVICE), Device(1, profile=fast))
+    cost = settled(prices, update(0, QUICK), update(1, SLOW))
+    assert cost.simulated_seconds == pytest.approx(lasts)
+    assert cost.link_utilisation == pytest.approx((links[0] + links[1]) / 2 / lasts)
+    assert charge(update(0, SLOW)).link_utilisation is None  # no link of its own is known
+
+
+def test_of_two_attempts_the_later_answers_say_what_was_used():
+    first, second = StepCost(memory_utilisation=0.5), StepCost(link_utilisation=0.25)
+    both = first.plus(second)
+    assert (both.memory_utilisation, both.link_utilisation) == (0.5, 0.25)
+    assert second.plus(replace(second, link_utilisation=0.75)).link_utilisation == 0.75
+
+
+def test_equal_work_on_equal_devices_is_priced_once(monkeypatch):
+    priced = []
+    price = prices.cost
+    monkeypatch.setattr(prices, "cost", lambda *args: priced.append(args) or price(*args))
+    other = replace(DEVICE, dense_flops_per_s=250.0)
+    for devices, count in (
+        ([Device(0, memory_bytes=10**6), Device(1, memory_bytes=10**7)], 1),  # dense: no choice
+        ([Device(0, profile=replace(DEVICE)), Device(1)], 1),
+        ([Device(0, profile=other), Device(1)], 2),
+    ):
+        priced.clear()
+        settled(fleet(*devices), update(0, SLOW), update(1, SLOW))
+        assert len(priced) == count
+    priced.clear()
+    masked = replace(SLOW, kept={"fc.weight": 6})
+    devices = [Device(0, memory_bytes=10**6), Device(1, memory_bytes=10**7)]
+    settled(fleet(*devices), update(0, masked), update(1, masked))
+    assert len(priced) == 2  # memory decides between two ways
+
+
+def test_what_a_device_lacks():
+    peak = step_memory(SPEC, {}, batch_size=5).peak_bytes
+    short = fleet(Device(0, memory_bytes=peak - 1), Device(1, memory_bytes=peak))
+    assert short.lack(task(0), [SLOW]) == Lack(peak, peak - 1)
+    assert short.lack(task(1), [SLOW]) is None
+    assert fleet(Device(0)).lack(task(0), [SLOW]) is None
+    assert str(Lack(52_340_000, 40_000_000)) == "needs 52.3 MB, has 40.0 MB"

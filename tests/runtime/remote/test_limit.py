@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedlean.core import SubModel
+from fedlean.engine.memory import step_memory
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
 from fedlean.layers import Conv2d, Flatten, GroupNorm, Linear, MaxPool2d, ReLU
@@ -20,6 +21,7 @@ from fedlean.runtime.remote import room as rooms
 from fedlean.runtime.remote.limit import LimitedEngine
 from fedlean.runtime.remote.room import Room, TooLarge
 from fedlean.spec import sequential
+from fedlean.tree import kept_counts
 
 MB = 10**6
 PROCESS = 10 * MB  # what the process is said to hold beside its sessions
@@ -309,3 +311,62 @@ def test_resident_memory_is_without_what_was_freed():
     assert rooms.resident_bytes() - before > 25 * MB
     del blocks
     assert rooms.resident_bytes() - before < 3 * MB
+
+
+# A device of a fleet
+
+
+def emulated(limit_bytes, engine):
+    return LimitedEngine(engine, limit_bytes, emulated=True)
+
+
+@native
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_an_emulated_device_has_the_native_plan_of_one_thread_and_no_process(name):
+    """Whichever engine computes here, on however many threads."""
+    for masks in ({}, masked(0.1)):
+        sub_model = SubModel(masks=masks)
+        plan = opened(limited(), PLAIN, sub_model).peak_memory_bytes
+        engine = open_engine(name, 2)
+        opened(emulated(plan, engine), PLAIN, sub_model).step(X, Y)
+        with pytest.raises(TooLarge, match="give the device more in --fleet, or train a smaller"):
+            opened(emulated(plan - 1, engine), PLAIN, sub_model)
+        forward = limited().open_forward(SPEC, PARAMS, sub_model, batch_size=20)
+        least = forward.peak_memory_bytes
+        session = emulated(least, engine).open_forward(
+            SPEC, PARAMS, sub_model, batch_size=20, directions_at_once=2
+        )
+        session.loss(X, Y)
+        with pytest.raises(TooLarge, match="a forward pass needs"):
+            emulated(least - 1, engine).open_forward(SPEC, PARAMS, sub_model, batch_size=20)
+
+
+@native
+def test_an_emulated_device_may_compute_densely_where_that_takes_less():
+    """Half of a convolution's weights with their places in two orders take more than all do."""
+    conv = Conv2d(64, 3, padding=1)
+    layer = sequential(
+        (64, 4, 4), [("a", conv), ("b", conv), ("flat", Flatten()), ("c", Linear(3))]
+    )
+    rng = np.random.default_rng(0)
+    values = init_params(layer, 0)
+    dense = step_memory(layer, {}, batch_size=1).peak_bytes
+    sub_model = SubModel(masks={"b.weight": rng.random((64, 64, 3, 3)) < 0.5})
+    kept = kept_counts(sub_model.masks)
+    sparse = step_memory(layer, kept, batch_size=1).peak_bytes
+    assert sparse > dense
+    engine = open_engine("native", 1)
+
+    def open_one(limit_bytes):
+        return emulated(limit_bytes, engine).open(
+            layer, values, sub_model, batch_size=1, optimizer=PLAIN
+        )
+
+    x, y = np.zeros((1, 64, 4, 4), np.float32), np.zeros(1, np.int64)
+    open_one(dense).step(x, y)
+    with pytest.raises(TooLarge):
+        open_one(dense - 1)
+    important = step_memory(layer, {}, batch_size=1, importance=True).peak_bytes
+    open_one(important).step(x, y, importance=True)
+    with pytest.raises(TooLarge, match="Σ g² of all coordinates"):
+        open_one(important - 1).step(x, y, importance=True)

@@ -1,0 +1,152 @@
+"""What devices say of their memory, what is not sent to them for it, and fleets over a post."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from federation import CLIENTS, ENGINE, client_data, dataset, run, same, server
+from loopback import Loopback, kind_of, remote
+
+from fedlean.core import Device, FederatedAlgorithm
+from fedlean.cost.profile import load_profile
+from fedlean.fleet.fleet import Fleet, Member, always
+from fedlean.fleet.quantity import Quantity
+from fedlean.methods.fedavg import fedavg
+from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.record import StepRecord
+from fedlean.runtime.remote import envelope as env
+from fedlean.runtime.remote import limit, room, worker
+from fedlean.runtime.remote.attendance import _standing_for
+from fedlean.runtime.remote.dispatch import RemoteDispatch, Terms
+from fedlean.runtime.remote.envelope import Envelope, seal, unseal
+from fedlean.runtime.remote.holding import expected_by
+from fedlean.runtime.remote.worker import Worker
+
+pytestmark = pytest.mark.usefixtures("clock")
+
+PROCESS = 50_000_000
+LARGE = 1 << 30
+PROFILE = load_profile("generic")
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch):
+    """The process is of one size, whatever else the tests hold."""
+    monkeypatch.setattr(worker, "resident_bytes", lambda: PROCESS)
+    holds = room.Room._process_bytes
+    monkeypatch.setattr(
+        room.Room, "_process_bytes", lambda self: holds(self) if self._emulated else PROCESS
+    )
+
+
+def everybody(rounds: int = 3) -> FederatedAlgorithm:
+    return fedavg(server(rounds), lr=0.05, local_steps=2, batch_size=8)
+
+
+def limited(post: Loopback, client: int, limit_bytes: int) -> None:
+    post.workers[100 + client] = Worker(
+        post.folder / str(client),
+        client_data()[client],
+        client=client,
+        engine=ENGINE.name,
+        memory_limit_bytes=limit_bytes,
+    )
+
+
+def welcome(answering: Worker) -> dict:
+    hello = {"run": "a1", **expected_by(dataset()).to_fields(), "refused": None}
+    answer = answering.answer(seal(Envelope(env.HELLO, hello)))
+    return dict(unseal(answer, expected=(env.WELCOME,)).fields)
+
+
+def asked(post: Loopback) -> list[int]:
+    return [node for node, content in post.sent if kind_of(content) == env.TASK]
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "left"), [(None, None), (LARGE, LARGE - PROCESS), (PROCESS // 2, 0)]
+)
+def test_a_node_says_how_much_a_task_may_take(tmp_path, limit_bytes, left):
+    settings = {"engine": ENGINE.name, "memory_limit_bytes": limit_bytes}
+    assert welcome(Worker(tmp_path, client_data()[0], **settings))["memory_bytes"] == left
+
+
+def test_after_a_task_it_says_what_its_engine_would_grant(post):
+    limited(post, 1, LARGE)
+    dispatch, _ = remote(post)
+    run(everybody(1), rounds=1, dispatch=dispatch)
+    (engine,) = post.workers[101]._engines.values()
+    assert isinstance(engine, limit.LimitedEngine)
+    assert welcome(post.workers[101])["memory_bytes"] == engine.free_bytes() == LARGE - PROCESS
+
+
+def test_the_server_knows_it_of_each_client_and_asks_none_for_more(post):
+    limited(post, 1, PROCESS + 1000)
+    limited(post, 2, LARGE)
+    dispatch, _ = remote(post)
+    present = {device.id: device.memory_bytes for device in dispatch.begin(ClientStore(), 1)}
+    assert present == {0: None, 1: 1000, 2: LARGE - PROCESS, 3: None}
+    records: list[StepRecord] = []
+    run(everybody(), rounds=3, dispatch=dispatch, watch=lambda p, record: records.append(record))
+    for record in records:
+        assert record.answered == [0, 2, 3] and not record.refused
+        assert record.left_out[1].endswith("MB, has 0.0 MB")
+    assert asked(post).count(101) == 0 and asked(post).count(102) == 3
+
+
+def test_a_node_without_room_for_anything_takes_no_part_and_costs_nothing(post):
+    limited(post, 1, PROCESS // 2)
+    dispatch, _ = remote(post)
+    records: list[StepRecord] = []
+    run(everybody(1), rounds=1, dispatch=dispatch, watch=lambda p, record: records.append(record))
+    assert records[0].answered == [0, 2, 3] and list(records[0].left_out) == [1]
+
+
+def drawn_fleet(step: int) -> Sequence[Device]:
+    """Here about a third of the devices has too little, and one in five is away."""
+    own = {
+        "memory_bytes": Quantity((10e3, 40e3), "uniform"),
+        "present": Quantity((0.8,)),
+        "compute_factor": Quantity((0.5, 2.0), "loguniform"),
+    }
+    return Fleet((always(Member(PROFILE, own)),), None).present(7, step, CLIENTS)
+
+
+def test_a_fleet_over_a_post_ends_as_in_one_process(post):
+    logs: tuple[list[StepRecord], list[StepRecord]] = ([], [])
+    algorithm = everybody(6)
+    here = LocalDispatch(algorithm.client_update, ENGINE, client_data(), drawn_fleet)
+    terms = Terms(deadline_seconds=0.3, join_seconds=0.3, poll_seconds=0.005, min_clients=CLIENTS)
+    there = RemoteDispatch(
+        post,
+        method="fedavg",
+        dataset=dataset(),
+        clients=CLIENTS,
+        terms=terms,
+        say=lambda line: None,
+        present=drawn_fleet,
+    )
+    states = [
+        run(algorithm, rounds=6, dispatch=each, watch=lambda p, record, log=log: log.append(record))
+        for each, log in ((here, logs[0]), (there, logs[1]))
+    ]
+    assert same(states[0], states[1])
+    assert any(record.left_out for record in logs[0])
+    assert any(len(record.answered) + len(record.left_out) < CLIENTS for record in logs[0])
+    for one, other in zip(*logs, strict=True):
+        assert (one.answered, one.left_out, one.notes) == (
+            other.answered,
+            other.left_out,
+            other.notes,
+        )
+        assert one.cost == other.cost
+
+
+def test_of_two_limits_the_smaller_counts_and_the_emulated_profile():
+    emulated = Device(3, profile=PROFILE, memory_bytes=100)
+    for said, counts in ((None, 100), (99, 99), (101, 100)):
+        connected = Device(3, num_examples=7, memory_bytes=said)
+        assert _standing_for(emulated, connected) == Device(3, 7, PROFILE, counts)
+    assert _standing_for(Device(3), Device(3, 7, memory_bytes=5)) == Device(3, 7, None, 5)
