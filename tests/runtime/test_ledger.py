@@ -84,7 +84,8 @@ def test_frozen_layers_cost_no_backward():
     for names in ((), ("fc.bias",), ("fc.weight",), ("fc.weight", "fc.bias")):
         frozen = replace(task(0), sub_model=SubModel(frozen=frozenset(names)))
         ledger = Ledger([frozen], ClientStore(), Prices(DEVICE))
-        ledger.answer(frozen, update(0, SLOW))
+        answer = replace(update(0, SLOW), sub_model=frozen.sub_model)
+        ledger.answer(frozen, answer)
         costs.append(ledger.cost)
     assert [cost.flops for cost in costs] == [480, 480, 240, 240]
     assert [cost.flops_dense_gradient for cost in costs] == [480, 480, 240, 240]
