@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def test_what_the_checks_let_pass_can_be_merged(case, sliced):
     assert finite(merged) and {n: v.shape for n, v in merged.items()} == shapes
 
 
-def slice_at(rng: np.random.Generator, shapes: dict[str, tuple[int, ...]]) -> dict[str, Index]:
+def slice_at(rng: np.random.Generator, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Index]:
     """Of three coordinates less on each axis: a row of them, or any; a norm's tensors alike."""
     cut = {
         name: tuple(

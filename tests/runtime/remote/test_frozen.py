@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from federation import (
     SPEC,
     client_data,
     dataset,
+    first_model,
     fresh_dispatch,
     params,
     run,
@@ -54,7 +56,7 @@ def freezing(frozen: Callable[[int], frozenset[str]] = lambda number: FIRST) -> 
     return algorithm._replace(configure=configure)
 
 
-def records_of(algorithm: FederatedAlgorithm, **settings) -> tuple[object, list[StepRecord]]:
+def records_of(algorithm: FederatedAlgorithm, **settings) -> tuple[Any, list[StepRecord]]:
     records: list[StepRecord] = []
     state = run(algorithm, watch=lambda progress, record: records.append(record), **settings)
     return state, records
@@ -83,7 +85,7 @@ def test_from_the_second_round_on_their_bytes_are_gone_here_and_there(post):
 def answer_to(frozen: frozenset[str]) -> tuple[ClientUpdate, ClientTask]:
     algorithm = freezing(lambda number: frozen)
     dispatch = fresh_dispatch(algorithm)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     (task, *_) = algorithm.configure(state, dispatch.begin(ClientStore(), 1))
     (update,) = dispatch([task], lambda update, task: None)
     return replace(update, metrics={}), task
@@ -149,7 +151,7 @@ def test_a_server_that_resumes_knows_what_devices_hold(post, tmp_path):
         run(freezing(), dispatch=first, watch=watch)
     tree, _ = load_checkpoint(tmp_path / "c")
     algorithm = freezing()
-    state = type(algorithm.init(params()))(**tree["state"])
+    state = type(algorithm.init(first_model()))(**tree["state"])
     again, lines = remote(post)
     again.restore({int(key): value for key, value in tree["clients"].items()})
     progress = Progress(state, ClientStore(tree["store"]), tree["step"])
@@ -218,7 +220,7 @@ def test_a_full_disk_costs_a_message_and_no_round(tmp_path, monkeypatch, caplog)
 def test_held_values_count_under_the_memory_limit(tmp_path, monkeypatch):
     """They are read only if what is free has room for them beside everything else."""
     algorithm = freezing(lambda number: MORE)
-    (task, *_) = algorithm.configure(algorithm.init(params()), [Device(0)])
+    (task, *_) = algorithm.configure(algorithm.init(first_model()), [Device(0)])
     limit = 4 * resident_bytes()
     device = Worker(tmp_path, client_data()[0], engine=ENGINE.name, memory_limit_bytes=limit)
     fields = {
