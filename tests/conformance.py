@@ -32,11 +32,15 @@ class Case:
     start: Model | None = None  # that the settings' runs start from; None: the federation's draw
 
 
+def built_in() -> list[str]:
+    """The methods of the package, which a device finds by name."""
+    return sorted(module.name for module in pkgutil.iter_modules(fedlean.methods.__path__))
+
+
 def method_names() -> list[str]:
     """Of the package, tested or not, and of the test files."""
-    built_in = {module.name for module in pkgutil.iter_modules(fedlean.methods.__path__)}
     tested = {path.stem.removeprefix("test_") for path in METHODS.glob("test_*.py")}
-    return sorted(built_in | tested)
+    return sorted(tested.union(built_in()))
 
 
 def case_of(method: str) -> Case:

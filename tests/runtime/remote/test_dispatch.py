@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from conformance import case_of, method_names
+from conformance import built_in, case_of
 from federation import (
     CLIENTS,
     ENGINE,
@@ -58,7 +58,7 @@ def only_tasks(fault):
     )
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", built_in())
 def test_bit_equal_to_this_process(name, post):
     dispatch, lines = remote(post, name)
     assert same(run(build(name), dispatch=dispatch), run(build(name)))

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from conformance import case_of, method_names
+from conformance import built_in, case_of
 from federation import SPEC, devices, first_model, run, same, server
 from loopback import Clock, Loopback, remote
 
@@ -71,7 +71,7 @@ def test_by_hand():
     assert reply_bytes(a_task(), None) == ROOM_BYTES + 32 * values
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", built_in())
 def test_every_honest_answer_is_within_its_limit(name, post, monkeypatch):
     """Without the room for fields, which would hide a bound on the arrays that is too low."""
     monkeypatch.setattr("fedlean.runtime.remote.replysize._FIELDS_BYTES", 0)
