@@ -49,7 +49,7 @@ def test_anywhere_it_is_one_line_and_exit_code_2(where, monkeypatch, capsys, tmp
 
     name = {
         "load": "fedlean.data.digits.Dataset.from_images",
-        "build": "fedlean.runtime.run.init_params",
+        "build": "fedlean.runtime.start.init_params",
         "evaluate": "fedlean.runtime.evaluate._cross_entropy",
     }[where]
     monkeypatch.setattr(name, full)

@@ -221,7 +221,7 @@ def thinking(steps: int) -> FederatedAlgorithm:
         return inner.server_update(state, updates)
 
     return FederatedAlgorithm(
-        lambda start: Counting(0, "train", start),
+        lambda model: Counting(0, "train", model.params),
         configure,
         inner.client_update,
         server_update,

@@ -120,9 +120,10 @@ def _arrays(name: str, values: Any) -> Mapping[str, np.ndarray]:
 
 
 def _store(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    for client, (spec, pattern, round) in values.items():
-        if not (isinstance(spec, str) and isinstance(pattern, str) and isinstance(round, int)):
-            raise TypeError(f"what client {client!r:.20} holds is not two hashes and a round")
+    for client, held in values.items():
+        kinds = [type(each) for each in held]
+        if kinds not in ([str, str, int], [str, str, int, str]):  # early versions have three
+            raise TypeError(f"what client {client!r:.20} holds is not hashes and a round")
     return values
 
 
