@@ -17,7 +17,8 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Server
+from fedlean.algorithm import FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate
 from fedlean.cost.profile import load_profile
 from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_dataset

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import fedlean.methods
-from fedlean.core import FederatedAlgorithm, Model, Scalar
+from fedlean.algorithm import FederatedAlgorithm
+from fedlean.core import Model, Scalar
 
 METHODS = Path(__file__).parent / "methods"
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Model, Params, Server
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, Model, Params
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset

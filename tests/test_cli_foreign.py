@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlean import cli
-from fedlean.core import Server
+from fedlean.algorithm import Server
 from fedlean.cost.profile import load_profile
 from fedlean.engine.open import open_engine
 from fedlean.models import catalog

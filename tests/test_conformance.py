@@ -25,7 +25,8 @@ from federation import (
 )
 from live_memory import peak_bytes
 
-from fedlean.core import FederatedAlgorithm, Model
+from fedlean.algorithm import FederatedAlgorithm
+from fedlean.core import Model
 from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.open import NAMES, open_engine
 from fedlean.engine.protocol import Engine

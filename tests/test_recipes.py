@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedlean import recipe
-from fedlean.core import Server
+from fedlean.algorithm import Server
 from fedlean.cost.profile import load_profile, to_document
 from fedlean.data.load import load_dataset as load
 from fedlean.engine.open import engine_for

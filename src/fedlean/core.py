@@ -2,42 +2,25 @@
 
 Everything that a server and its clients exchange is plain, immutable data made of NumPy arrays,
 numbers and strings, so it can be costed, hashed, checkpointed and sent without pickle.  This module
-imports nothing of FedLean and knows no method, engine or transport.
+knows what a model is (`spec`), and no method, engine or transport.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from fedlean.cost.profile import Profile
-    from fedlean.engine.protocol import Engine
-    from fedlean.spec import ModelSpec
+from fedlean.spec import ModelSpec
 
 Params = Mapping[str, np.ndarray]  # tensor name -> float32 array; every tensor of the model
 Masks = Mapping[str, np.ndarray]  # tensor name -> bool array, True = kept; absent = dense
 Scalar = int | float | str | bool
 Reduction = Literal["mean", "sum"]  # mean: weighted by num_examples, as p_n in the papers
-
-
-@dataclass(frozen=True)
-class Device:
-    """One client of the federation, as the server knows it.
-
-    memory_bytes: what it may hold of models, gradients and activations at once, the process and its
-    libraries apart.
-    """
-
-    id: int
-    num_examples: int | None = None  # as it said when it joined
-    profile: Profile | None = None  # its own; `cost.profile.profile_of` says which one counts
-    memory_bytes: int | None = None  # None: no limit is known
 
 
 @dataclass(frozen=True)
@@ -138,19 +121,6 @@ class ClientUpdate:
     task: ClientTask | None = field(default=None, compare=False, repr=False)
 
 
-class State(Protocol):
-    """A method's state: a frozen dataclass of numbers, strings, arrays, tuples and mappings."""
-
-    @property
-    def round(self) -> int: ...  # training rounds completed
-    @property
-    def phase(self) -> str: ...
-    @property
-    def params(self) -> Params: ...
-    @property
-    def masks(self) -> Masks: ...
-
-
 class Batches(Protocol):
     """A client's local data.  Drawing is a pure function of its arguments."""
 
@@ -169,43 +139,6 @@ class Batches(Protocol):
 
 
 ClientState = Mapping[str, np.ndarray]  # what a client keeps between rounds; {} at first contact
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the server half of a method may know about the run."""
-
-    spec: ModelSpec
-    engine: Engine
-    seed: int
-    rounds: int
-    profile: Profile  # the time model of the devices that have none of their own
-    init: str = "pytorch"  # how the run's first model was drawn (`models.initialise`)
-    clients: int | None = None  # how many there are; None: not known
-    given: bool = False  # whether the run starts from a model that there was, not from a drawn one
-    # inputs that the server itself has, in batches (x, y) of which y is not to be used; None: none
-    inputs: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]] | None = None
-
-
-class FederatedAlgorithm(NamedTuple):
-    """A method: four functions and a stop predicate, built by `method(server, **settings)`.
-
-    A method whose clients send statistics says in `statistics` which ones a task asks for; `work`
-    is the most that a task takes, against which clients' claims are held (None: it is not known).
-    `model` says what of a state is evaluated and saved; None: the run's whole model, with the
-    state's `params` and `masks`.
-    """
-
-    init: Callable[[Model], Any]  # of the model that the run starts from
-    configure: Callable[[Any, Sequence[Device]], list[ClientTask]]  # [] = server-only step
-    client_update: Callable[
-        [ClientTask, Batches, Engine, ClientState], tuple[ClientUpdate, ClientState]
-    ]
-    server_update: Callable[[Any, Iterable[ClientUpdate]], Any]
-    done: Callable[[Any], bool]
-    statistics: Callable[[ClientTask], Mapping[str, StatisticForm]] = lambda task: {}
-    work: Callable[[ClientTask], tuple[Work, ...]] | None = None
-    model: Callable[[Any], Model] | None = None
 
 
 def derive_seed(seed: int, round: int, client: int, purpose: str) -> int:

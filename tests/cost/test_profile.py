@@ -9,7 +9,7 @@ from math import prod
 
 import pytest
 
-from fedlean.core import Device, Work
+from fedlean.core import Work
 from fedlean.cost.flops import layer_flops, step_flops
 from fedlean.cost.profile import (
     Profile,
@@ -17,7 +17,6 @@ from fedlean.cost.profile import (
     faster,
     from_document,
     load_profile,
-    profile_of,
     to_document,
 )
 from fedlean.cost.time import activations, work_seconds
@@ -230,16 +229,6 @@ def test_a_dense_way_is_there_or_not(tmp_path, value):
     assert from_document(to_document(without)) == without
     path = written(tmp_path, document(dense_way=value))
     assert "dense_way must be true or false" in refused(path)
-
-
-def test_a_device_counts_with_its_own_profile_else_with_the_servers():
-    pi, generic = load_profile("raspberry_pi_4"), load_profile("generic")
-    assert profile_of(Device(0), pi) is pi
-    assert profile_of(Device(0, profile=generic), pi) is generic
-    assert profile_of(Device(0, memory_bytes=7), pi) == replace(pi, memory_bytes=7)
-    assert profile_of(Device(0, profile=generic, memory_bytes=7), pi) == replace(
-        generic, memory_bytes=7
-    )
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

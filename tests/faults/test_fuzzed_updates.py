@@ -13,7 +13,8 @@ import pytest
 from federation import SEED, fresh_dispatch
 from fuzzed_updates import fuzzed, travelled
 
-from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Model, Server
+from fedlean.algorithm import FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, Model
 from fedlean.cost.profile import load_profile
 from fedlean.engine.open import engine_for
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU

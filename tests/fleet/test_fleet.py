@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fedlean.core import Device, generator
+from fedlean.algorithm import Device
+from fedlean.core import generator
 from fedlean.cost.profile import load_profile
 from fedlean.fleet.fleet import Fleet, Member, Timeline, always
 from fedlean.fleet.quantity import Quantity

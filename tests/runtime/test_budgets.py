@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from federation import CLIENTS, ENGINE, SPEC, client_data, params, run, same, server
 
-from fedlean.core import Device, FederatedAlgorithm, SubModel, Work
+from fedlean.algorithm import Device, FederatedAlgorithm
+from fedlean.core import SubModel, Work
 from fedlean.cost.price import Model, cost
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.ntk_zo import ntk_zo

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from federation import SPEC, Around, first_model, fresh_dispatch, params, run, same, server
 
+from fedlean.algorithm import FederatedAlgorithm
 from fedlean.core import (
     ClientTask,
     ClientUpdate,
-    FederatedAlgorithm,
     Statistic,
     StatisticForm,
     SubModel,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, SubModel, Work
+from fedlean.algorithm import Device
+from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
 from fedlean.cost.profile import Profile
 from fedlean.engine.memory import step_memory
 from fedlean.layers import Linear

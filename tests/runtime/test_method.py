@@ -22,7 +22,7 @@ from fedlean.runtime.method import (
 )
 
 if TYPE_CHECKING:
-    from fedlean.core import FederatedAlgorithm, Server
+    from fedlean.algorithm import FederatedAlgorithm, Server
 
 
 def sample(

@@ -24,7 +24,8 @@ from federation import (
 )
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, FederatedAlgorithm, Masks, Params
+from fedlean.algorithm import FederatedAlgorithm
+from fedlean.core import ClientTask, ClientUpdate, Masks, Params
 from fedlean.cost.profile import load_profile
 from fedlean.cost.time import link_seconds
 from fedlean.methods.fedavg import fedavg

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from federation import CLIENTS, SPEC, Around, first_model, fresh_dispatch, params, run, same, server
 
+from fedlean.algorithm import Device, FederatedAlgorithm
 from fedlean.core import (
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Params,
     SubModel,

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from fedlean.core import Device
+from fedlean.algorithm import Device
 from fedlean.train.cohort import sample_cohort
 
 DEVICES = [Device(id) for id in (9, 4, 30, 2, 17, 11, 5)]

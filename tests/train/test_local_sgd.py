@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 from federation import devices, first_model, server
 
-from fedlean.core import FederatedAlgorithm, Server
+from fedlean.algorithm import FederatedAlgorithm, Server
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.method import complete, given_settings
 from fedlean.train.cohort import cohort_tasks

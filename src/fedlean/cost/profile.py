@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fedlean.core import Device
 from fedlean.cost.measured import MeasuredTime, measured_from
 from fedlean.jsonfile import parse_json, read_json
 from fedlean.spec import ModelSpec
@@ -123,17 +122,6 @@ def from_document(document: Any) -> Profile:
     if given.get("measured") is not None:
         given["measured"] = measured_from(given["measured"])
     return Profile(**given)
-
-
-def profile_of(device: Device, fallback: Profile) -> Profile:
-    """The profile that counts for a device: its own, else `fallback`, the server's.
-
-    Its memory is the device's, where that is known; of none, a byte, as a profile has some.
-    """
-    profile = fallback if device.profile is None else device.profile
-    if device.memory_bytes is None or device.memory_bytes == profile.memory_bytes:
-        return profile
-    return replace(profile, memory_bytes=max(1, device.memory_bytes))
 
 
 def faster(profile: Profile, factor: float) -> Profile:

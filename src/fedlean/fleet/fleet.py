@@ -6,7 +6,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedlean.core import Device, generator
+from fedlean.algorithm import Device
+from fedlean.core import generator
 from fedlean.cost.profile import Profile, faster
 from fedlean.fleet.quantity import Bounds, Quantity
 

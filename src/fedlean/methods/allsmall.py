@@ -15,17 +15,15 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
-    Server,
 )
 from fedlean.engine.protocol import Engine
 from fedlean.submodels.levels import levels, rates_from

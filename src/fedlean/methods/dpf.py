@@ -30,17 +30,15 @@ from typing import Any
 
 import numpy as np
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
-    Server,
     Statistic,
     StatisticForm,
     Work,

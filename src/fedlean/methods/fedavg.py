@@ -14,18 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
     Scalar,
-    Server,
 )
 from fedlean.engine.protocol import Engine
 from fedlean.train.cohort import check_client, cohort_tasks

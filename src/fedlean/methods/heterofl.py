@@ -18,17 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
-    Server,
     generator,
 )
 from fedlean.engine.protocol import Engine

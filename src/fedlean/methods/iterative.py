@@ -23,17 +23,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
-    Server,
 )
 from fedlean.engine.protocol import Engine
 from fedlean.pruning.equal_density import keep_largest

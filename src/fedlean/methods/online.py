@@ -39,18 +39,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
     Scalar,
-    Server,
     SubModel,
     Work,
     derive_seed,

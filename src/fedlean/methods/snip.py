@@ -27,18 +27,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientState,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Masks,
     Model,
     Params,
     Scalar,
-    Server,
     Statistic,
     StatisticForm,
     Work,

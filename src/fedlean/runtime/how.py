@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedlean.core import Device, FederatedAlgorithm, Server
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_dataset

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate, Device
+from fedlean.algorithm import Device
+from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate
 from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import Engine
 from fedlean.runtime.checks import diverged, remedy

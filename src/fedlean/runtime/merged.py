@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlean.core import Params, State
+from fedlean.algorithm import State
+from fedlean.core import Params
 from fedlean.runtime.moves import BUFFERS, FACTOR, MODEL, Moved, square
 from fedlean.spec import ModelSpec
 

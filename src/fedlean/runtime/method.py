@@ -17,7 +17,8 @@ from difflib import get_close_matches
 from typing import Any
 
 import fedlean.methods
-from fedlean.core import FederatedAlgorithm, Model, Scalar, Server, State
+from fedlean.algorithm import FederatedAlgorithm, Server, State
+from fedlean.core import Model, Scalar
 from fedlean.usercode import call, is_code, load_function
 
 Method = Callable[..., FederatedAlgorithm]

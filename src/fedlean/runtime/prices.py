@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from fedlean.core import ClientTask, Device, Work
+from fedlean.algorithm import Device, profile_of
+from fedlean.core import ClientTask, Work
 from fedlean.cost.price import Cost, cost
-from fedlean.cost.profile import Profile, profile_of
+from fedlean.cost.profile import Profile
 
 MB = 1e6
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedlean.core import FederatedAlgorithm, Server
+from fedlean.algorithm import FederatedAlgorithm, Server
 from fedlean.runtime.checks import remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Dispatch

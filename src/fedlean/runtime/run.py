@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 import fedlean
-from fedlean.core import FederatedAlgorithm, Masks, Model, Params, Server
+from fedlean.algorithm import FederatedAlgorithm, Server
+from fedlean.core import Masks, Model, Params
 from fedlean.cost.profile import other_model
 from fedlean.data.batches import own_inputs, test_subset
 from fedlean.data.dataset import Dataset, with_inputs

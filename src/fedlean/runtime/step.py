@@ -15,7 +15,8 @@ from statistics import median
 from typing import Any
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, Server, Work
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
+from fedlean.core import ClientTask, ClientUpdate, Work
 from fedlean.runtime.checks import Expected, beyond_order, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.heldback import held_back

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedlean.core import Model, Server, State
+from fedlean.algorithm import Server, State
+from fedlean.core import Model
 from fedlean.pruning.density import density
 from fedlean.pruning.units import dead_units
 from fedlean.runtime.config import RunConfig

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fedlean.core import ClientTask, ClientUpdate, Device, Params, SubModel, Work
+from fedlean.algorithm import Device
+from fedlean.core import ClientTask, ClientUpdate, Params, SubModel, Work
 from fedlean.cost.price import Model, cost
 from fedlean.cost.profile import Profile
 from fedlean.spec import ModelSpec

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedlean.core import Params, Server
+from fedlean.algorithm import Server
+from fedlean.core import Params
 from fedlean.models.initialise import init_params
 from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut, whole

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fedlean.algorithm import Device, Server
 from fedlean.core import (
     ClientTask,
-    Device,
     Model,
     Scalar,
-    Server,
     SubModel,
     derive_seed,
     generator,

@@ -8,15 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
     ClientTask,
     ClientUpdate,
-    Device,
-    FederatedAlgorithm,
     Params,
     Scalar,
-    Server,
     SubModel,
     Work,
 )

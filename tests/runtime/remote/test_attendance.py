@@ -9,7 +9,7 @@ import pytest
 from federation import CLIENTS, ROUNDS, first_model, nothing_wrong, run, same, server
 from loopback import Clock, Loopback, kind_of, remote
 
-from fedlean.core import FederatedAlgorithm
+from fedlean.algorithm import FederatedAlgorithm
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.record import StepRecord

@@ -24,7 +24,7 @@ from federation import (
 from loopback import Loopback, flipped, kind_of, remote
 
 from fedlean import wire
-from fedlean.core import FederatedAlgorithm
+from fedlean.algorithm import FederatedAlgorithm
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore

@@ -26,7 +26,8 @@ from federation import (
 from loopback import remote
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, FederatedAlgorithm, SubModel
+from fedlean.algorithm import Device, FederatedAlgorithm
+from fedlean.core import ClientTask, ClientUpdate, SubModel
 from fedlean.methods.fedavg import fedavg
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore

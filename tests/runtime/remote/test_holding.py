@@ -19,7 +19,7 @@ from federation import (
 )
 from loopback import Loopback, remote
 
-from fedlean.core import FederatedAlgorithm
+from fedlean.algorithm import FederatedAlgorithm
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
 from fedlean.methods.fedavg import fedavg

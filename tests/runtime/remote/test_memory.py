@@ -8,7 +8,7 @@ import pytest
 from federation import CLIENTS, ENGINE, client_data, dataset, run, same, server
 from loopback import Loopback, kind_of, remote
 
-from fedlean.core import Device, FederatedAlgorithm
+from fedlean.algorithm import Device, FederatedAlgorithm
 from fedlean.cost.profile import load_profile
 from fedlean.fleet.fleet import Fleet, Member, always
 from fedlean.fleet.quantity import Quantity

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, replace
 
-from fedlean.core import Device
+from fedlean.algorithm import Device
 from fedlean.runtime.notices import some
 from fedlean.runtime.remote.exchange import Exchange
 from fedlean.runtime.remote.patience import Patience

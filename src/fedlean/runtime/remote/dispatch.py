@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedlean import wire
-from fedlean.core import ClientState, ClientTask, ClientUpdate, Device
+from fedlean.algorithm import Device
+from fedlean.core import ClientState, ClientTask, ClientUpdate
 from fedlean.data.dataset import Dataset
 from fedlean.printable import printable
 from fedlean.runtime.clientstore import ClientStore
