@@ -36,7 +36,7 @@ from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.rounds import Progress
-from fedlean.tree import unpack
+from fedlean.tree import pattern_hash, unpack
 
 METHODS = method_names()
 pytestmark = pytest.mark.parametrize("name", METHODS)
@@ -220,6 +220,25 @@ def test_masked_coordinates_are_exactly_zero(name, engine):
 
     train(name, engine=engine, watch=check)
     assert any(pruned) or case.why_no_masks
+
+
+def test_masks_are_hashed_once(name, engine, tmp_path, monkeypatch):
+    """Those of the state, of tasks and of a checkpoint are read-only as they are made."""
+    seen = []
+
+    def check(progress: Progress, record: StepRecord) -> None:
+        save_checkpoint(tmp_path, progress.step, {"state": state_tree(progress.state)})
+        restored = load_checkpoint(tmp_path)[0]["state"]["masks"]
+        tasks = [task.sub_model.masks for task in record.tasks]
+        for masks in (progress.state.masks, restored, *tasks):
+            found = pattern_hash(masks)
+            with monkeypatch.context() as patch:
+                patch.setattr(np, "packbits", lambda mask: pytest.fail("hashed again"))
+                assert pattern_hash(dict(masks)) == found
+            seen.append(bool(masks))
+
+    train(name, engine=engine, watch=check)
+    assert any(seen) or case_of(name).why_no_masks
 
 
 def test_memory_claimed_against_measured(name, engine):

@@ -20,6 +20,8 @@ from fedlean.tree import (
     kept_values,
     num_kept,
     pack,
+    pattern_hash,
+    read_only,
     unpack,
 )
 
@@ -214,6 +216,53 @@ def test_a_fixed_mask_is_counted_once_and_forgotten_with_it(monkeypatch):
     assert kept_count(mask) == 2
     del mask
     assert len(tree._counted) == before
+
+
+def test_sets_of_fixed_masks_are_hashed_once_each_and_forgotten_with_any_of_theirs(monkeypatch):
+    """As many sets as are alive, two that share a mask too, and no more."""
+    before = len(tree._hashed)
+    shared, one, other = (np.array([True, False, last]) for last in (False, True, True))
+    sets = [read_only({"a": shared, "b": each}) for each in (one, other)]
+    sets += [read_only({"a": shared}), read_only({"b": shared})]
+    hashes = [pattern_hash(masks) for masks in sets]
+    assert len(set(hashes)) == 3 and hashes[0] == hashes[1]  # as many as differ in name or bits
+    assert len(tree._hashed) == before + 4
+    monkeypatch.setattr(np, "packbits", lambda mask: pytest.fail("hashed again"))
+    assert [pattern_hash(dict(masks)) for masks in reversed(sets)] == hashes[::-1]
+    del one, sets[0]
+    assert len(tree._hashed) == before + 3
+    del shared, sets
+    assert len(tree._hashed) == before
+
+
+def test_a_set_with_a_mask_that_can_change_is_hashed_anew():
+    masks = {**read_only({"a": np.array([True])}), "b": np.array([True, False])}
+    before = pattern_hash(masks)
+    masks["b"][1] = True
+    assert pattern_hash(masks) != before
+
+
+def test_an_id_that_was_another_mask_s_is_not_taken_for_it():
+    """Of thousands of masks made and dropped, many at the same place in memory."""
+    for number in range(2000):
+        bits = np.array([bool(number >> i & 1) for i in range(11)])
+        fresh = {"a": bits.copy()}
+        assert pattern_hash(read_only({"a": bits})) == pattern_hash(fresh)
+
+
+def test_read_only_goes_down_to_what_a_view_looks_at():
+    """And memory that is no array's own is copied, for others may write there."""
+    whole = np.array([[True, False], [True, True]])
+    (turned,) = read_only({"a": whole.reshape(4)}).values()
+    assert turned.base is whole and not whole.flags.writeable
+    memory = bytearray([1, 0, 1])
+    (mask,) = read_only({"a": np.frombuffer(memory, bool)}).values()
+    memory[0] = 0
+    assert mask.tolist() == [True, False, True]
+    for each in (turned, mask):
+        before = len(tree._hashed)
+        pattern_hash({"a": each})
+        assert len(tree._hashed) == before + 1
 
 
 @settings(deadline=None, max_examples=60)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from operator import call, is_
 
 import numpy as np
 
@@ -18,13 +20,11 @@ from fedlean.core import ClientUpdate, Masks, Params
 from fedlean.slices import PIECE, Index, Place, Weights, add_scaled, place
 
 NO_PATTERN = "0" * 32  # the hash of no masks
-# The last read-only masks hashed, and their hash: every message of a round is about the same ones.
-# Whoever makes an array read-only has given up writing through views taken before.
-_hashed: tuple[dict[str, np.ndarray], str] = ({}, NO_PATTERN)
 _PIECE = PIECE
-# Kept coordinates of read-only masks while they live, by id: a round counts the same ones thousands
-# of times.
-_counted: dict[int, tuple[weakref.ref[np.ndarray], int]] = {}
+# Of read-only masks while they live: a round counts and hashes the same few thousands of times.
+_counted: dict[int, tuple[weakref.ref[np.ndarray], int]] = {}  # by id
+_References = tuple[weakref.ref[np.ndarray], ...]
+_hashed: dict[tuple[str | int, ...], tuple[_References, str]] = {}  # by names and ids of a set
 
 
 def apply_mask(params: Params, masks: Masks) -> dict[str, np.ndarray]:
@@ -99,9 +99,36 @@ def kept_count(mask: np.ndarray) -> int:
     return count
 
 
+def read_only(masks: Masks) -> dict[str, np.ndarray]:
+    """The masks, which nobody can change any more, so that they are counted and hashed once.
+
+    For who makes masks, and before anybody else has them: it is these arrays, and the arrays that
+    they are views of, that become read-only; what looks at memory of something else is copied.
+
+    >>> read_only({"fc.weight": np.array([True, False])})["fc.weight"].flags.writeable
+    False
+    """
+    made = {}
+    for name, mask in masks.items():
+        if mask.base is not None and not _owned_by_an_array(mask):
+            mask = mask.copy()
+        for array in (mask.base, mask):
+            if array is not None:
+                array.flags.writeable = False
+        made[name] = mask
+    return made
+
+
 def _fixed(mask: np.ndarray) -> bool:
+    """Whether its values stay: who makes an array read-only gives up writing by earlier views."""
     # a comparison of one number gives a numpy.bool, no array
-    return isinstance(mask, np.ndarray) and not mask.flags.writeable and mask.base is None
+    if not isinstance(mask, np.ndarray) or mask.flags.writeable:
+        return False
+    return mask.base is None or (_owned_by_an_array(mask) and not mask.base.flags.writeable)
+
+
+def _owned_by_an_array(view: np.ndarray) -> bool:
+    return isinstance(view.base, np.ndarray) and view.base.base is None
 
 
 def kept_counts(masks: Masks) -> dict[str, int]:
@@ -129,12 +156,12 @@ def pattern_hash(masks: Masks) -> str:
     >>> pattern_hash({"a": a, "b": b}) == pattern_hash({"b": b, "a": a})
     True
     """
-    global _hashed
     if not masks:
         return NO_PATTERN
-    last, known = _hashed
-    if masks.keys() == last.keys() and all(masks[name] is last[name] for name in masks):
-        return known
+    these = (*masks, *map(id, masks.values()))
+    known = _hashed.get(these)
+    if known is not None and all(map(is_, map(call, known[0]), masks.values())):
+        return known[1]
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(masks):
         if masks[name].dtype != np.bool_:
@@ -142,10 +169,15 @@ def pattern_hash(masks: Masks) -> str:
         # The shape is in: slices of one tensor can agree in name and bits and differ in shape.
         digest.update(repr((name, tuple(masks[name].shape))).encode("utf-8", "surrogatepass"))
         digest.update(np.packbits(masks[name]).data)
-    key = digest.hexdigest()
+    found = digest.hexdigest()
     if all(map(_fixed, masks.values())):
-        _hashed = (dict(masks), key)
-    return key
+        forget = partial(_forget, these)  # with the first of them that goes
+        _hashed[these] = (tuple(weakref.ref(mask, forget) for mask in masks.values()), found)
+    return found
+
+
+def _forget(masks: tuple[str | int, ...], _: weakref.ref[np.ndarray]) -> None:
+    _hashed.pop(masks, None)
 
 
 class _Coverage:

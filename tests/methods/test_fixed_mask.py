@@ -13,14 +13,15 @@ from fedlean.methods.fedavg import fedavg
 from fedlean.methods.fixed_mask import client_update, fixed_mask
 from fedlean.pruning.density import full_masks
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import apply_mask
+from fedlean.tree import apply_mask, read_only
 
 SGD_SETTINGS = {"lr": 0.05, "local_steps": 2, "batch_size": 8}
 
 
 def masks() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
-    return {name: rng.random(mask.shape) < 0.4 for name, mask in full_masks(SPEC).items()}
+    shapes = {name: mask.shape for name, mask in full_masks(SPEC).items()}
+    return read_only({name: rng.random(shape) < 0.4 for name, shape in shapes.items()})
 
 
 def pruned() -> Model:

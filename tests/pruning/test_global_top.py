@@ -39,8 +39,9 @@ def test_a_whole_tensor_may_go() -> None:
 
 def test_arguments_are_left_alone() -> None:
     scores, among = {"a": np.array([3.0, 1.0])}, {"a": np.array([True, False])}
-    keep_largest(scores, 1, among)["a"][:] = False
+    kept = keep_largest(scores, 1, among)["a"]
     assert scores["a"].tolist() == [3.0, 1.0] and among["a"].tolist() == [True, False]
+    assert not np.shares_memory(kept, among["a"]) and among["a"].flags.writeable
 
 
 def test_count_is_rounded_down_and_never_0() -> None:

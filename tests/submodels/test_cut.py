@@ -41,6 +41,7 @@ def test_masks_are_taken_as_the_tensors_are():
     taken = CUT.take_masks({"fc2.weight": mask, "dropped.weight": mask})
     assert set(taken) == {"fc2.weight"} and taken["fc2.weight"].dtype == np.bool_
     assert np.array_equal(taken["fc2.weight"], mask[:, [0, 3, 4]])
+    assert not taken["fc2.weight"].flags.writeable and mask.flags.writeable
 
 
 def test_whole_takes_everything():

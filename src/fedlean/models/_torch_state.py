@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize, prune
 
 from fedlean.core import Masks
 from fedlean.layers import Shape
+from fedlean.tree import read_only
 
 _WRAPPERS = {
     "DataParallel": "module",
@@ -229,7 +230,7 @@ def _take_masks(module: nn.Module) -> Masks:
                     )
             masks[f"{path}.{name}"] = np.array(mask.numpy() != 0, order="C")
             prune.remove(layer, name)
-    return masks
+    return read_only(masks)
 
 
 def read_tensor(name: str, tensor: torch.Tensor | None, shape: Shape) -> np.ndarray:

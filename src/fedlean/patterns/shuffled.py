@@ -16,6 +16,7 @@ from fedlean.core import Masks, generator
 from fedlean.patterns.largest import largest
 from fedlean.patterns.unit_grid import UnitGrid, unit_grid
 from fedlean.spec import ModelSpec
+from fedlean.tree import read_only
 
 _CERTAIN = np.uint64(2**64 - 1)  # above the 63 bits of every other word
 
@@ -44,7 +45,7 @@ def shuffled_masks(spec: ModelSpec, counts: Mapping[str, int], seed: int) -> Mas
         words = _words(seed, f"{name}/rest", (prod(grid.shape),))
         words[_joined(grid, seed, name)[:count]] = _CERTAIN
         masks[name] = largest(words, count).reshape(spec.param_shapes[name])
-    return masks
+    return read_only(masks)
 
 
 def _joined(grid: UnitGrid, seed: int, name: str) -> np.ndarray:

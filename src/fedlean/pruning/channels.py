@@ -19,6 +19,7 @@ import numpy as np
 from fedlean.core import Masks, Params
 from fedlean.layers import Add, Conv2d, Flatten, Linear, Scale
 from fedlean.spec import INPUT, ModelSpec, Node
+from fedlean.tree import read_only
 
 
 @dataclass(frozen=True)
@@ -127,4 +128,4 @@ def channel_masks(found: Channels, alive: np.ndarray, spec: ModelSpec) -> Masks:
         masks[name] = np.broadcast_to(
             both.reshape(*shape[:2], *[1] * (len(shape) - 2)), shape
         ).copy()
-    return masks
+    return read_only(masks)

@@ -6,12 +6,12 @@ import numpy as np
 
 from fedlean.core import Masks
 from fedlean.spec import ModelSpec
-from fedlean.tree import num_kept
+from fedlean.tree import num_kept, read_only
 
 
 def full_masks(spec: ModelSpec) -> Masks:
     """A mask that keeps everything for each prunable weight of `spec`."""
-    return {name: np.ones(spec.param_shapes[name], dtype=bool) for name in spec.prunable}
+    return read_only({name: np.ones(spec.param_shapes[name], bool) for name in spec.prunable})
 
 
 def density(masks: Masks) -> float:

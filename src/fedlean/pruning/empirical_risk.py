@@ -20,6 +20,7 @@ from fedlean.core import Masks, Params
 from fedlean.cost.time import LinearTime
 from fedlean.patterns.largest import largest
 from fedlean.pruning.coordinates import check_importance, check_limits, masked_sum
+from fedlean.tree import read_only
 
 
 def gamma(delta: float, seconds: float) -> float:
@@ -75,7 +76,7 @@ def maximise_linear(
     if max_kept is not None:
         fixed = sum(mask.size - int(np.count_nonzero(mask)) for mask in removable.values())
         added = _keep_best(importance, added, times, max(0, max_kept - fixed))
-    return {name: added[name] | ~mask for name, mask in removable.items()}
+    return read_only({name: added[name] | ~mask for name, mask in removable.items()})
 
 
 def _check_times(time: LinearTime, removable: Masks) -> None:

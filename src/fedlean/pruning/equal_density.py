@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlean.core import Masks, Params
 from fedlean.patterns.largest import largest
+from fedlean.tree import read_only
 
 
 def kept_count(size: int, density: float) -> int:
@@ -59,7 +60,7 @@ def keep_largest(params: Params, masks: Masks, density: float, names: Iterable[s
         kept = np.zeros(weights.shape, dtype=bool)
         kept.flat[used[largest(sizes, kept_count(weights.size, density))]] = True
         result[name] = kept
-    return result
+    return read_only(result)
 
 
 def without_smallest(values: np.ndarray, size: int, density: float) -> np.ndarray:
@@ -94,4 +95,4 @@ def add_random(
         result[name] = mask.copy()
         if missing > 0:
             result[name].flat[rng_for(name).choice(pruned, missing, replace=False)] = True
-    return result
+    return read_only(result)

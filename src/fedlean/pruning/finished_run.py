@@ -16,6 +16,7 @@ from fedlean.core import Masks, Params
 from fedlean.jsonfile import read_bytes, read_json
 from fedlean.models.initialise import INIT_SCHEMES, check_params
 from fedlean.spec import ModelSpec
+from fedlean.tree import read_only
 
 MASK = ".mask"  # ending of a mask's name in model.safetensors
 LARGEST, HEADER_BYTES = 8, 16 << 20  # bytes per weight with its mask (5), and of their names
@@ -70,7 +71,7 @@ def read_finished_run(folder: Path, spec: ModelSpec) -> FinishedRun:
             "run of a method that prunes"
         )
     _check_masks(masks, spec, folder)
-    return FinishedRun(params, masks, seed, init)
+    return FinishedRun(params, read_only(masks), seed, init)
 
 
 def _read_config(path: Path) -> tuple[int, str, ModelSpec, str]:

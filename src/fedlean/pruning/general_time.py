@@ -20,6 +20,7 @@ from fedlean.core import Masks, Params
 from fedlean.patterns.largest import largest
 from fedlean.pruning.coordinates import check_importance, check_limits, masked_sum
 from fedlean.pruning.empirical_risk import gamma
+from fedlean.tree import read_only
 
 Seconds = Callable[[Mapping[str, int]], float]  # kept coordinates by tensor -> seconds of a round
 ROUNDING = 1e-12  # relative fall of T that passes for rounding, not for a falling T
@@ -85,7 +86,7 @@ def maximise_general(
         kept = ~mask
         kept.flat[places[largest(importance[name].ravel()[places], counts[name])]] = True
         masks[name] = kept
-    return masks
+    return read_only(masks)
 
 
 def _prefix_sums(squares: np.ndarray) -> np.ndarray:

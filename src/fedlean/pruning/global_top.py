@@ -10,7 +10,7 @@ from fedlean.core import Masks, Params
 from fedlean.patterns.largest import largest
 from fedlean.pruning.budget import max_kept
 from fedlean.spec import ModelSpec
-from fedlean.tree import num_kept
+from fedlean.tree import num_kept, read_only
 
 
 def keep_largest(scores: Params, count: int, among: Masks) -> Masks:
@@ -31,10 +31,11 @@ def keep_largest(scores: Params, count: int, among: Masks) -> Masks:
     kept = largest(flat, min(count, num_kept(among)))
     ends = np.cumsum([values.size for values in scores.values()])
     parts = np.split(kept, ends[:-1])
-    return {  # copies: a view would keep the masks of all tensors alive
+    masks = {  # copies: a view would keep the masks of all tensors alive
         name: part.reshape(scores[name].shape).copy()
         for name, part in zip(scores, parts, strict=True)
     }
+    return read_only(masks)
 
 
 def count_at(density: float, spec: ModelSpec) -> int:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedlean.jsonfile import parse_json, read_bytes
+from fedlean.tree import read_only
 
 KEPT = 2
 SIDECAR_BYTES = 1000  # at most
@@ -173,6 +174,8 @@ def _flatten(value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
 def _restore(node: Any, tensors: Mapping[str, np.ndarray]) -> Any:
     if "array" in node:
         array = tensors[node["array"]]
+        if array.dtype == np.bool_:  # a mask
+            (array,) = read_only({"": array}).values()
         return array.reshape(()) if node["scalar"] else array
     if "map" in node:
         return {key: _restore(item, tensors) for key, item in node["map"].items()}

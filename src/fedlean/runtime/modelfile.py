@@ -14,7 +14,7 @@ from fedlean.jsonfile import read_bytes
 from fedlean.models.initialise import check_params
 from fedlean.runtime.checkpoint import write_atomically
 from fedlean.spec import ModelSpec
-from fedlean.tree import apply_mask
+from fedlean.tree import apply_mask, read_only
 
 MASK = ".mask"  # ending of a mask's name
 LARGEST, HEADER_BYTES = 8, 16 << 20  # bytes per weight with its mask (5), and of their names
@@ -46,7 +46,7 @@ def read_model(path: Path, spec: ModelSpec) -> Model:
         _check_masks(masks, spec)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or holds another model: {error}") from None
-    return Model(spec, apply_mask(params, masks), masks)
+    return Model(spec, apply_mask(params, masks), read_only(masks))
 
 
 def _check_values(tensors: Mapping[str, np.ndarray]) -> None:

@@ -55,8 +55,6 @@ def run_rounds(
     REFUSED_STEPS whose every update was refused, ClientError from the dispatch.
     """
     while not algorithm.done(progress.state):
-        for mask in progress.state.masks.values():
-            mask.flags.writeable = False  # so that it is hashed once and not for every message
         step = Step(algorithm, server, dispatch, progress.store, progress.step + 1, max_update_norm)
         state, moves = step.take(progress.state, progress.moves)
         record = step.record

@@ -14,6 +14,7 @@ import numpy as np
 from fedlean.core import Masks, Params
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec
+from fedlean.tree import read_only
 
 Axis = slice | np.ndarray  # kept ids: slice(start, stop) where they are contiguous, else int64 (K,)
 Index = Mapping[str, tuple[Axis, ...]]  # tensor name -> kept ids along each of its axes
@@ -63,11 +64,14 @@ class Cut:
     def take_masks(self, masks: Masks) -> dict[str, np.ndarray]:
         """The masks of `spec` out of the full model's; a tensor without one stays without.
 
-        Raises ValueError naming the mask that has not its tensor's shape in the full model.
+        What is whole is the array that was given, the rest is read-only.  Raises ValueError naming the mask that has not its tensor's shape in the full model.
         """
-        return {
+        taken = {
             name: self._taken("mask of", name, masks[name]) for name in self.index & masks.keys()
         }
+        # copies: a slice can be a view of the full model's mask
+        cut = {name: mask.copy() for name, mask in taken.items() if mask is not masks[name]}
+        return {**taken, **read_only(cut)}
 
     def compose(self, inner: Cut) -> Cut:
         """`inner`, a cut of `spec`, as a cut of the full model.

@@ -16,7 +16,7 @@ import numpy as np
 from fedlean.core import Masks
 from fedlean.patterns.shuffled import shuffled_masks
 from fedlean.spec import ModelSpec
-from fedlean.tree import kept_counts
+from fedlean.tree import kept_counts, read_only
 from fedlean.wire.errors import WireError
 from fedlean.wire.fields import MAX_JSON_BYTES, dump, load
 from fedlean.wire.pattern import decode_mask, encode_mask
@@ -119,6 +119,7 @@ def decode_drawn(reader: Reader, spec: ModelSpec) -> Masks:
 
 
 def decode_masks(reader: Reader, spec: ModelSpec) -> dict[str, np.ndarray]:
-    """bool arrays in the spec's shapes."""
+    """bool arrays in the spec's shapes, read-only."""
     names = decode_names(reader, spec, "masks")
-    return {name: decode_mask(reader, spec.tensor_shapes[name], name) for name in names}
+    masks = {name: decode_mask(reader, spec.tensor_shapes[name], name) for name in names}
+    return read_only(masks)

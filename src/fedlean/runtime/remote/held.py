@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from fedlean.core import ClientState, Masks
 from fedlean.runtime.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from fedlean.spec import ModelSpec
-from fedlean.tree import pattern_hash
+from fedlean.tree import pattern_hash, read_only
 
 RUNS = 4  # of which a device keeps files
 SPECS = 16  # of one run: methods that train block after block have many
@@ -190,7 +190,7 @@ def _read_masks(path: Path) -> Masks:
             count = int(np.prod(shape))
             masks[name] = np.unpackbits(file.get_tensor(name), count=count).view(bool)
             masks[name] = masks[name].reshape(shape)
-        return masks
+        return read_only(masks)
 
 
 def _found(held: Mapping[str, Any], key: str) -> bool:
