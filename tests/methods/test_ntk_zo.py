@@ -1,12 +1,12 @@
 """NTK pruning and zeroth-order training: who sends what, and that replayed models are the server's.
 
-Scores and budgets are tested in tests/pruning, slopes, optimisers and replay in tests/train.
+Scores and budgets are tested in tests/pruning; slopes, their folds, optimisers and replay in
+tests/train.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from federation import (
 )
 
 from fedlean import wire
-from fedlean.core import ClientTask, SubModel, derive_seed
+from fedlean.core import SubModel, derive_seed
 from fedlean.data.batches import ClientData
 from fedlean.engine.protocol import SGD
 from fedlean.methods.ntk_zo import State, client_update, ntk_zo, statistics
@@ -44,7 +44,7 @@ from fedlean.runtime.how import How
 from fedlean.runtime.run import start
 from fedlean.train.forward_updates import Held, Rule, Space, advance, estimate, round_seed
 from fedlean.train.zeroth_order import Probe, directional_derivatives
-from fedlean.tree import apply_mask, kept_counts, num_kept, pack
+from fedlean.tree import apply_mask, num_kept, pack
 
 # a large σ and momentum instead of Adam, so that rounding in the engines stays rounding
 TRAIN = {"directions": 6, "sigma": 0.02, "optimizer": "momentum", "lr": 0.01, "batch_size": 8}
@@ -128,34 +128,6 @@ def test_scores_of_clients_add_up_to_those_of_their_pooled_data():
     expected = pooled.mean()["fc1.weight"].ravel()
     np.testing.assert_allclose(summed, expected, rtol=0, atol=1e-5 * abs(expected).max())
     assert num_kept(found.masks) == 420
-
-
-@pytest.mark.parametrize("criterion", ["ntk", "node"])
-def test_scoring_holds_a_micro_batch_at_once(criterion):
-    """Other memory, and what is charged for it, but the same scores."""
-    found = []
-    for micro_batch in (0, 3):
-        algorithm = ntk_zo(
-            server(),
-            **TRAIN,
-            **PRUNE,
-            scores="clients",
-            criterion=criterion,
-            micro_batch=micro_batch,
-        )
-        task = algorithm.configure(algorithm.init(first_model()), devices())[0]
-        sizes = []
-
-        def opened(spec, *rest, batch_size, sizes=sizes, **settings):
-            sizes.append(batch_size)
-            of = ENGINE.open_forward if criterion == "node" else ENGINE.open
-            return of(spec, *rest, batch_size=batch_size, **settings)
-
-        engine = SimpleNamespace(open=opened, open_forward=opened)
-        update, _ = client_update(task, client_data()[0], engine, {})
-        assert {*sizes, *(work.batch_size for work in update.work)} == {micro_batch or 8}
-        found.append(update.statistics["scores"].tensors["fc1.weight"])
-    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4 * abs(found[0]).max())
 
 
 def test_masks_of_a_finished_run(tmp_path):
@@ -479,10 +451,3 @@ def test_hybrid_needs_another_block():
 def test_what_is_wrong_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ntk_zo(server(), **settings)
-
-
-def test_frozen_and_masked_coordinates_have_no_form():
-    """Forms of the statistics: kept weights only."""
-    task = ClientTask(1, "score", 0, 1, SPEC, {}, SubModel(masks=full_masks(SPEC)), {})
-    forms = statistics(task)
-    assert forms["scores"].shapes == {n: (k,) for n, k in kept_counts(full_masks(SPEC)).items()}

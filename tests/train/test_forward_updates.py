@@ -166,3 +166,10 @@ def test_the_bits_of_a_replay_never_change():
     """By Adam, with masks: what every machine must come to."""
     held = replay(start(), entries(8), seed=11, space=SPACE, rule=Rule("adam"))
     assert digest(held)[:16] == "d0de38f7fbdbbcc6"
+
+
+def test_a_rule_names_what_is_wrong():
+    with pytest.raises(ValueError, match="optimizer must be one of adam, momentum, normalised"):
+        Rule("sgd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 0.9999\]"):
+        Rule("momentum", 1.0)

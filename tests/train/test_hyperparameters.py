@@ -8,7 +8,7 @@ import pytest
 
 from fedlean.layers import BatchNorm, Flatten, Linear
 from fedlean.spec import sequential
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
+from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate, one_of
 
 SPEC = sequential((3,), [("fc", Linear(2))])
 GOOD = {
@@ -50,6 +50,12 @@ def test_more_than_anything_counted():
             at_least("n", value, 1)
     with pytest.raises(ValueError, match="n must be at most 7, got 8"):
         at_least("n", 8, 1, most=7)
+
+
+def test_one_of():
+    one_of("x", "b", ("a", "b"))
+    with pytest.raises(ValueError, match="x must be one of a, b, got 'c'"):
+        one_of("x", "c", ("a", "b"))
 
 
 @pytest.mark.parametrize("value", [0, -1, True, False, 1.0, 2.5, nan, inf, "3", None])

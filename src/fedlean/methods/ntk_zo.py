@@ -12,10 +12,15 @@ Phase "prune" or "score" chooses a mask: the server alone, on Gaussian inputs (d
 clients, who send signed scores that add up to those of their pooled data.  Phase "train": each
 client evaluates the loss at K points θ + σ z_k around the model and sends the K slopes
 
-    c_{n,k} = (L_n(θ + σ z_k) - L_n(θ)) / σ,
+    c_{n,k} = (L_n(θ + σ z_k) - L_n(θ)) / σ,                                                   (1)
 
-the server takes ĝ = (1/K) Σ_k (Σ_n p_n c_{n,k}) z_k and a step of its optimiser.  The z_k come from
-a seed that all clients of a round share; a pruned coordinate has none.
+the server takes a step of its optimiser along
+
+    ĝ = (1/K) Σ_k (Σ_n p_n c_{n,k}) z_k.                                                       (2)
+
+The z_k come from a seed that all clients of a round share; a pruned coordinate has none.  (1) and
+(2), our numbers, are in `train.forward_round` and `train.slope_fold`, a client's scores in
+`pruning.client_scores`, replay in `train.missed_rounds`.
 
 **Deviations** (ours, as no source that we have says it):
 - The optimiser, "normalised" steps (the step over the standard deviation of the K slopes), the
@@ -32,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,54 +51,34 @@ from fedlean.core import (
     Masks,
     Model,
     Params,
-    Scalar,
-    Statistic,
     StatisticForm,
     SubModel,
     Work,
     derive_seed,
 )
 from fedlean.engine.directions import Kind
-from fedlean.engine.protocol import SGD, Engine, Loss
-from fedlean.models.initialise import INIT_SCHEMES
+from fedlean.engine.protocol import Engine, Loss
+from fedlean.pruning import client_scores
+from fedlean.pruning.client_scores import FROM_CLIENTS, Inputs
 from fedlean.pruning.density import density as density_of
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.finished_run import read_finished_run
 from fedlean.pruning.foresight import Criterion, Scoring, foresight_masks, shuffled_as
 from fedlean.pruning.global_top import count_at
-from fedlean.pruning.node_perturbation import node_gradient, node_scores
-from fedlean.pruning.ntk import gaussian_inputs, ntk_scores
 from fedlean.pruning.ntk_pruning import prune_step
 from fedlean.pruning.rescale import rescale_kept
-from fedlean.spec import ModelSpec
+from fedlean.train import forward_round, missed_rounds
 from fedlean.train.cohort import check_cohort, sample_cohort
-from fedlean.train.forward_updates import (
-    Entry,
-    Held,
-    Optimizer,
-    Rule,
-    Space,
-    advance,
-    averaged,
-    estimate,
-    groups,
-    log_arrays,
-    read_log,
-    replay,
-    round_seed,
-)
-from fedlean.train.hyperparameters import at_least, in_range, learning_rate
-from fedlean.train.loss_gradient import loss_and_gradient
-from fedlean.train.quantised_scalars import rounded
-from fedlean.train.zeroth_order import Differences, Form, Probe, directional_derivatives
-from fedlean.tree import Fold, apply_mask, kept_counts, pack, unpack
+from fedlean.train.forward_round import ForwardRound, LastBlock
+from fedlean.train.forward_updates import Entry, Held, Optimizer, Rule, Space, averaged, round_seed
+from fedlean.train.hyperparameters import at_least, in_range, learning_rate, one_of
+from fedlean.train.slope_fold import SlopeFold, own_seed
+from fedlean.train.zeroth_order import Differences, Form
+from fedlean.tree import apply_mask, fold, pack, unpack
 
-SLOPES = "c"  # name of the statistic and of its one tensor: short, for every byte counts
-MAX_LOG_ROUNDS = 1000  # of scalars that the server keeps for those who missed rounds
-FROM_CLIENTS = ("ntk", "ntk_shuffled", "node_ntk", "node")  # criteria that clients can score
-FORWARD_ONLY = ("node_ntk", "node")  # whose scores take no backward pass
-SLOPE_LIMIT = 1e9  # beyond what a loss can rise by over σ; one such number would undo the model
-DOWNLOADS = ("model", "scalars")
+Scorer = Literal["server", "clients"]
+Download = Literal["model", "scalars"]
+MasksWeights = Literal["initial", "trained"]
 
 
 @dataclass(frozen=True)
@@ -134,12 +118,12 @@ def ntk_zo(
     cohort: int | None = None,
     loss: Loss = "ce",
     scalars: Form = "fp32",
-    download: Literal["model", "scalars"] = "model",
-    last_block: Literal["zeroth", "backprop"] = "zeroth",
+    download: Download = "model",
+    last_block: LastBlock = "zeroth",
     density: float = 0.2,
     criterion: Criterion = "ntk",
-    scores: Literal["server", "clients"] = "server",
-    inputs: Literal["gaussian", "local"] = "gaussian",
+    scores: Scorer = "server",
+    inputs: Inputs = "gaussian",
     prune_steps: int = 20,
     prune_draws: int = 1,
     prune_examples: int = 256,
@@ -147,7 +131,7 @@ def ntk_zo(
     keep_units: bool = True,
     rescale: bool = True,
     masks_from: str = "",
-    masks_weights: Literal["initial", "trained"] = "initial",
+    masks_weights: MasksWeights = "initial",
 ) -> FederatedAlgorithm:
     """Foresight pruning, then zeroth-order training.
 
@@ -180,31 +164,24 @@ def ntk_zo(
 
     Raises ValueError naming the hyper-parameter that is out of range or does not go with another.
     """
-    _check_numbers(lr, lr_half_life_rounds, momentum, ema, directions, sigma, epsilon, density)
-    for name, count, least in (
-        ("batch_size", batch_size, 1),
-        ("micro_batch", micro_batch, 0),
-        ("prune_steps", prune_steps, 1),
-        ("prune_draws", prune_draws, 1),
-        ("prune_examples", prune_examples, 1),
-    ):
-        at_least(name, count, least)
+    in_range("lr", lr, 0.0, 100.0, open_low=True)
+    in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
+    in_range("ema", ema, 0.0, 0.99999)
+    in_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
+    in_range("density", density, 0.0, 1.0, open_low=True)
+    at_least("prune_steps", prune_steps, 1)
+    at_least("prune_draws", prune_draws, 1)
+    at_least("prune_examples", prune_examples, 1)
     check_cohort(cohort, server)
-    for name, choice, choices in (
-        ("optimizer", optimizer, get_args(Optimizer)),
-        ("kind", kind, get_args(Kind)),
-        ("differences", differences, get_args(Differences)),
-        ("loss", loss, get_args(Loss)),
-        ("scalars", scalars, get_args(Form)),
-        ("download", download, DOWNLOADS),
-        ("last_block", last_block, ("zeroth", "backprop")),
-        ("criterion", criterion, get_args(Criterion)),
-        ("scores", scores, ("server", "clients")),
-        ("inputs", inputs, ("gaussian", "local")),
-        ("masks_weights", masks_weights, ("initial", "trained")),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+    one_of("download", download, get_args(Download))
+    one_of("criterion", criterion, get_args(Criterion))
+    one_of("scores", scores, get_args(Scorer))
+    one_of("inputs", inputs, get_args(Inputs))
+    one_of("masks_weights", masks_weights, get_args(MasksWeights))
+    rule = Rule(optimizer, momentum)
+    asked = ForwardRound(
+        batch_size, micro_batch, loss, directions, sigma, kind, differences, scalars, last_block
+    )
     if scores == "clients" and criterion not in FROM_CLIENTS:
         raise ValueError(
             f"scores='clients' goes with the criteria {', '.join(FROM_CLIENTS)}, got "
@@ -226,7 +203,8 @@ def ntk_zo(
         raise ValueError("masks_weights='trained' needs masks_from, the folder of a finished run")
     spec = server.spec
     count_at(density, spec)
-    moved = _moved_by_slopes(spec, last_block)
+    exact = asked.exact(spec)
+    moved = {name: shape for name, shape in spec.param_shapes.items() if name not in exact}
     if not moved:
         raise ValueError(
             "last_block='backprop' leaves nothing to train by forward passes: the model has one "
@@ -235,12 +213,8 @@ def ntk_zo(
     run = read_finished_run(Path(masks_from), spec) if masks_from else None
 
     scoring = Scoring(prune_steps, prune_draws, prune_examples, epsilon, server.init, keep_units)
-    rule = Rule(optimizer, momentum)
     run_seed = derive_seed(server.seed, 0, 0, "zeroth order")
     prune_seed = derive_seed(server.seed, 0, 0, "prune")
-
-    def space(masks: Masks) -> Space:
-        return Space({name: spec.param_shapes[name] for name in moved}, masks, kind)
 
     def init(model: Model) -> State:
         params = model.params
@@ -254,82 +228,41 @@ def ntk_zo(
             return State(0, "score", params, choosing=full_masks(spec))
         return State(0, "prune", params)
 
-    def score_tasks(state: State, clients: Sequence[int]) -> list[ClientTask]:
-        step = state.prune_step + 1
-        hparams: dict[str, Scalar] = {
-            "criterion": criterion if criterion in FORWARD_ONLY else "ntk",
-            "inputs": inputs,
-            "draws": prune_draws,
-            "examples": prune_examples,
-            "micro_batch": micro_batch,
-            "epsilon": epsilon,
-            "init": server.init,
-            "weights_seed": derive_seed(prune_seed, 0, step, "weights"),
-        }
-        sub_model = SubModel(masks=state.choosing)
-        return [
-            ClientTask(
-                step,
-                "score",
-                client,
-                derive_seed(server.seed, step, client, "score"),
-                spec,
-                {},
-                sub_model,
-                hparams,
-            )
-            for client in clients
-        ]
-
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         if state.phase == "prune":
             return []
-        if state.phase == "score":
-            # another cohort than any round's
-            step = state.prune_step + 1
-            seed = derive_seed(server.seed, 0, 0, "score")
-            return score_tasks(state, sample_cohort(devices, cohort, seed=seed, round=step))
-        round = state.round + 1
-        hparams: dict[str, Scalar] = {
-            "batch_size": batch_size,
-            "micro_batch": micro_batch,
-            "loss": loss,
-            "directions": directions,
-            "sigma": sigma,
-            "kind": kind,
-            "differences": differences,
-            "scalars": scalars,
-            "last_block": last_block,
-        }
+        return (score_tasks if state.phase == "score" else slope_tasks)(state, devices)
+
+    def score_tasks(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        step = state.prune_step + 1
+        weights_seed = derive_seed(prune_seed, 0, step, "weights")
+        request = client_scores.request(scoring, criterion, inputs, micro_batch, weights_seed)
+        hparams, sub_model = request.to_hparams(), SubModel(masks=state.choosing)
+        cohort_seed = derive_seed(server.seed, 0, 0, "score")  # another cohort than any round's
+        tasks = []
+        for client in sample_cohort(devices, cohort, seed=cohort_seed, round=step):
+            seed = derive_seed(server.seed, step, client, "score")
+            tasks.append(ClientTask(step, "score", client, seed, spec, {}, sub_model, hparams))
+        return tasks
+
+    def slope_tasks(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        round, whole, hparams = state.round + 1, _held(state), asked.to_hparams()
         if download == "scalars":
-            hparams |= {
-                "optimizer": optimizer,
-                "momentum": momentum,
-                "run_seed": run_seed,
-                "round": state.round,  # whose model is asked for
-            }
-        frozen = spec.tensor_shapes.keys() - _by_backprop(spec, last_block)
+            hparams |= missed_rounds.replaying(rule, run_seed, state.round)
         sub_model = SubModel(
             masks=state.masks,
-            frozen=frozenset(frozen if last_block == "backprop" else ()),
+            frozen=frozenset(spec.tensor_shapes.keys() - exact if exact else ()),
             mask_seed=state.mask_seed,
         )
-        whole = _held(state)
-        tasks = []
+        shared_seed, tasks = round_seed(run_seed, round), []
         for client in sample_cohort(devices, cohort, seed=server.seed, round=round):
-            own = 0 if shared_directions else client + 1
-            task = ClientTask(
-                round,
-                "train",
-                client,
-                derive_seed(server.seed, round, client, "train"),
-                spec,
-                whole.params,
-                sub_model,
-                {**hparams, "direction_seed": round_seed(run_seed, round, own)},
-            )
+            own = shared_seed if shared_directions else own_seed(run_seed, round, client)
+            given = {**hparams, "direction_seed": own}
+            seed = derive_seed(server.seed, round, client, "train")
+            task = ClientTask(round, "train", client, seed, spec, whole.params, sub_model, given)
             if download == "scalars":
-                task = _with_log(task, state, whole)
+                at = state.held.get(str(client))
+                task = missed_rounds.from_what_it_keeps(task, whole, state.log, at, state.round)
             tasks.append(task)
         return tasks
 
@@ -339,15 +272,10 @@ def ntk_zo(
                 server.engine, spec, state.params, density, criterion, scoring, prune_seed
             )
             return _pruned(state, masks, mask_seed, rescale)
-        if state.phase == "score":
-            return after_scores(state, updates)
-        return after_slopes(state, updates)
+        return (after_scores if state.phase == "score" else after_slopes)(state, updates)
 
     def after_scores(state: State, updates: Iterable[ClientUpdate]) -> State:
-        merged = Fold(state.params)
-        for update in updates:
-            merged.add(update)
-        signed = merged.statistic("scores")
+        signed = fold(state.params, updates).statistic(client_scores.SCORES)
         if not signed:
             return state
         signed = {name: unpack(values, state.choosing[name]) for name, values in signed.items()}
@@ -356,46 +284,37 @@ def ntk_zo(
         masks = prune_step(spec, signed, state.choosing, ends, keep_units=keep_units)
         if step < prune_steps:
             return replace(state, choosing=masks, prune_step=step)
-        mask_seed = None
-        if criterion == "ntk_shuffled":
-            masks, mask_seed = shuffled_as(spec, masks, prune_seed)
+        shuffled = criterion == "ntk_shuffled"
+        masks, mask_seed = shuffled_as(spec, masks, prune_seed) if shuffled else (masks, None)
         return replace(_pruned(state, masks, mask_seed, rescale), choosing={}, prune_step=step)
 
     def after_slopes(state: State, updates: Iterable[ClientUpdate]) -> State:
-        round, here = state.round + 1, space(state.masks)
-        merged, apart = Fold(state.params), _Apart(run_seed, round, here)
+        round, space = state.round + 1, Space(moved, state.masks, kind)
+        folded = SlopeFold(state.params, run_seed, round, space, shared=shared_directions)
         held = dict(state.held)
         for update in updates:
-            if update.metrics.get("lost_state", 0.0):
+            if missed_rounds.has_lost(update):
                 held.pop(str(update.client), None)
                 continue
             held[str(update.client)] = state.round
-            merged.add(update)
-            if not shared_directions:
-                apart.add(update)
-        before = _held(state)
-        slopes = merged.statistic(SLOPES).get(SLOPES)
-        if slopes is None:
-            # nobody answered (the round is over), or all have lost their model (asked again)
+            folded.add(update)
+        before, slopes = _held(state), folded.slopes()
+        if slopes is None and held.keys() != state.held.keys():
+            return replace(state, held=held)  # all have lost their model: asked again
+        if slopes is None:  # nobody answered: the round is over
             entry, after = Entry(round, 0.0, np.zeros(directions, np.float32)), before
-            if held.keys() != state.held.keys():
-                return replace(state, held=held)
         else:
             rate = learning_rate(lr, state.round, lr_half_life_rounds)
             if lr_by_density:
                 rate /= density_of(state.masks) ** 0.5
             entry = Entry(round, float(np.float32(rate)), slopes)
-            if shared_directions and last_block == "zeroth":
-                after = replay(before, [entry], seed=run_seed, space=here, rule=rule)
-            else:
-                seed = round_seed(run_seed, round)
-                gradient = estimate(seed, slopes, here) if shared_directions else apart.mean()
-                spread = slopes if shared_directions else apart.slopes()
-                gradient = {**gradient, **merged.statistic("gradient")}
-                after = advance(before, gradient, rule, entry.lr, spread)
+            after = folded.step(before, entry, rule)
         state = replace(state, round=round, moments=after.moments, steps=after.steps)
         state = _shown(state, before, after, ema)
-        return _logged(state, entry, held) if download == "scalars" else state
+        if download != "scalars":
+            return state
+        log = missed_rounds.logged(state.log, entry, _held(state))
+        return replace(state, log=log, held=missed_rounds.within_reach(held, log, round))
 
     def done(state: State) -> bool:
         return state.phase == "train" and state.round >= server.rounds
@@ -422,103 +341,14 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _check_numbers(
-    lr: float,
-    lr_half_life_rounds: float,
-    momentum: float,
-    ema: float,
-    directions: int,
-    sigma: float,
-    epsilon: float,
-    density: float,
-) -> None:
-    in_range("lr", lr, 0.0, 100.0, open_low=True)
-    in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
-    in_range("momentum", momentum, 0.0, 0.9999)
-    in_range("ema", ema, 0.0, 0.99999)
-    at_least("directions", directions, 1)
-    in_range("sigma", sigma, 1e-8, 1.0)  # less is lost beside a weight in float32
-    in_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
-    in_range("density", density, 0.0, 1.0, open_low=True)
-
-
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:
     """The scores of kept weights; or K slopes, and where asked for the last block's gradient."""
-    kept = kept_counts(task.sub_model.masks)
-    if task.phase == "score":
-        return {"scores": StatisticForm({name: (kept[name],) for name in task.spec.prunable})}
-    shape = (int(task.hparams["directions"]),)
-    forms = {SLOPES: StatisticForm({SLOPES: shape}, limit=SLOPE_LIMIT)}
-    if exact := _by_backprop(task.spec, str(task.hparams["last_block"])):
-        shapes = task.spec.param_shapes
-        forms["gradient"] = StatisticForm(
-            {name: (kept[name],) if name in kept else shapes[name] for name in exact},
-            limit=SLOPE_LIMIT,
-        )
-    return forms
+    return client_scores.forms(task) if task.phase == "score" else forward_round.forms(task)
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:
     """Forward passes of bumps, of both points of a pruning step, or along the directions."""
-    return _score_work(task) if task.phase == "score" else _slopes_work(task)
-
-
-def _score_work(task: ClientTask) -> tuple[Work, ...]:
-    h, spec = task.hparams, task.spec
-    draws, examples = int(h["draws"]), int(h["examples"])
-    at_once = _at_once(task, examples)
-    kept = kept_counts(task.sub_model.masks)
-    # forward passes of one example that a bump of every unit takes
-    bumps = sum(spec.param_shapes[name][0] + 1 for name in spec.prunable)
-    if h["criterion"] == "node":
-        return (Work(0, at_once, forward_examples=draws * examples * bumps, kept=kept),)
-    if h["criterion"] == "node_ntk":
-        forward = 2 * draws * examples * (bumps + 1)
-        return (Work(0, at_once, forward_examples=forward, kept=kept),)
-    # forward and backward at both points, and a forward before
-    passes = draws * ceil(examples / at_once)
-    return (Work(2 * passes, at_once, forward_examples=draws * examples, kept=kept),)
-
-
-def _slopes_work(task: ClientTask) -> tuple[Work, ...]:
-    h, kept = task.hparams, kept_counts(task.sub_model.masks)
-    batch_size = int(h["batch_size"])
-    at_once = _at_once(task, batch_size)
-    forward = batch_size * _probe(task).evaluations
-    along = Work(0, at_once, forward_examples=forward, kept=kept)
-    if not _by_backprop(task.spec, str(h["last_block"])):
-        return (along,)
-    return (Work(ceil(batch_size / at_once), at_once, kept=kept), along)
-
-
-def _at_once(task: ClientTask, examples: int) -> int:
-    return min(int(task.hparams["micro_batch"]) or examples, examples)
-
-
-def _probe(task: ClientTask) -> Probe:
-    h = task.hparams
-    return Probe(
-        int(h["directions"]),
-        float(h["sigma"]),
-        h["kind"],  # type: ignore[arg-type]  # the engine checks it
-        "central" if h["differences"] == "central" else "forward",
-    )
-
-
-def _by_backprop(spec: ModelSpec, last_block: str) -> tuple[str, ...]:
-    """Trainable tensors of the last block that has any, where it is trained exactly."""
-    if last_block != "backprop":
-        return ()
-    for nodes in reversed(list(spec.blocks.values())):
-        names = {f"{node.name}.{suffix}" for node in nodes for suffix in ("weight", "bias")}
-        if own := tuple(name for name in spec.param_shapes if name in names):
-            return own
-    return ()
-
-
-def _moved_by_slopes(spec: ModelSpec, last_block: str) -> tuple[str, ...]:
-    exact = _by_backprop(spec, last_block)
-    return tuple(name for name in spec.param_shapes if name not in exact)
+    return client_scores.work(task) if task.phase == "score" else forward_round.work(task)
 
 
 # --- the server's state ---
@@ -552,54 +382,6 @@ def _shown(state: State, before: Held, after: Held, ema: float) -> State:
     return replace(state, params=dense, iterate=iterate)
 
 
-def _logged(state: State, entry: Entry, held: Mapping[str, int]) -> State:
-    """With one more round in the log, which ends where the model itself is shorter."""
-    line = np.concatenate([np.array([entry.lr], np.float32), entry.scalars])
-    model = _held(state)
-    tensors = [model.params, *model.moments.values()]
-    size_bytes = sum(value.nbytes for group in tensors for value in group.values())
-    rounds = max(1, min(MAX_LOG_ROUNDS, size_bytes // line.nbytes))
-    log = (*state.log, line)[-rounds:]
-    known = {client: at for client, at in held.items() if at >= state.round - len(log)}
-    return replace(state, log=log, held=known)
-
-
-def _with_log(task: ClientTask, state: State, whole: Held) -> ClientTask:
-    """For a client that keeps an earlier model: the rounds since; for others the optimiser too."""
-    at = state.held.get(str(task.client))
-    if at is None or at < state.round - len(state.log):
-        return replace(task, arrays=whole.moments, hparams={**task.hparams, "steps": whole.steps})
-    missed = state.log[len(state.log) - (state.round - at) :]
-    entries = [Entry(at + 1 + i, float(line[0]), line[1:]) for i, line in enumerate(missed)]
-    arrays = {"log": log_arrays(entries)} if entries else {}
-    return replace(task, params={}, arrays=arrays, hparams={**task.hparams, "from": at})
-
-
-class _Apart:
-    """Σ p_n ĝ_n where every client has its own directions."""
-
-    def __init__(self, seed: int, round: int, space: Space):
-        self._seed, self._round, self._space = seed, round, space
-        self._sums: dict[str, np.ndarray] = {}
-        self._weight = 0.0
-        self._slopes: list[np.ndarray] = []
-
-    def add(self, update: ClientUpdate) -> None:
-        slopes = update.statistics[SLOPES].tensors[SLOPES]
-        seed = round_seed(self._seed, self._round, update.client + 1)
-        for name, values in estimate(seed, slopes, self._space).items():
-            term = np.multiply(values, update.num_examples, dtype=np.float64)
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
-        self._weight += update.num_examples
-        self._slopes.append(slopes)
-
-    def mean(self) -> dict[str, np.ndarray]:
-        return {name: (sums / self._weight).astype(np.float32) for name, sums in self._sums.items()}
-
-    def slopes(self) -> np.ndarray:
-        return np.concatenate(self._slopes)
-
-
 # --- the client ---
 
 
@@ -608,160 +390,11 @@ def client_update(
 ) -> tuple[ClientUpdate, ClientState]:
     """Signed scores of a pruning step, or the slopes of the loss along the round's directions."""
     if task.phase == "score":
-        return _score(task, batches, engine), client_state
-    if "run_seed" not in task.hparams:
-        return _slopes(task, task.params, batches, engine), client_state
-    held = _replayed(task, client_state)
+        return client_scores.answer(task, batches, engine), client_state
+    if not missed_rounds.replays(task):
+        return forward_round.answer(task, task.params, batches, engine), client_state
+    held = missed_rounds.replayed(task, client_state)
     if held is None:
-        return _lost(task, batches), {}
-    return _slopes(task, held.params, batches, engine), _kept_state(held, task)
-
-
-def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
-    """Of kept weights, per example; the weights' seed is all clients', the inputs are its own."""
-    h, spec, masks = task.hparams, task.spec, task.sub_model.masks
-    draws, examples = int(h["draws"]), int(h["examples"])
-    seed, epsilon, init = int(h["weights_seed"]), float(h["epsilon"]), str(h["init"])
-    if init not in INIT_SCHEMES:
-        raise ValueError(f"init must be one of {', '.join(INIT_SCHEMES)}, got {init!r}")
-    if h["inputs"] == "local":
-        drawn = batches.draw(steps=draws, batch_size=examples, seed=task.seed)
-        inputs: Iterable[np.ndarray] = (x for x, _ in drawn)
-    else:
-        inputs = gaussian_inputs(spec, examples, draws, task.seed)
-    at_once = _at_once(task, examples)
-    if h["criterion"] == "node":
-        sums = node_scores(
-            engine, spec, masks, inputs, seed, bump=epsilon, init=init, batch_size=at_once
-        )
-        scores = {n: (s / (draws * examples)).astype(np.float32) for n, s in sums.items()}
-    elif h["criterion"] == "node_ntk":
-        found = ntk_scores(
-            engine,
-            spec,
-            masks,
-            inputs,
-            seed,
-            epsilon=epsilon,
-            init=init,
-            batch_size=at_once,
-            difference=node_gradient,
-        )
-        scores = found.mean()
-    else:
-        found = ntk_scores(
-            engine, spec, masks, inputs, seed, epsilon=epsilon, init=init, batch_size=at_once
-        )
-        scores = found.mean()
-    return ClientUpdate(
-        task.client,
-        batches.num_examples,
-        {},
-        task.sub_model,
-        {"scores": Statistic(pack(scores, masks), "mean")},
-        work=_score_work(task),
-    )
-
-
-def _slopes(task: ClientTask, params: Params, batches: Batches, engine: Engine) -> ClientUpdate:
-    """c_{n,k} on one batch, in parts that fit."""
-    h, spec, masks = task.hparams, task.spec, task.sub_model.masks
-    probe, batch_size = _probe(task), int(h["batch_size"])
-    at_once = _at_once(task, batch_size)
-    ((x, y),) = batches.draw(steps=1, batch_size=batch_size, seed=task.seed)
-    exact = _by_backprop(spec, str(h["last_block"]))
-    sent = {}
-    if exact:
-        sent["gradient"] = Statistic(_last_gradient(task, params, engine, x, y, at_once), "mean")
-    session = engine.open_forward(
-        spec,
-        params,
-        SubModel(masks=masks, frozen=frozenset(exact)),
-        batch_size=at_once,
-        loss=_loss(task),
-    )
-    slopes = directional_derivatives(
-        session, x, y, probe, seed=int(h["direction_seed"]), at_once=at_once
-    )
-    form: Form = "int8" if h["scalars"] == "int8" else "fp16" if h["scalars"] == "fp16" else "fp32"
-    sent[SLOPES] = Statistic({SLOPES: rounded(slopes, form)}, "mean")
-    return ClientUpdate(
-        task.client, batches.num_examples, {}, task.sub_model, sent, work=_slopes_work(task)
-    )
-
-
-def _last_gradient(
-    task: ClientTask,
-    params: Params,
-    engine: Engine,
-    x: np.ndarray,
-    y: np.ndarray,
-    at_once: int,
-) -> dict[str, np.ndarray]:
-    """Of the last block, packed, by backpropagation through that block alone."""
-    spec, masks, loss = task.spec, task.sub_model.masks, _loss(task)
-    exact, output = _by_backprop(spec, "backprop"), spec.nodes[-1].name
-    session = engine.open(
-        spec, params, task.sub_model, batch_size=at_once, optimizer=SGD(0.0), loss=loss
-    )
-    total: dict[str, np.ndarray] = {}
-    for at in range(0, len(y), at_once):
-        part_x, part_y = x[at : at + at_once], y[at : at + at_once]
-        logits = session.forward(part_x, training=True)[output]
-        _, pull = loss_and_gradient(logits, part_y, loss)
-        gradients = session.backward({output: pull * np.float32(len(part_y) / len(y))})
-        for name in exact:
-            total[name] = total[name] + gradients[name] if name in total else gradients[name]
-    return pack(total, {name: mask for name, mask in masks.items() if name in total})
-
-
-def _loss(task: ClientTask) -> Loss:
-    return "bce" if task.hparams["loss"] == "bce" else "ce"
-
-
-def _replayed(task: ClientTask, client_state: ClientState) -> Held | None:
-    """The model that the task is about; None where it starts from one that is not here."""
-    h, masks = task.hparams, task.sub_model.masks
-    if task.params:
-        return Held(pack(task.params, masks), task.arrays, int(h["steps"]))
-    if "round" not in client_state or int(client_state["round"]) != int(h["from"]):
-        return None
-    rule = Rule(h["optimizer"], float(h["momentum"]))  # type: ignore[arg-type]
-    held = Held(
-        _group(client_state, "params"),
-        {group: _group(client_state, group) for group in groups(rule)},
-        int(client_state["steps"]),
-    )
-    space = Space(task.spec.param_shapes, masks, h["kind"])  # type: ignore[arg-type]
-    entries = read_log(task.arrays.get("log", {}))
-    return replay(held, entries, seed=int(h["run_seed"]), space=space, rule=rule)
-
-
-def _kept_state(held: Held, task: ClientTask) -> dict[str, np.ndarray]:
-    arrays = {
-        f"{group}/{name}": value
-        for group, tensors in {"params": held.params, **held.moments}.items()
-        for name, value in tensors.items()
-    }
-    counters = {"round": int(task.hparams["round"]), "steps": held.steps}
-    return arrays | {name: np.array(value) for name, value in counters.items()}
-
-
-def _group(state: ClientState, group: str) -> dict[str, np.ndarray]:
-    prefix = f"{group}/"
-    return {
-        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-    }
-
-
-def _lost(task: ClientTask, batches: Batches) -> ClientUpdate:
-    """Says that the model is not here; the slopes that it must hold count for nothing."""
-    slopes = np.zeros(int(task.hparams["directions"]), np.float32)
-    return ClientUpdate(
-        task.client,
-        batches.num_examples,
-        {},
-        task.sub_model,
-        {SLOPES: Statistic({SLOPES: slopes}, "mean")},
-        metrics={"lost_state": 1.0},
-    )
+        return missed_rounds.lost(task, batches), {}
+    update = forward_round.answer(task, held.params, batches, engine)
+    return update, missed_rounds.kept_for_later(held, task)

@@ -64,7 +64,8 @@ class Cut:
     def take_masks(self, masks: Masks) -> dict[str, np.ndarray]:
         """The masks of `spec` out of the full model's; a tensor without one stays without.
 
-        What is whole is the array that was given, the rest is read-only.  Raises ValueError naming the mask that has not its tensor's shape in the full model.
+        What is whole is the array that was given, the rest is read-only.  Raises ValueError naming
+        the mask that has not its tensor's shape in the full model.
         """
         taken = {
             name: self._taken("mask of", name, masks[name]) for name in self.index & masks.keys()

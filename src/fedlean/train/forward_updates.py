@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from fedlean.core import Masks, Params, derive_seed
 from fedlean.engine.directions import Kind, direction
 from fedlean.layers import Shape
+from fedlean.train.hyperparameters import in_range, one_of
 
 Optimizer = Literal["adam", "momentum", "normalised"]
 ADAM = (0.9, 0.99, 1e-8)  # β1, β2, ε
@@ -33,10 +34,16 @@ class Rule:
     normalised  w <- w - lr·ĝ / s, s the standard deviation of the round's K scalars.  For Gaussian
                 and ±1 directions s estimates ‖g‖, so the length of a step does not depend on that
                 of the gradient.
+
+    Raises ValueError naming the field that is out of range.
     """
 
     optimizer: Optimizer = "adam"
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        one_of("optimizer", self.optimizer, get_args(Optimizer))
+        in_range("momentum", self.momentum, 0.0, 0.9999)
 
 
 @dataclass(frozen=True)

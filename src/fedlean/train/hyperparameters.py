@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 
 from fedlean.engine.checks import MAX_BATCH_SIZE, check_moments
@@ -32,6 +33,12 @@ def at_least(name: str, value: int, low: int, *, most: int = MOST) -> None:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r:.40}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {value!r:.40}")
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless value is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.40}")
 
 
 def check_sgd(
