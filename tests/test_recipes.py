@@ -6,6 +6,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,28 +26,35 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("*/recipe.py"))
 
 
-def groups_of(path: Path) -> dict[str, dict[str, RunConfig]]:
+def loaded(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.parent.name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def groups_of(path: Path) -> dict[str, dict[str, RunConfig]]:
+    module = loaded(path)
     return getattr(module, "GROUPS", None) or {"all": module.RUNS}
 
 
-# models whose recipes read 28 x 28 pixels; the others 3 x 32 x 32
-GREY = {"conv2", "lenet300", "lenet5", "mlp"}
+def smoke_of(path: Path) -> dict[str, int]:
+    return getattr(loaded(path), "SMOKE", {})
 
 
-def small_set(tmp_path: Path, model: str) -> Path:
+INPUT_SHAPE, CLASSES = (3, 32, 32), 10  # models are built for whatever the data is
+
+
+def small_set(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     n = 400
     folder = tmp_path / "set"
     folder.mkdir()
-    shape = (n, 28, 28) if model in GREY else (n, 32, 32, 3)
     np.savez(
         folder / "small.npz",
-        x=rng.integers(0, 256, shape, np.uint8),
-        y=(np.arange(n) % 10).astype(np.uint8),
+        x=rng.integers(0, 256, (n, 32, 32, 3), np.uint8),
+        y=(np.arange(n) % CLASSES).astype(np.uint8),
         client=(np.arange(n) // 10).astype(np.int32),
         split=(np.arange(n) >= 300).astype(np.uint8),
     )
@@ -59,8 +67,7 @@ def test_there_are_recipes_and_each_has_a_card():
 
 
 def server_of(config: RunConfig) -> Server:
-    grey = config.model.startswith("mlp") or config.model in GREY
-    spec = build_model(config.model, (1, 28, 28) if grey else (3, 32, 32), 10)
+    spec = build_model(config.model, INPUT_SHAPE, CLASSES)
     engine, _ = engine_for(spec, config.engine, 1)
     return Server(spec, engine, 0, config.rounds, load_profile(config.device), config.init)
 
@@ -82,9 +89,30 @@ def test_every_run_of_every_group_is_valid(path):
 def test_every_smoke_run_is_valid(path):
     """What a method refuses in so few rounds would end the whole smoke run."""
     for runs in groups_of(path).values():
-        for config in map(recipe.short, runs.values()):
+        for each in runs.values():
+            config = recipe.short(each, smoke_of(path))
             if "masks_from" not in config.settings:
                 build_method(config.method, server_of(config), config.settings)
+
+
+def test_a_recipe_caps_the_settings_of_its_own_method():
+    """Beside those that all recipes have; what is below its cap stays, and what has none."""
+    config = RunConfig("snip", settings={"local_steps": 9, "batch_size": 20, "lr": 0.5})
+    short = recipe.short(config, {"batch_size": 3, "momentum": 1, "unknown": 1}).settings
+    assert (short["local_steps"], short["batch_size"], short["lr"]) == (2, 3, 0.5)
+    assert recipe.short(config, {"local_steps": 1}).settings["local_steps"] == 1
+    assert "unknown" not in short
+
+
+def test_smoke_of_a_recipe_is_taken(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.append(config))
+    monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
+    monkeypatch.setattr(recipe, "compare_seeds", lambda folders, names, out, **_: None)
+    monkeypatch.setattr("sys.argv", ["recipe", "--data", "set", "--out", str(tmp_path), "--smoke"])
+    runs = {"fedavg": RunConfig("fedavg")}
+    recipe.main({"iid": runs}, default_out="out", smoke={"batch_size": 4})
+    assert [config.settings["batch_size"] for config in ran] == [4]
 
 
 def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
@@ -115,7 +143,7 @@ def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
 def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
     (runs, *_) = groups_of(path).values()
     first, second, *_ = runs  # the baseline and what the experiment is about
-    data = small_set(tmp_path, runs[first].model)
+    data = small_set(tmp_path)
     folders = []
     for name in (first, second):
         settings = {**runs[name].settings, "cohort": 2}
@@ -152,7 +180,14 @@ def test_masks_from_names_a_run_beside():
     assert recipe.beside(Path("out"), RunConfig("fedavg")) == RunConfig("fedavg")
 
 
-def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
+def test_here_is_offered_where_a_run_follows_the_clock(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipe", "--data", "set", "--here", "board.json"])
+    with pytest.raises(SystemExit):
+        recipe.main({"iid": {"fedavg": RunConfig("fedavg")}}, default_out="out")
+    assert "unrecognized arguments: --here" in capsys.readouterr().err
+
+
+def test_here_adds_a_run_without_a_link(tmp_path, monkeypatch):
     ran = {}
     monkeypatch.setattr(recipe, "run_once", lambda config, folder: ran.update({folder: config}))
     monkeypatch.setattr(recipe, "compare", lambda folders, out: None)
@@ -163,7 +198,8 @@ def test_here_adds_a_run_of_prunefl_without_a_link(tmp_path, monkeypatch):
     command = ["recipe", "--data", "set", "--here", str(here), "--only", "prunefl"]
     monkeypatch.setattr("sys.argv", command)
     config = RunConfig("prunefl", device="raspberry_pi_4")
-    recipe.main({"iid": {"fedavg": RunConfig("fedavg"), "prunefl": config}}, default_out="out")
+    groups = {"iid": {"fedavg": RunConfig("fedavg"), "prunefl": config}}
+    recipe.main(groups, default_out="out", here=["prunefl", "fedavg"])  # not run: --only
     first, second = ran.values()
     assert [folder.name for folder in ran] == ["prunefl", "prunefl_here"]
     assert first.device == "raspberry_pi_4"

@@ -4,16 +4,20 @@ Ten clients, iid and Dirichlet(0.1); few rounds: each evaluates every client's b
 README.md is the card.
 """
 
+from dataclasses import replace
 from functools import partial
 
-from fedlean.recipe import foresight, main
+from fedlean.recipe import main
 from fedlean.runtime.config import RunConfig
 
 ROUNDS = 200
 TARGETS = (0.3, 0.4)
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.1"}
+SMALL = "lenet5_small"  # a fifth of the parameters
 BACKPROP = {"lr": 0.1, "local_steps": 1, "batch_size": 32}
 FORWARD = {"directions": 50, "batch_size": 32, "lr": 0.01, "lr_half_life_rounds": 100.0, "ema": 0.9}
+SIZED = {**FORWARD, "density": 0.2}
+CRITERIA = ("ntk_shuffled", "random", "synflow", "magnitude")  # beside "ntk", as controls
 
 
 def config(partition: str, method: str, settings: dict) -> RunConfig:
@@ -30,12 +34,25 @@ def config(partition: str, method: str, settings: dict) -> RunConfig:
     )
 
 
-GROUPS = {
-    group: foresight(
-        partial(config, partition), backprop=BACKPROP, forward=FORWARD, small="lenet5_small"
-    )
-    for group, partition in PARTITIONS.items()
-}
+def runs(partition: str) -> dict[str, RunConfig]:
+    run = partial(config, partition)
+    zeroth = partial(run, "ntk_zo")
+    return {
+        "backprop": run("fedavg", BACKPROP),
+        "dense": zeroth({**FORWARD, "density": 1.0}),
+        "ntk_50": zeroth({**FORWARD, "density": 0.5}),
+        "ntk_20": zeroth(SIZED),
+        **{f"{name}_20": zeroth({**SIZED, "criterion": name}) for name in CRITERIA},
+        # one round of SNIP makes its mask, which the next run takes
+        "snip_mask_20": replace(run("snip", {**BACKPROP, "density": 0.2}), rounds=2),
+        "snip_20": zeroth({**FORWARD, "masks_from": "snip_mask_20"}),
+        "small_dense_20": replace(zeroth({**FORWARD, "density": 1.0}), model=SMALL),
+        "ntk_5": zeroth({**FORWARD, "density": 0.05}),
+        "hybrid": zeroth({**FORWARD, "density": 1.0, "last_block": "backprop"}),
+    }
+
+
+GROUPS = {group: runs(partition) for group, partition in PARTITIONS.items()}
 
 if __name__ == "__main__":
     main(GROUPS, default_out="runs/ntk_zo_cifar10")

@@ -6,7 +6,7 @@ paper's length, cohort, loss and learning rate.  README.md is the card.
 
 from functools import partial
 
-from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main, with_settings
+from fedlean.recipe import main
 from fedlean.runtime.config import RunConfig
 
 TARGETS = (0.5, 0.6)
@@ -23,9 +23,25 @@ PAPER = {
 # From PyTorch's first weights the loss stays at ln 10 for hundreds of rounds (there are no norms),
 # and with He's the paper's learning rate diverges.
 SHORT = {"lr": 0.02, "local_steps": 5, "batch_size": 20, "cohort": 2}
+SIZED = {**SHORT, "density": DENSITY}
+AS_PAPER = {**SHORT, "density": PAPER_DENSITY}  # what the paper's PruneFL came to
+PAPER_SIZED = {**PAPER, "density": PAPER_DENSITY}
+AUTHORS = {  # PruneFL as its authors' code has it
+    "initial_batches": 10,
+    "initial_passes": 50,
+    "initial_examples": 200,
+    "initial_importance_passes": 0,
+    "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
+    "reconfigure_every": 50,
+}
 # waits longer before it prunes than the defaults, nearer to the authors' 50 passes and 50 rounds
 PATIENT = {"reconfigure_every": 50, "initial_passes": 10}
-WARMUP_STEPS = 400  # about as many as initial pruning of `prunefl`
+# about as many as initial pruning of `prunefl`, on the same examples
+WARMUP = {"warmup_steps": 400, "warmup_examples": 0}
+# of ten reconfigurations of initial pruning
+PAPER_WARMUP = {"warmup_steps": 5000, "warmup_examples": 200}
 
 
 def config(method: str, settings: dict, *, rounds: int = 600, init: str = "he") -> RunConfig:
@@ -44,30 +60,36 @@ def config(method: str, settings: dict, *, rounds: int = 600, init: str = "he") 
     )
 
 
-table = approaches(
-    config, common=SHORT, prunefl=PATIENT, density=DENSITY, warmup_steps=WARMUP_STEPS
-)
-at_once = config("prunefl", {**SHORT, "reconfigure_every": 15})
-all_passes = config("prunefl", {**SHORT, **PATIENT, "initial_importance_passes": 0})
+paper = partial(config, rounds=10_000, init="pytorch")
 GROUPS = {
     "short": {
-        **table,
-        "fedavg_warmup_100": with_settings(table["fedavg_warmup"], warmup_steps=100),
-        "prunefl_at_once": at_once,
-        "prunefl_all_passes": all_passes,  # importance from every pass of initial pruning
-        # the others at the density that the paper's PruneFL came to
-        "snip_17": with_settings(table["snip"], density=PAPER_DENSITY),
-        "synflow_17": with_settings(table["synflow"], density=PAPER_DENSITY),
-        "iterative_17": with_settings(table["iterative"], density=PAPER_DENSITY),
+        "fedavg": config("fedavg", SHORT),
+        "prunefl": config("prunefl", {**SHORT, **PATIENT}),
+        "fedavg_warmup": config("fedavg", {**SHORT, **WARMUP}),
+        "snip": config("snip", {**SIZED, "score": "update"}),  # as in the authors' code
+        "synflow": config("synflow", SIZED),
+        "online": config("online", SHORT),
+        "iterative": config("iterative", {**SIZED, "spacing": "geometric"}),  # so, too
+        "fedavg_warmup_100": config("fedavg", {**SHORT, **WARMUP, "warmup_steps": 100}),
+        "prunefl_at_once": config("prunefl", {**SHORT, "reconfigure_every": 15}),
+        # importance from every pass of initial pruning
+        "prunefl_all_passes": config(
+            "prunefl", {**SHORT, **PATIENT, "initial_importance_passes": 0}
+        ),
+        "snip_17": config("snip", {**AS_PAPER, "score": "update"}),
+        "synflow_17": config("synflow", AS_PAPER),
+        "iterative_17": config("iterative", {**AS_PAPER, "spacing": "geometric"}),
     },
-    "paper": approaches(
-        partial(config, rounds=10_000, init="pytorch"),
-        common=PAPER,
-        prunefl={**AUTHORS_PRUNEFL, "initial_examples": 200},
-        density=PAPER_DENSITY,
-        warmup_steps=5000,  # ten reconfigurations of initial pruning
-    ),
+    "paper": {
+        "fedavg": paper("fedavg", PAPER),
+        "prunefl": paper("prunefl", {**PAPER, **AUTHORS}),
+        "fedavg_warmup": paper("fedavg", {**PAPER, **PAPER_WARMUP}),
+        "snip": paper("snip", {**PAPER_SIZED, "score": "update"}),  # as in the authors' code
+        "synflow": paper("synflow", PAPER_SIZED),
+        "online": paper("online", PAPER),
+        "iterative": paper("iterative", {**PAPER_SIZED, "spacing": "geometric"}),  # so, too
+    },
 }
 
 if __name__ == "__main__":
-    main(GROUPS, default_out="runs/prunefl_cifar10")
+    main(GROUPS, default_out="runs/prunefl_cifar10", here=["prunefl"])

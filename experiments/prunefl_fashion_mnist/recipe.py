@@ -6,7 +6,7 @@ Not in the paper.  All clients in every round, emulated Raspberry Pi 4.  README.
 from dataclasses import replace
 from functools import partial
 
-from fedlean.recipe import approaches, main
+from fedlean.recipe import main
 from fedlean.runtime.config import RunConfig
 
 ROUNDS = 100
@@ -15,7 +15,9 @@ TARGETS = {"iid": (0.8, 0.85), "dirichlet": (0.75, 0.8)}
 PARTITIONS = {"iid": "iid", "dirichlet": "dirichlet:0.5"}
 DENSITY = 0.15  # about what PruneFL chose in pilot runs; what cannot choose a size gets this one
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
-WARMUP_STEPS = 70  # about as many as PruneFL's initial pruning takes
+SIZED = {**COMMON, "density": DENSITY}
+# about as many as PruneFL's initial pruning takes, on the same examples
+WARMUP = {"warmup_steps": 70, "warmup_examples": 0}
 LONG_ROUNDS = 600  # six times as many: does the gap in accuracy close?
 
 
@@ -34,20 +36,24 @@ def config(group: str, method: str, settings: dict) -> RunConfig:
     )
 
 
-GROUPS = {
-    group: approaches(
-        partial(config, group),
-        common=COMMON,
-        prunefl={"reconfigure_every": EVERY},
-        density=DENSITY,
-        warmup_steps=WARMUP_STEPS,
-    )
-    for group in PARTITIONS
-}
+def runs(group: str) -> dict[str, RunConfig]:
+    run = partial(config, group)
+    return {
+        "fedavg": run("fedavg", COMMON),
+        "prunefl": run("prunefl", {**COMMON, "reconfigure_every": EVERY}),
+        "fedavg_warmup": run("fedavg", {**COMMON, **WARMUP}),
+        "snip": run("snip", {**SIZED, "score": "update"}),  # as in the authors' code
+        "synflow": run("synflow", SIZED),
+        "online": run("online", COMMON),
+        "iterative": run("iterative", {**SIZED, "spacing": "geometric"}),  # so, too
+    }
+
+
+GROUPS = {group: runs(group) for group in PARTITIONS}
 GROUPS["iid_long"] = {
     name: replace(GROUPS["iid"][name], rounds=LONG_ROUNDS, eval_every=5)
     for name in ("fedavg", "prunefl")
 }
 
 if __name__ == "__main__":
-    main(GROUPS, default_out="runs/prunefl_fashion_mnist")
+    main(GROUPS, default_out="runs/prunefl_fashion_mnist", here=["prunefl"])

@@ -3,14 +3,26 @@
 100 clients, 10 of them a round.  NOT RUN by us: README.md says what is missing.
 """
 
-from fedlean.recipe import AUTHORS_PRUNEFL, approaches, main
+from fedlean.recipe import main
 from fedlean.runtime.config import RunConfig
 
 ROUNDS = 20_000
 TARGETS = (0.6, 0.7)
 DENSITY = 0.677  # the paper's at convergence
 COMMON = {"lr": 0.05, "local_steps": 5, "batch_size": 20, "cohort": 10}
-PRUNEFL = {**AUTHORS_PRUNEFL, "initial_examples": 500, "initial_passes": 25}
+SIZED = {**COMMON, "density": DENSITY}
+AUTHORS = {  # PruneFL as its authors' code has it
+    "initial_batches": 10,
+    "initial_passes": 25,
+    "initial_examples": 500,
+    "initial_importance_passes": 0,
+    "importance_rounds": 0,
+    "importance_multiple": 0.0,
+    "importance_dtype": "fp32",
+    "reconfigure_every": 50,
+}
+# of ten reconfigurations of initial pruning
+WARMUP = {"warmup_steps": 2500, "warmup_examples": 500}
 
 
 def config(method: str, settings: dict) -> RunConfig:
@@ -28,8 +40,15 @@ def config(method: str, settings: dict) -> RunConfig:
     )
 
 
-# ten reconfigurations of initial pruning
-RUNS = approaches(config, common=COMMON, prunefl=PRUNEFL, density=DENSITY, warmup_steps=2500)
+RUNS = {
+    "fedavg": config("fedavg", COMMON),
+    "prunefl": config("prunefl", {**COMMON, **AUTHORS}),
+    "fedavg_warmup": config("fedavg", {**COMMON, **WARMUP}),
+    "snip": config("snip", {**SIZED, "score": "update"}),  # as in the authors' code
+    "synflow": config("synflow", SIZED),
+    "online": config("online", COMMON),
+    "iterative": config("iterative", {**SIZED, "spacing": "geometric"}),  # so, too
+}
 
 if __name__ == "__main__":
-    main({"iid": RUNS}, default_out="runs/prunefl_imagenet100")
+    main({"iid": RUNS}, default_out="runs/prunefl_imagenet100", here=["prunefl"])

@@ -4,7 +4,7 @@
 writers).  Emulated Raspberry Pi 4.  README.md is the card.
 """
 
-from fedlean.recipe import approaches, main
+from fedlean.recipe import main
 from fedlean.runtime.config import RunConfig
 
 ROUNDS = 100  # the paper: 10,000, and 50 between reconfigurations
@@ -13,7 +13,8 @@ TARGETS = (0.9, 0.95, 0.97)
 DENSITY = 0.14  # about what PruneFL chose in pilot runs; what cannot choose a size gets this one
 COMMON = {"lr": 0.25, "local_steps": 5, "batch_size": 20}
 PRUNEFL = {**COMMON, "reconfigure_every": EVERY}
-WARMUP_STEPS = 70  # as many as initial pruning takes here
+SIZED = {**COMMON, "density": DENSITY}
+WARMUP = {"warmup_steps": 70, "warmup_examples": 0}  # as many as initial pruning takes here
 PAPER_EXAMPLES = {"initial_examples": 200, "initial_batches": 10}  # as the authors' code
 SELECTION = {"cohort": 5}
 
@@ -32,9 +33,15 @@ def config(method: str, settings: dict, **changes) -> RunConfig:
     return RunConfig(method=method, settings=settings, **{**fields, **changes})
 
 
-TABLE = approaches(
-    config, common=COMMON, prunefl=PRUNEFL, density=DENSITY, warmup_steps=WARMUP_STEPS
-)
+TABLE = {
+    "fedavg": config("fedavg", COMMON),
+    "prunefl": config("prunefl", PRUNEFL),
+    "fedavg_warmup": config("fedavg", {**COMMON, **WARMUP}),
+    "snip": config("snip", {**SIZED, "score": "update"}),  # as in the authors' code
+    "synflow": config("synflow", SIZED),
+    "online": config("online", COMMON),
+    "iterative": config("iterative", {**SIZED, "spacing": "geometric"}),  # so, too
+}
 STUDIES = {
     # lottery ticket (VI-C): the final mask from the original weights, and from new ones
     "ticket": config("fixed_mask", {**COMMON, "masks_from": "prunefl", "initial": "original"}),
@@ -57,9 +64,9 @@ STUDIES = {
 }
 COSTS = {  # which the paper compares in cost only
     "prunetrain": config("prunetrain", {**COMMON, "penalty_ratio": 0.5}),
-    "dpf": config("dpf", {**COMMON, "density": DENSITY}),
+    "dpf": config("dpf", SIZED),
 }
 RUNS = {**TABLE, **STUDIES, **COSTS}
 
 if __name__ == "__main__":
-    main({"natural": RUNS}, default_out="runs/prunefl_mnist_by_writer")
+    main({"natural": RUNS}, default_out="runs/prunefl_mnist_by_writer", here=["prunefl"])

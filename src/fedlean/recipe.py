@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -34,14 +35,14 @@ from fedlean.report.run_folder import read_run
 from fedlean.runtime import turns
 from fedlean.runtime.config import RunConfig, differences, read_config
 from fedlean.runtime.how import How
-from fedlean.runtime.method import Settings, complete
+from fedlean.runtime.method import complete
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.run import resume, start
 from fedlean.runtime.trust import Named
 
 SMOKE_ROUNDS = 3
 SMOKE_EXAMPLES = 200
-SMOKE_AT_MOST = {
+SMOKE_AT_MOST = {  # of the settings of any method
     "cohort": 2,
     "local_steps": 2,
     "reconfigure_every": 2,
@@ -54,27 +55,22 @@ SMOKE_AT_MOST = {
     "prune_steps": 2,
 }
 
-AUTHORS_PRUNEFL: Settings = {  # PruneFL as its authors' code has it, but for `initial_examples`
-    "initial_batches": 10,
-    "initial_passes": 50,
-    "initial_importance_passes": 0,
-    "importance_rounds": 0,
-    "importance_multiple": 0.0,
-    "importance_dtype": "fp32",
-    "reconfigure_every": 50,
-}
-
 
 def main(
     groups: Mapping[str, Mapping[str, RunConfig]],
     *,
     default_out: str,
     default_data: str | None = None,
+    here: Sequence[str] = (),
+    smoke: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Command line of a recipe: each group of runs is compared, its first run the baseline.
 
     Results go to OUT/<group>/seed<S>/<run>, with --smoke to OUT/smoke/...; what is there already is
     not run again.  Without --data, `default_data` is read.
+
+    here: runs that follow the clock, which --here runs once more with this machine's, as <run>_here
+    smoke: the most of further settings with --smoke, beside SMOKE_AT_MOST
     """
     names = list(dict.fromkeys(name for runs in groups.values() for name in runs))
     parser = argparse.ArgumentParser(description=f"Runs {', '.join(names)} and compares them.")
@@ -88,11 +84,13 @@ def main(
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--groups", nargs="+", choices=list(groups), default=list(groups))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument(
-        "--here",
-        type=Path,
-        help="profile of this machine (`fedlean profile`): PruneFL runs once more, for its time",
-    )
+    if here:
+        parser.add_argument(
+            "--here",
+            type=Path,
+            metavar="PROFILE",
+            help=f"of this machine (`fedlean profile`): {', '.join(here)} once more, for its time",
+        )
     parser.add_argument(
         "--in-turns",
         action="store_true",
@@ -105,38 +103,49 @@ def main(
     )
     arguments = parser.parse_args()
     try:
-        _run(groups, arguments)
+        _run(groups, arguments, here, smoke)
     except ValueError as error:
         parser.error(str(error))
 
 
-def _run(groups: Mapping[str, Mapping[str, RunConfig]], arguments: argparse.Namespace) -> None:
-    here = unlinked(arguments.here, arguments.out) if arguments.here else None
+def _run(
+    groups: Mapping[str, Mapping[str, RunConfig]],
+    arguments: argparse.Namespace,
+    here: Sequence[str],
+    smoke: Mapping[str, int],
+) -> None:
+    clock = unlinked(arguments.here, arguments.out) if here and arguments.here else None
     for group in arguments.groups:
         runs = {name: run for name, run in groups[group].items() if name in arguments.only}
         if not runs:  # --only names runs of other groups
             continue
-        if here and "prunefl" in runs:
-            runs["prunefl_here"] = replace(runs["prunefl"], device=here)
+        if clock:
+            again = [name for name in here if name in runs]
+            runs |= {f"{name}_here": replace(runs[name], device=clock) for name in again}
         out = arguments.out / "smoke" if arguments.smoke else arguments.out
         folders = [out / group / f"seed{seed}" for seed in arguments.seeds]
         for seed, folder in zip(arguments.seeds, folders, strict=True):
             configs = {}
             for name, run in runs.items():
                 config = replace(beside(folder, run), seed=seed, dataset=arguments.data)
-                configs[name] = short(config) if arguments.smoke else config
+                configs[name] = short(config, smoke) if arguments.smoke else config
             run_all(configs, folder, in_turns=arguments.in_turns)
             compare([folder / name for name in runs], folder)
         compare_seeds(folders, list(runs), out / group, in_turns=arguments.in_turns)
 
 
-def short(config: RunConfig) -> RunConfig:
-    """A version of the run that takes seconds, to see that all of it works."""
+def short(config: RunConfig, most: Mapping[str, int] = MappingProxyType({})) -> RunConfig:
+    """A version of the run that takes seconds, to see that all of it works.
+
+    most: of further settings, beside SMOKE_AT_MOST
+    """
     settings = complete(config.method, config.settings)
     if "cohort" in settings:
         settings["cohort"] = settings["cohort"] or config.num_clients
     capped = {
-        name: most for name, most in SMOKE_AT_MOST.items() if _above(settings.get(name), most)
+        name: count
+        for name, count in {**SMOKE_AT_MOST, **most}.items()
+        if _above(settings.get(name), count)
     }
     return replace(
         with_settings(config, **capped),
@@ -148,67 +157,6 @@ def short(config: RunConfig) -> RunConfig:
 
 def _above(value: Scalar | None, most: int) -> bool:
     return isinstance(value, int) and value > most
-
-
-def approaches(
-    config: Callable[[str, Settings], RunConfig],
-    *,
-    common: Settings,
-    prunefl: Settings,
-    density: float,
-    warmup_steps: int,
-) -> dict[str, RunConfig]:
-    """The six approaches of PruneFL's Table III, and FedAvg with PruneFL's warm-up.
-
-    `config(method, settings)` makes a run; `density` is for the approaches that cannot choose one;
-    `warmup_steps` are about as many as PruneFL's initial pruning takes, on the same examples.  SNIP
-    scores and iterative pruning goes down as in the authors' code.
-    """
-    sized = {**common, "density": density}
-    examples = prunefl.get("initial_examples", 0)
-    return {
-        "fedavg": config("fedavg", common),
-        "prunefl": config("prunefl", {**common, **prunefl}),
-        "fedavg_warmup": config(
-            "fedavg", {**common, "warmup_steps": warmup_steps, "warmup_examples": examples}
-        ),
-        "snip": config("snip", {**sized, "score": "update"}),
-        "synflow": config("synflow", sized),
-        "online": config("online", common),
-        "iterative": config("iterative", {**sized, "spacing": "geometric"}),
-    }
-
-
-def foresight(
-    config: Callable[[str, Settings], RunConfig],
-    *,
-    backprop: Settings,
-    forward: Settings,
-    small: str,
-) -> dict[str, RunConfig]:
-    """Training by forward passes at four densities, with its controls at density 0.2.
-
-    `config(method, settings)` makes a run; `backprop` are FedAvg's settings, `forward` those of
-    `ntk_zo`; the model `small` has a fifth of the parameters.
-    """
-
-    def zeroth(**settings: Scalar) -> RunConfig:
-        return config("ntk_zo", {**forward, **settings})
-
-    criteria = ("ntk_shuffled", "random", "synflow", "magnitude")
-    return {
-        "backprop": config("fedavg", backprop),
-        "dense": zeroth(density=1.0),
-        "ntk_50": zeroth(density=0.5),
-        "ntk_20": zeroth(density=0.2),
-        **{f"{name}_20": zeroth(density=0.2, criterion=name) for name in criteria},
-        # one round of SNIP makes its mask, which the next run takes
-        "snip_mask_20": replace(config("snip", {**backprop, "density": 0.2}), rounds=2),
-        "snip_20": zeroth(masks_from="snip_mask_20"),
-        "small_dense_20": replace(zeroth(density=1.0), model=small),
-        "ntk_5": zeroth(density=0.05),
-        "hybrid": zeroth(density=1.0, last_block="backprop"),
-    }
 
 
 def with_settings(config: RunConfig, **settings: Scalar) -> RunConfig:
