@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cyclopts import App
 from safetensors.numpy import load_file
 
 import fedlean
@@ -129,6 +131,38 @@ def test_help_names_every_option(capsys):
     out = capsys.readouterr().out
     for option in ("dataset", "cohort", "local-steps", "target-accuracy", "set", "out"):
         assert f"--{option}" in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_says_what_the_command_s_docstring_says(name):
+    place, purpose = cli.COMMANDS[name]
+    module, attribute = place.split(":")
+    found = getattr(importlib.import_module(f"fedlean.cli.{module}"), attribute)
+    said = found.help if isinstance(found, App) else (found.__doc__ or "").split("\n\n")[0]
+    assert " ".join(said.split()) == purpose
+
+
+def test_a_command_loads_what_it_needs():
+    """Help and version no arrays; a run no measurement."""
+    code = (
+        "import sys; from fedlean import cli\n"
+        "cli.main(['--help']); assert 'numpy' not in sys.modules\n"
+        "try: cli.main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'fedlean.runtime.run' in sys.modules and 'fedlean.measure' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_an_error_of_ours_is_no_bad_input(monkeypatch):
+    """It keeps its traceback, which a run that cannot go on has not."""
+
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fedlean.cli.app", lambda *arguments, **settings: broken())
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main([])
 
 
 def test_exit_codes_of_the_process(tmp_path):

@@ -44,8 +44,8 @@ TABLE = {
 }
 STUDIES = {
     # lottery ticket (VI-C): the final mask from the original weights, and from new ones
-    "ticket": config("fixed_mask", {**COMMON, "masks_from": "prunefl", "initial": "original"}),
-    "ticket_random": config("fixed_mask", {**COMMON, "masks_from": "prunefl", "initial": "random"}),
+    "ticket": config("fixed_mask", COMMON, start="prunefl", start_weights="original"),
+    "ticket_random": config("fixed_mask", COMMON, start="prunefl", start_weights="random"),
     # initial and further pruning apart
     "initial_only": config("prunefl", {**COMMON, "reconfigure_every": 0}),
     "further_only": config("prunefl", {**PRUNEFL, "initial_pruning": False}),

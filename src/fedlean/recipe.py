@@ -174,7 +174,9 @@ def unlinked(profile: Path, out: Path) -> str:
 
 
 def beside(folder: Path, config: RunConfig) -> RunConfig:
-    """`masks_from` names another run of the recipe: its folder of the same group and seed."""
+    """`start` and `masks_from` name another run: its folder of the same group and seed."""
+    if config.start:
+        config = replace(config, start=str((folder / config.start).resolve()))
     if "masks_from" not in config.settings:
         return config
     masks_from = str((folder / str(config.settings["masks_from"])).resolve())
@@ -191,7 +193,7 @@ def run_all(configs: Mapping[str, RunConfig], folder: Path, *, in_turns: bool = 
             run_once(config, folder / name)
         return
     for name, config in configs.items():
-        if "masks_from" in config.settings:
+        if config.start or "masks_from" in config.settings:
             raise ValueError(
                 f"{name} takes its mask from another run, which cannot go beside it with "
                 "--in-turns: leave it out with --only"

@@ -68,7 +68,7 @@ def test_under_a_real_limit(tmp_path):
     y = np.arange(20_000) % 10
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "set.npz", x=x, y=y, split=(y == 0).astype(np.uint8))
-    base = _address_space("import fedlean.cli, fedlean.engine.native")
+    base = _address_space("import fedlean.cli.runs, fedlean.engine.native")
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (base + 60_000_000, base + 60_000_000))

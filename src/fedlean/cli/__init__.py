@@ -1,0 +1,87 @@
+"""The command line.  Exit codes: 0 done, 2 bad usage or input (one line), 130 interrupted.
+
+A command's module is loaded when the command is named: listing methods loads no measurement, and a
+run no Flower project.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+import fedlean
+from fedlean.cli.screen import say
+
+BAD_INPUT, INTERRUPTED = 2, 130
+MAX_USAGE = 400  # characters of what is wrong with the options
+
+app = App(
+    name="fedlean",
+    help="Federated learning in which every device trains only what it can afford.",
+    version=fedlean.__version__,
+    result_action="return_value",
+)
+# name -> where it is, and what its docstring says first: said here, so that --help loads none
+COMMANDS = {
+    "run": (
+        "runs:run",
+        "Train one model across simulated clients and write a run folder with a report.",
+    ),
+    "resume": ("runs:resume", "Continue an interrupted run, bit for bit."),
+    "compare": ("comparison:compare", "One page over several runs; the first is the baseline."),
+    "profile": (
+        "profiles:profile",
+        "Measure this device's time model and link into a profile for --device.",
+    ),
+    "node": (
+        "deployment:node",
+        "Take part in a federation as one of its devices (see fedlean node --help).",
+    ),
+    "app": ("deployment:flower_app", "FedLean as a Flower app."),
+    "methods": ("listings:list_methods", "What can be run, one line each."),
+    "models": ("listings:list_models", "Built-in models, one line each."),
+    "datasets": (
+        "listings:list_datasets",
+        "Data sets and the folder layouts that are recognised.",
+    ),
+    "devices": ("listings:list_devices", "Device profiles for the emulated clock."),
+}
+for _name, (_place, _purpose) in COMMANDS.items():
+    # the options of a node, --help among them, are its own
+    _own: dict[str, Any] = {"help_flags": []} if _name == "node" else {}
+    app.command(f"fedlean.cli.{_place}", name=_name, help=_purpose, **_own)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; never shows a traceback for bad input."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        said = " ".join(str(error).split())  # it may repeat all of a value of any length
+        _fail(f"{said[:MAX_USAGE]} (see fedlean --help)")
+    except MemoryError as error:
+        _fail(f"out of memory: {error or 'a small piece more did not fit'}")
+    except KeyboardInterrupt:
+        say("interrupted", style=None)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_end_of_a_run(error):
+            raise
+        _fail(" ".join(str(error).split()))
+
+
+def _is_end_of_a_run(error: RuntimeError) -> bool:
+    """Whether it says why a run cannot go on; whoever raised it has loaded these."""
+    from fedlean.runtime.local import ClientError
+    from fedlean.runtime.lock import Superseded
+    from fedlean.runtime.outofmemory import OutOfMemory
+    from fedlean.runtime.rounds import RunFailed
+
+    return isinstance(error, RunFailed | ClientError | Superseded | OutOfMemory)
+
+
+def _fail(line: str) -> None:
+    say(f"fedlean: {line}", style=None)
+    sys.exit(BAD_INPUT)
