@@ -115,10 +115,9 @@ def main() -> None:
                     continue
                 more: dict[str, Any] = dict(MORE.get(method, {}))
                 folder = Path(scratch) / f"{method}-{setting.dataset}"
-                if method == "fixed_mask":
-                    more["masks_from"] = str(source)
+                from_run = str(source) if method == "fixed_mask" else ""
                 folder = source if method == "snip" else folder
-                rows.append(run(method, setting, options, load, folder, more))
+                rows.append(run(method, setting, options, load, folder, more, from_run))
                 print(line(rows[-1]), flush=True)
     if options.json:
         document = {"machine": describe(), "rounds": options.rounds, "seed": 0, "rows": rows}
@@ -126,7 +125,13 @@ def main() -> None:
 
 
 def run(
-    method: str, setting: Setting, options: Any, load: Any, folder: Path, more: dict[str, Any]
+    method: str,
+    setting: Setting,
+    options: Any,
+    load: Any,
+    folder: Path,
+    more: dict[str, Any],
+    from_run: str,
 ) -> dict[str, Any]:
     name = setting.dataset
     rounds = min(options.rounds, ROUNDS.get(name, options.rounds))
@@ -140,6 +145,8 @@ def run(
         eval_every=rounds,
         eval_examples=100,
         final_eval_examples=100,
+        start=from_run,
+        start_weights="original" if from_run else "trained",
         settings={"cohort": 10, **more},
     )
     take, watch = Step.take, Watch()

@@ -74,17 +74,13 @@ def server_of(config: RunConfig) -> Server:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_every_run_of_every_group_is_valid(path):
-    """Each method takes its settings; `start`, `masks_from` are runs before it in its group."""
+    """Each method takes its settings; `start` is a run before it in its group."""
     for runs in groups_of(path).values():
         names = list(runs)
         for name, config in runs.items():
-            settings = dict(config.settings)
             before = names[: names.index(name)]
             assert not config.start or config.start in before
-            if "masks_from" in settings:
-                assert settings["masks_from"] in before
-                continue  # its method reads that run
-            build_method(config.method, server_of(config), settings)
+            build_method(config.method, server_of(config), config.settings)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
@@ -93,8 +89,7 @@ def test_every_smoke_run_is_valid(path):
     for runs in groups_of(path).values():
         for each in runs.values():
             config = recipe.short(each, smoke_of(path))
-            if "masks_from" not in config.settings:
-                build_method(config.method, server_of(config), config.settings)
+            build_method(config.method, server_of(config), config.settings)
 
 
 def test_a_recipe_caps_the_settings_of_its_own_method():
@@ -174,11 +169,8 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
     assert set(reported(folders[1])) > {"median_round_seconds", "density"}
 
 
-def test_start_and_masks_from_name_a_run_beside():
+def test_start_names_a_run_beside():
     absolute = str(Path("out/iid/seed3/prunefl").resolve())
-    config = RunConfig("ntk_zo", settings={"masks_from": "prunefl", "lr": 0.1})
-    there = recipe.beside(Path("out/iid/seed3"), config)
-    assert there.settings == {"masks_from": absolute, "lr": 0.1}
     config = RunConfig("fixed_mask", start="prunefl", start_weights="random")
     there = recipe.beside(Path("out/iid/seed3"), config)
     assert there == replace(config, start=absolute)
@@ -234,12 +226,9 @@ def test_in_turns_the_same_results_a_step_of_each_at_a_time(tmp_path, monkeypatc
 
 
 def test_in_turns_refuses_a_run_that_needs_another(tmp_path):
-    for config in (
-        RunConfig("ntk_zo", settings={"masks_from": "prunefl"}),
-        RunConfig("fixed_mask", start="prunefl"),
-    ):
-        with pytest.raises(ValueError, match="ticket takes its mask"):
-            recipe.run_all({"ticket": config}, tmp_path, in_turns=True)
+    config = RunConfig("fixed_mask", start="prunefl")
+    with pytest.raises(ValueError, match="ticket starts from another run"):
+        recipe.run_all({"ticket": config}, tmp_path, in_turns=True)
 
 
 def test_only_skips_groups_without_such_a_run(monkeypatch):

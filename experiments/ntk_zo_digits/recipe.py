@@ -57,7 +57,11 @@ def runs(partition: str) -> dict[str, RunConfig]:
         # one round of SNIP makes its mask, which the next run takes
         snip = {"lr": 0.3, "local_steps": 1, "batch_size": 32, "density": density}
         found[f"snip_mask_{percent}"] = run("snip", snip, rounds=2)
-        found[f"snip_{percent}"] = zeroth({**FORWARD, "masks_from": f"snip_mask_{percent}"})
+        found[f"snip_{percent}"] = zeroth(
+            {**FORWARD, "rescale_given": True},
+            start=f"snip_mask_{percent}",
+            start_weights="original",
+        )
         found[f"small_dense_{percent}"] = zeroth({**FORWARD, "density": 1.0}, model=small)
     found["own_directions"] = zeroth({**FORWARD, "density": 0.2, "shared_directions": False})
     found["int8_log_20"] = zeroth(

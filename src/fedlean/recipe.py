@@ -174,13 +174,10 @@ def unlinked(profile: Path, out: Path) -> str:
 
 
 def beside(folder: Path, config: RunConfig) -> RunConfig:
-    """`start` and `masks_from` name another run: its folder of the same group and seed."""
-    if config.start:
-        config = replace(config, start=str((folder / config.start).resolve()))
-    if "masks_from" not in config.settings:
+    """`start` names another run: its folder of the same group and seed."""
+    if not config.start:
         return config
-    masks_from = str((folder / str(config.settings["masks_from"])).resolve())
-    return with_settings(config, masks_from=masks_from)
+    return replace(config, start=str((folder / config.start).resolve()))
 
 
 def run_all(configs: Mapping[str, RunConfig], folder: Path, *, in_turns: bool = False) -> None:
@@ -193,9 +190,9 @@ def run_all(configs: Mapping[str, RunConfig], folder: Path, *, in_turns: bool = 
             run_once(config, folder / name)
         return
     for name, config in configs.items():
-        if config.start or "masks_from" in config.settings:
+        if config.start:
             raise ValueError(
-                f"{name} takes its mask from another run, which cannot go beside it with "
+                f"{name} starts from another run, which cannot go beside it with "
                 "--in-turns: leave it out with --only"
             )
 

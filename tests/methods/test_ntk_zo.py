@@ -27,6 +27,7 @@ from federation import (
     same,
     server,
 )
+from safetensors.numpy import load_file
 
 from fedlean import wire
 from fedlean.core import SubModel, derive_seed
@@ -140,19 +141,24 @@ def test_masks_of_a_finished_run(tmp_path):
         settings={"density": 0.1, "synflow_steps": 2},
     )
     start(config, tmp_path / "pruned", How())
-    settings = {"directions": 2, "masks_from": str(tmp_path / "pruned")}
-    summary = start(
-        RunConfig("ntk_zo", model="lenet300", rounds=1, clients=2, settings=settings),
-        tmp_path / "zo",
-        How(),
+    config = RunConfig(
+        "ntk_zo",
+        model="lenet300",
+        rounds=1,
+        clients=2,
+        settings={"directions": 2, "lr": 1e-9},
+        start=str(tmp_path / "pruned"),
     )
+    grown = replace(
+        config, start_weights="original", settings={**config.settings, "rescale_given": True}
+    )
+    summary = start(grown, tmp_path / "zo", How())
     assert summary["density"] == pytest.approx(0.1, abs=1e-3)
-    trained = {**settings, "masks_weights": "trained", "lr": 1e-9}
-    after = start(
-        RunConfig("ntk_zo", model="lenet300", rounds=1, clients=2, settings=trained),
-        tmp_path / "on",
-        How(),
-    )
+    kept = load_file(tmp_path / "zo" / "model.safetensors")["fc1.weight"]
+    mask = load_file(tmp_path / "pruned" / "model.safetensors")["fc1.weight.mask"]
+    bound = 1 / np.sqrt(64 * mask.mean())  # 1/sqrt(fan_in) over the root of the layer's density
+    assert 0.99 * bound < np.abs(kept).max() <= bound + 1e-6
+    after = start(config, tmp_path / "on", How())
     before = (tmp_path / "pruned" / "summary.json").read_text()
     assert f'"final_accuracy": {after["final_accuracy"]}' in before
 
@@ -444,8 +450,6 @@ def test_hybrid_needs_another_block():
         ({"inputs": "local"}, "scores='clients'"),
         ({"optimizer": "normalised", "directions": 1}, "directions=2"),
         ({"download": "scalars", "shared_directions": False}, "shared_directions"),
-        ({"masks_weights": "trained"}, "masks_from"),
-        ({"masks_from": "nowhere"}, "nowhere"),
     ],
 )
 def test_what_is_wrong_is_named(settings, message):

@@ -101,7 +101,6 @@ UNUSED = [
     ("ntk_zo", ["momentum=0.5"], "optimizer is 'adam'"),
     ("ntk_zo", ["density=1", "criterion=node"], "density is 1"),
     ("ntk_zo", ["criterion=random", "epsilon=0.1"], "criterion 'random' takes no scores"),
-    ("ntk_zo", ["masks_from=a", "density=0.1"], "masks_from names the mask"),
 ]
 
 

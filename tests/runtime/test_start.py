@@ -227,7 +227,8 @@ def test_bad_starts_are_named(folder, weights, message):
 )
 def test_folders_of_earlier_versions_say_where_they_start(method, settings, now):
     new = in_todays_words({"method": method, "seed": 1, "settings": {"lr": 0.1, **settings}})
-    assert new["settings"] == {"lr": 0.1}
+    grown = {"rescale_given": True} if settings.get("masks_weights") == "initial" else {}
+    assert new["settings"] == {"lr": 0.1, **grown}
     assert (new["start"], new["start_weights"]) == now if now else "start" not in new
 
 

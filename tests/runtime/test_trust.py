@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from fedlean import cli
-from fedlean.pruning.finished_run import read_finished_run
 from fedlean.report.page import comparison_page
 from fedlean.report.run_folder import read_run
 from fedlean.runtime.config import RunConfig, differences, read_config
 from fedlean.runtime.how import How
 from fedlean.runtime.run import resume
+from fedlean.runtime.start import first_model
 from fedlean.runtime.trust import Named, read_trusted, resume_command
 from fedlean.spec import ModelSpec
 
@@ -125,7 +125,7 @@ def test_reading_and_comparing_import_nothing(foreign, finished, code, capsys, t
     comparison_page([read_run(foreign), read_run(odd)])
     cli.main(["compare", str(foreign), str(odd), "--out", str(tmp_path / "compare.html")])
     spec = ModelSpec.from_json(json.dumps(json.loads((odd / "config.json").read_text())["spec"]))
-    read_finished_run(odd, spec)
+    first_model(RunConfig("fedavg", start=str(odd)), spec)
     config = read_config(odd)
     assert differences(RunConfig(method="fedavg"), config) == ["method"]
     assert not code.ran()

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from fedlean.cli.options import Norm, Place, Whole
+from fedlean.cli.options import Place, Whole
+from fedlean.cli.run_options import RunOptions, told
 from fedlean.cli.screen import say, show
 from fedlean.report.page import write_report
 from fedlean.runtime import config as configs
@@ -22,37 +23,20 @@ from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
 from fedlean.runtime.trust import Named, read_trusted
 
+_DEFAULTS = RunOptions()
+
 
 def run(
     method: str,
     /,
     *,
-    dataset: str = "digits",
-    model: str = "lenet300",
-    inputs: str = "standardised",
-    init: str = "pytorch",
-    partition: str = "iid",
-    clients: Whole | None = None,
     cohort: Whole | None = None,
-    rounds: Whole = 100,
     local_steps: Whole | None = None,
     batch: Whole | None = None,
     lr: float | None = None,
-    seed: Whole = 0,
-    engine: str | None = None,
-    threads: Whole = 1,
-    device: str = "raspberry_pi_4",
-    fleet: str | None = None,
-    target_accuracy: Annotated[
-        list[float] | None, Parameter(consume_multiple=True, negative=())
-    ] = None,
-    eval_every: Whole = 1,
-    eval_examples: Whole | None = None,
-    max_update_norm: Norm | None = None,
-    start: Place | None = None,
-    start_weights: Literal["trained", "original", "random"] = "trained",
     set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Place | None = None,
+    options: Annotated[RunOptions, Parameter(name="*")] = _DEFAULTS,  # pyright: ignore[reportInvalidTypeForm]
 ) -> None:
     """Train one model across simulated clients and write a run folder with a report.
 
@@ -60,51 +44,14 @@ def run(
     ----------
     method
         a name from 'fedlean methods', or package.module:function
-    dataset
-        digits, or a folder (see 'fedlean datasets')
-    model
-        a name from 'fedlean models', or package.module:function
-    inputs
-        standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)
-    init
-        how the first weights are drawn: pytorch (its default) or he (deep nets without norms)
-    partition
-        iid, dirichlet:A, natural or shards:K
-    clients
-        devices in the federation (default: 10; natural: one per client id of the data)
     cohort
         clients a round, drawn anew each round (default: all)
-    rounds
-        training rounds
     local_steps
         local steps a round (default: the method's)
     batch
         examples a step (default: the method's)
     lr
         learning rate (default: the method's)
-    seed
-        everything random follows from it
-    engine
-        native or torch (default: native, or torch where native is missing or lacks a layer)
-    threads
-        threads of the engine; torch gives the same bits only at the same number, native at any
-    device
-        profile of the emulated devices, from 'fedlean devices' or a file of 'fedlean profile'
-    fleet
-        a file that says what each device has, round by round (docs/fleets.md)
-    target_accuracy
-        accuracies in (0, 1) whose cost is reported
-    eval_every
-        rounds between evaluations
-    eval_examples
-        test examples used during the run (default: all; the last round takes all)
-    max_update_norm
-        refuse an update that moves the model by more (Euclidean norm), or off (default: 20 times
-        the clients' median)
-    start
-        folder of a finished run, or a .safetensors file, whose weights and masks to start from
-    start_weights
-        with its masks: trained, its weights; original, those it began with; random, new ones
     set
         further hyper-parameters of the method, key=value
     out
@@ -113,28 +60,7 @@ def run(
     flags = {"cohort": cohort, "local_steps": local_steps, "batch_size": batch, "lr": lr}
     given = {key: value for key, value in flags.items() if value is not None}
     settings = methods.given_settings(method, set or [], given)
-    config = configs.RunConfig(
-        method=method,
-        dataset=dataset,
-        model=model,
-        inputs=inputs,
-        init=init,
-        partition=partition,
-        clients=clients,
-        rounds=rounds,
-        seed=seed,
-        engine=engine,
-        threads=threads,
-        device=device,
-        fleet=fleet,
-        target_accuracy=tuple(target_accuracy or ()),
-        eval_every=eval_every,
-        eval_examples=eval_examples,
-        max_update_norm=max_update_norm,
-        start=str(start or ""),
-        start_weights=start_weights,
-        settings=settings,
-    )
+    config = configs.RunConfig(method=method, settings=settings, **told(options))
     folder = out or Path("runs") / _folder_name(config)
     with watch_run(config, folder) as watch, _report_of_a_failure(folder):
         summary = runs.start(config, folder, How(watch, say))

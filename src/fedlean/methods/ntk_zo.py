@@ -28,8 +28,8 @@ The z_k come from a seed that all clients of a round share; a pruned coordinate 
 - `lr` is for the dense model and grows with 1/√density (`lr_by_density`).
 - Slopes may travel as fp16 or int8, and the model as the slopes of the rounds that a client missed
   (`download="scalars"`): it replays them, bit for bit.
-- `last_block="backprop"` takes the last block's exact gradient (as ElasticZO does), and
-  `masks_from` the mask of another run.
+- `last_block="backprop"` takes the last block's exact gradient (as ElasticZO does).
+- A run that starts from a model with masks keeps those, and prunes nothing.
 - No unit loses its last weight, and kept weights grow by 1/√(their layer's density).
 """
 
@@ -37,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -62,7 +61,6 @@ from fedlean.pruning import client_scores
 from fedlean.pruning.client_scores import FROM_CLIENTS, Inputs
 from fedlean.pruning.density import density as density_of
 from fedlean.pruning.density import full_masks
-from fedlean.pruning.finished_run import read_finished_run
 from fedlean.pruning.foresight import Criterion, Scoring, foresight_masks, shuffled_as
 from fedlean.pruning.global_top import count_at
 from fedlean.pruning.ntk_pruning import prune_step
@@ -78,7 +76,6 @@ from fedlean.tree import apply_mask, fold, pack, unpack
 
 Scorer = Literal["server", "clients"]
 Download = Literal["model", "scalars"]
-MasksWeights = Literal["initial", "trained"]
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,7 @@ def ntk_zo(
     epsilon: float = 0.01,
     keep_units: bool = True,
     rescale: bool = True,
-    masks_from: str = "",
-    masks_weights: MasksWeights = "initial",
+    rescale_given: bool = False,
 ) -> FederatedAlgorithm:
     """Foresight pruning, then zeroth-order training.
 
@@ -159,8 +155,8 @@ def ntk_zo(
       prune_steps: T of the density schedule d^(t/T); prune_draws: models and batches per step;
         prune_examples: inputs of a batch; epsilon: ε; keep_units: no unit loses its last weight;
         rescale: kept weights grow by 1/√(their layer's density).
-      masks_from: folder of a finished run on the same model, whose masks are taken instead (density
-        and criterion are then not used); masks_weights: "trained" goes on from its weights.
+      rescale_given: weights grow so, too, where the run starts from a model that has masks (density
+        and criterion are then not used): for weights that are not trained yet.
 
     Raises ValueError naming the hyper-parameter that is out of range or does not go with another.
     """
@@ -177,7 +173,6 @@ def ntk_zo(
     one_of("criterion", criterion, get_args(Criterion))
     one_of("scores", scores, get_args(Scorer))
     one_of("inputs", inputs, get_args(Inputs))
-    one_of("masks_weights", masks_weights, get_args(MasksWeights))
     rule = Rule(optimizer, momentum)
     asked = ForwardRound(
         batch_size, micro_batch, loss, directions, sigma, kind, differences, scalars, last_block
@@ -199,8 +194,6 @@ def ntk_zo(
             "download='scalars' replays shared directions: it goes neither with "
             "last_block='backprop' nor with shared_directions=False"
         )
-    if masks_weights == "trained" and not masks_from:
-        raise ValueError("masks_weights='trained' needs masks_from, the folder of a finished run")
     spec = server.spec
     count_at(density, spec)
     exact = asked.exact(spec)
@@ -210,7 +203,6 @@ def ntk_zo(
             "last_block='backprop' leaves nothing to train by forward passes: the model has one "
             "block only"
         )
-    run = read_finished_run(Path(masks_from), spec) if masks_from else None
 
     scoring = Scoring(prune_steps, prune_draws, prune_examples, epsilon, server.init, keep_units)
     run_seed = derive_seed(server.seed, 0, 0, "zeroth order")
@@ -218,10 +210,10 @@ def ntk_zo(
 
     def init(model: Model) -> State:
         params = model.params
-        if run is not None and masks_weights == "trained":
-            return State(0, "train", apply_mask(run.params, run.masks), run.masks)
-        if run is not None:
-            return _pruned(State(0, "prune", params), run.masks, None, rescale)
+        if model.masks and rescale_given:
+            return _pruned(State(0, "prune", params), model.masks, None, True)
+        if model.masks:
+            return State(0, "train", params, model.masks)
         if density == 1.0:
             return State(0, "train", params)
         if scores == "clients":
@@ -329,11 +321,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
         found["momentum"] = f"optimizer is {settings['optimizer']!r}"
     scoring = ("prune_steps", "prune_draws", "prune_examples", "epsilon", "keep_units")
     choosing = ("criterion", "scores", "inputs", *scoring)
-    if settings["masks_from"]:
-        found |= dict.fromkeys(("density", *choosing), "masks_from names the mask")
-        if settings["masks_weights"] == "trained":
-            found["rescale"] = "masks_weights is 'trained'"
-    elif settings["density"] == 1:
+    if settings["density"] == 1:
         pruned = ("rescale", "lr_by_density")
         found |= dict.fromkeys((*choosing, *pruned), "density is 1: nothing is pruned")
     elif settings["criterion"] not in FROM_CLIENTS:

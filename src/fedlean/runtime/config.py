@@ -7,7 +7,7 @@ import math
 import os
 import types
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from sys import float_info
 from typing import Any
@@ -41,30 +41,69 @@ _BESIDE = (  # the run's, not its user's
 )
 
 
+def setting(default: Any, help: str) -> Any:
+    """A field that a user sets by its name, on the command line and in a Flower app.
+
+    help: what `fedlean run --help` says.  The field's type says how text is read.
+    """
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything needed to repeat a run."""
+    """Everything needed to repeat a run: the one table of what a run is told."""
 
     method: str
-    dataset: str = "digits"
-    model: str = "lenet300"
-    inputs: str = "standardised"
-    init: str = "pytorch"
-    partition: str = "iid"
-    clients: int | None = None  # None: 10, or with "natural" one per client id of the data
-    rounds: int = 100
-    seed: int = 0
-    engine: str | None = None  # None: native where it can; a run folder names the one that ran
-    threads: int = 1
-    device: str = "raspberry_pi_4"
-    fleet: str | None = None  # a file (docs/fleets.md)
-    target_accuracy: tuple[float, ...] = ()
-    eval_every: int = 1
-    eval_examples: int | None = None  # of the test set, during the run; None: all
-    final_eval_examples: int | None = None  # the same after the last round
-    max_update_norm: float | None = None  # 0: no bound; None: the clients' own (`moves`)
-    start: str = ""  # folder of a finished run, or a .safetensors file; "": drawn by the seed
-    start_weights: str = "trained"  # of that model: "trained", "original" or "random"
+    dataset: str = setting("digits", "digits, or a folder (see 'fedlean datasets')")
+    model: str = setting("lenet300", "a name from 'fedlean models', or package.module:function")
+    inputs: str = setting(
+        "standardised",
+        "standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)",
+    )
+    init: str = setting(
+        "pytorch",
+        "how the first weights are drawn: pytorch (its default) or he (deep nets without norms)",
+    )
+    partition: str = setting("iid", "iid, dirichlet:A, natural or shards:K")
+    clients: int | None = setting(
+        None, "devices in the federation (default: 10; natural: one per client id of the data)"
+    )
+    rounds: int = setting(100, "training rounds")
+    seed: int = setting(0, "everything random follows from it")
+    # a run folder names the one that ran
+    engine: str | None = setting(
+        None, "native or torch (default: native, or torch where native is missing or lacks a layer)"
+    )
+    threads: int = setting(
+        1, "threads of the engine; torch gives the same bits only at the same number, native at any"
+    )
+    device: str = setting(
+        "raspberry_pi_4",
+        "profile of the emulated devices, from 'fedlean devices' or a file of 'fedlean profile'",
+    )
+    fleet: str | None = setting(
+        None, "a file that says what each device has, round by round (docs/fleets.md)"
+    )
+    target_accuracy: tuple[float, ...] = setting((), "accuracies in (0, 1) whose cost is reported")
+    eval_every: int = setting(1, "rounds between evaluations")
+    eval_examples: int | None = setting(
+        None, "test examples used during the run (default: all; the last round takes all)"
+    )
+    final_eval_examples: int | None = None  # the same after the last round; for recipes
+    # 0: no bound; None: the clients' own (`moves`)
+    max_update_norm: float | None = setting(
+        None,
+        "refuse an update that moves the model by more (Euclidean norm), or off (default: 20 times "
+        "the clients' median)",
+    )
+    start: str = setting(
+        "",
+        "folder of a finished run or a .safetensors file, whose weights and masks to start from",
+    )
+    start_weights: str = setting(
+        "trained",
+        "with its masks: trained, its weights; original, those it began with; random, new ones",
+    )
     settings: Settings = field(default_factory=dict)
 
     @property
@@ -165,6 +204,11 @@ def _is_a(value: Any, hint: Any) -> bool:
     if isinstance(value, int) and float in kinds and int not in kinds:
         return abs(value) <= float_info.max
     return isinstance(value, kinds)
+
+
+def user_settings() -> dict[str, Field[Any]]:
+    """The fields that a user sets by name, in their order."""
+    return {each.name: each for each in fields(RunConfig) if "help" in each.metadata}
 
 
 def max_update_norm(text: str) -> float:

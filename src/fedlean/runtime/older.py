@@ -23,5 +23,7 @@ def in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
     if not settings["masks_from"]:
         return {**config, "settings": rest}
     weights = words.get(settings.get(name, "original"), "original")
+    if name == "masks_weights" and weights == "original" and settings.get("rescale", True):
+        rest["rescale_given"] = True  # so they were
     start = settings["masks_from"]
     return {**config, "settings": rest, "start": start, "start_weights": weights}

@@ -6,28 +6,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from fedlean.runtime.config import CLIENTS, RunConfig, max_update_norm
+from fedlean.runtime.config import CLIENTS, RunConfig, max_update_norm, user_settings
 from fedlean.runtime.method import given_settings, nearest
 from fedlean.runtime.remote.dispatch import Terms
 
 Flat = Mapping[str, bool | float | int | str]
-_NUMBERS = ("clients", "rounds", "seed", "threads", "eval_every")
-_TEXTS = ("dataset", "model", "inputs", "init", "partition", "engine", "device", "fleet", "start")
 _TERMS = tuple(field.name for field in fields(Terms))
-_OTHERS = (
-    "method",
-    "settings",
-    "out",
-    "state",
-    "target_accuracy",
-    "eval_examples",
-    "max_update_norm",
-    "start_weights",
-    "accept_changed_data",
-)
-KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *_NUMBERS, *_TEXTS, *_TERMS)}
+_OTHERS = ("method", "settings", "out", "state", "accept_changed_data")
+KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *user_settings(), *_TERMS)}
 
 
 @dataclass(frozen=True)
@@ -51,15 +39,11 @@ def server_settings(flat: Flat) -> ServerSettings:
             "run configuration: 'method' and 'out' (a folder of the server) are needed"
         )
     method = str(given["method"])
-    plain: dict[str, Any] = {name: str(given[name]) for name in _TEXTS if given.get(name)}
-    plain |= {name: _whole(name, given[name]) for name in _NUMBERS if name in given}
+    plain = {name: _read(name, given[name]) for name in user_settings() if name in given}
+    plain = {name: value for name, value in plain.items() if value is not None}
     plain.setdefault("clients", CLIENTS)  # who they are is known only when they join
     config = RunConfig(
         method=method,
-        target_accuracy=_accuracies(str(given.get("target_accuracy", ""))),
-        eval_examples=_whole("eval_examples", given.get("eval_examples", 0)) or None,
-        max_update_norm=_norm(given.get("max_update_norm", "")),
-        start_weights=str(given.get("start_weights") or "trained"),
         settings=given_settings(method, shlex.split(str(given.get("settings", "")))),
         **plain,
     )
@@ -69,6 +53,20 @@ def server_settings(flat: Flat) -> ServerSettings:
     if not isinstance(accept, bool):
         raise ValueError(f"accept-changed-data must be true or false, got {accept!r}")
     return ServerSettings(config, Terms(**terms), Path(str(given["out"])), accept)
+
+
+def _read(name: str, value: object) -> Any:
+    """A setting of `RunConfig`; None where "" or 0 stands for its default."""
+    hint = get_type_hints(RunConfig)[name]
+    if name == "max_update_norm":
+        return _norm(value)
+    if get_origin(hint) is tuple:
+        return _accuracies(str(value))
+    if hint is int:
+        return _whole(name, value)
+    if hint == int | None:
+        return _whole(name, value) or None
+    return str(value) or None
 
 
 def _term(name: str, value: object) -> float | int:
