@@ -63,8 +63,8 @@ def allsmall(
     """
     in_range("width", width, 0.0, 1.0)
     cuts = {rate: narrow(server.spec, rate) for rate in ((width,) if width else rates_from(widths))}
-    named = [(f"{rate:g}", cut) for rate, cut in cuts.items()]
-    choice, rates = levels(named, sgd.work, server.profile), tuple(cuts)
+    choice = levels([(str(rate), cut, sgd.work) for rate, cut in cuts.items()])
+    rates = tuple(cuts)
 
     def begun(state: State, width: float) -> State:
         """With the narrow model's first weights."""

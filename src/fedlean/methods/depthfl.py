@@ -11,8 +11,8 @@ A device of depth d has the first d parts of the model and an exit after each; i
 paper gives it out by hand, as `assign="fixed"` does.  An exit is global average pooling and a
 linear layer (ours); the authors' have separable convolutions and attention, whose widths are of
 their ResNet.  The paper adds FedDyn's regularisation, which is not there.  As in the authors' code
-the logits of all exits are summed for evaluation, and the weight of distillation may rise over the
-first rounds.
+the logits of all exits together decide in evaluation (they are added; the code takes their mean),
+and the weight of the distillation may rise over the first rounds (over 300 there; none by default).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import exp
 from typing import Any, Literal, get_args
 
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
@@ -31,6 +32,7 @@ from fedlean.core import (
     Masks,
     Model,
     Params,
+    Work,
 )
 from fedlean.engine.protocol import Engine
 from fedlean.models.initialise import init_params
@@ -42,7 +44,7 @@ from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
 from fedlean.train.losses import mutual_distillation
 from fedlean.train.start import dense_params
-from fedlean.train.work import only_sgd
+from fedlean.train.work import sgd_work
 
 Assign = Literal["memory", "fixed"]
 
@@ -75,7 +77,8 @@ def depthfl(
         where its memory is not known.  "fixed": client i, depth i modulo their number, beginning
         with the whole.
       distillation: weight of the KL terms (paper: 1); 0: cross-entropy alone.
-      distillation_rounds: rounds over which that weight rises linearly from 0 (0: none).
+      distillation_rounds: rounds R over which that weight rises as exp(-5 (1 - r/R)²), r being the
+        rounds done (0: it is there from the start).
       ensemble: the model is evaluated and saved with the sum of all exits' logits as its output;
         otherwise with its last exit, the others beside it.
 
@@ -90,7 +93,9 @@ def depthfl(
     at_least("distillation_rounds", distillation_rounds, 0)
     exits = with_exits(server.spec)
     depths = range(len(exits.names), 0, -1)  # as `levels` has them, the largest first
-    choice = levels([(str(d), ending_at(exits, d)) for d in depths], sgd.work, server.profile)
+    choice = levels(
+        [(str(d), ending_at(exits, d), replace(sgd.work, taps=exits.names[:d])) for d in depths]
+    )
     evaluated = choice.cuts[0].spec if ensemble else exits.spec
 
     def level(device: Device) -> int:
@@ -102,7 +107,7 @@ def depthfl(
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round, by_id = state.round + 1, {device.id: device for device in devices}
-        rise = min(1.0, state.round / distillation_rounds) if distillation_rounds else 1.0
+        weight = distillation * _rise(state.round, distillation_rounds)
         tasks = []
         for client in sgd.clients(server, devices, round):
             at = level(by_id[client])
@@ -110,8 +115,8 @@ def depthfl(
             hparams = {
                 **sgd.hparams(state.round),
                 "depth": choice.names[at],
-                "exits": " ".join(exits.names[: int(choice.names[at])]),
-                "distillation": distillation * rise,
+                "exits": ".".join(exits.names[: int(choice.names[at])]),  # no name has a dot
+                "distillation": weight,
             }
             tasks += cohort_tasks(
                 server,
@@ -136,8 +141,13 @@ def depthfl(
         return Model(evaluated, state.params)
 
     return FederatedAlgorithm(
-        init, configure, client_update, server_update, done, work=only_sgd, model=model
+        init, configure, client_update, server_update, done, work=work, model=model
     )
+
+
+def work(task: ClientTask) -> tuple[Work, ...]:
+    """Steps on a loss over the task's exits."""
+    return (sgd_work(task, taps=_exits(task)),)
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -150,7 +160,7 @@ def client_update(
 ) -> tuple[ClientUpdate, ClientState]:
     """`local_steps` steps on the loss over the exits of the device's depth."""
     h = task.hparams
-    names = str(h["exits"]).split()
+    names = _exits(task)
     loss = partial(mutual_distillation, exits=names, weight=float(h["distillation"]))
     session = open_session(task, engine)
     train_loss = local_descent(
@@ -168,6 +178,16 @@ def client_update(
         params=session.params(),
         sub_model=task.sub_model,
         metrics={"train_loss": train_loss},
-        work=only_sgd(task),
+        work=work(task),
     )
     return update, client_state
+
+
+def _exits(task: ClientTask) -> tuple[str, ...]:
+    return tuple(str(task.hparams["exits"]).split("."))
+
+
+def _rise(rounds_done: int, over: int) -> float:
+    """exp(-5 (1 - t)²) with t going from 0 to 1 over so many rounds; 0: at once."""
+    t = min(1.0, rounds_done / over) if over else 1.0
+    return exp(-5.0 * (1.0 - t) ** 2)

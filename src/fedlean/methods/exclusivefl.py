@@ -23,8 +23,8 @@ from fedlean.core import (
     Model,
     Params,
 )
+from fedlean.cost.way import peak_memory_bytes
 from fedlean.engine.protocol import Engine
-from fedlean.submodels.levels import levels
 from fedlean.submodels.narrow import first_params, narrow
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import in_range
@@ -57,13 +57,13 @@ def exclusivefl(server: Server, sgd: LocalSGD, *, width: float = 1.0) -> Federat
     """
     in_range("width", width, 0.0, 1.0, open_low=True)
     cut = narrow(server.spec, width)
-    (held,) = levels([("all", cut)], sgd.work, server.profile).needs_bytes
+    needs_bytes = peak_memory_bytes(cut.spec, [sgd.work])
 
     def init(model: Model) -> State:
         return State(0, "train", first_params(cut, dense_params(model), server))
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
-        able = [d for d in devices if d.memory_bytes is None or d.memory_bytes >= held]
+        able = [d for d in devices if d.memory_bytes is None or d.memory_bytes >= needs_bytes]
         round = state.round + 1
         return cohort_tasks(
             server,

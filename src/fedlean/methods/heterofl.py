@@ -1,15 +1,16 @@
 """HeteroFL: each device trains the slice by width that it can hold, cut from one shared model.
 
 Diao, Ding and Tarokh, "HeteroFL: Computation and Communication Efficient Federated Learning for
-Heterogeneous Clients", ICLR 2021, arXiv 2010.01264.  A device at level p holds the first
-ceil(r^p · C) of each layer's C channels (eq. (1)); the server averages each element over the
-devices that hold it (eqs. (2) to (4)).
+Heterogeneous Clients", ICLR 2021, arXiv 2010.01264, Section 3.  A device of level p holds the first
+r^(p-1)·C of each layer's C channels; the server averages each element over the devices that hold
+it.
 
 **Deviations.**  Means are weighted by examples; the paper counts devices.  An element that nobody
-held keeps its value.  The paper gives out levels by hand: here the memory of the device decides,
-`assign` gives the paper's two ways.  The paper normalises by BatchNorm without running statistics
-(`static_norm`); our models have GroupNorm unless told otherwise, which needs nothing of the kind.
-Its masked cross-entropy for clients that lack classes is not there.
+held keeps its value.  Channels are rounded up.  The paper gives out levels by hand: here the memory
+of the device decides, `assign` gives the paper's two ways.  Our models have GroupNorm unless told
+otherwise.  The paper's BatchNorm has no running statistics while it trains, and the clients find
+them once in the end; with `static_norm` the server finds them after each round, on inputs of its
+own.  The masked cross-entropy for clients that lack classes is not there.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def heterofl(
 
     Args:
       sgd: local SGD, whose settings are this method's as well.
-      widths: r^p, shares of every layer's channels, from the largest to the smallest (paper: 1,
+      widths: r^(p-1), shares of every layer's channels, from the largest to the smallest (paper: 1,
         1/2, 1/4, 1/8 and 1/16).
       assign: which slice a device gets.  "memory": the largest that it can hold, the first where
         its memory is not known.  "fixed": client i, level i modulo their number.  "drawn": any
         level, anew each round.  The last two are the paper's fixed and dynamic assignment.
-      scaler: a slice multiplies what its layers give by 1/width in training (paper: Section 3).
+      scaler: a slice multiplies what its layers give by 1/width in training.
       static_norm: the server finds the running statistics of BatchNorm after each round, on inputs
         of its own; without it a model with BatchNorm is refused.
 
@@ -82,11 +83,8 @@ def heterofl(
         raise ValueError(f"assign must be one of {', '.join(get_args(Assign))}, got {assign!r}")
     spec, rates = server.spec, rates_from(widths)
     _check_norms(server, static_norm)
-    named = [
-        (f"{rate:g}", whole(spec) if rate == 1 else width(spec, rate, scaler=scaler))
-        for rate in rates
-    ]
-    choice = levels(named, sgd.work, server.profile)
+    cuts = [whole(spec) if rate == 1 else width(spec, rate, scaler=scaler) for rate in rates]
+    choice = levels([(str(rate), cut, sgd.work) for rate, cut in zip(rates, cuts, strict=True)])
 
     def level(device: Device, round: int) -> int:
         if assign == "memory":
@@ -106,7 +104,7 @@ def heterofl(
             at = level(by_id[client], round)
             if at not in sent:
                 cut = choice.cuts[at]
-                sent[at] = Model(cut.spec, cut.take(state.params))  # eq. (1)
+                sent[at] = Model(cut.spec, cut.take(state.params))
             hparams = {**sgd.hparams(state.round), "width": choice.names[at]}
             tasks += cohort_tasks(
                 server, [client], round=round, phase="train", model=sent[at], hparams=hparams
@@ -114,7 +112,7 @@ def heterofl(
         return tasks
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
-        merged = fold_cuts(  # eqs. (2) to (4)
+        merged = fold_cuts(
             spec, state.params, updates, lambda task: choice.cut(str(task.hparams["width"]))
         )
         params = merged.params()
@@ -130,7 +128,12 @@ def heterofl(
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
-    return {"scaler": "widths has 1 alone"} if rates_from(settings["widths"]) == (1.0,) else {}
+    rates, out = rates_from(settings["widths"]), {}
+    if len(rates) == 1:
+        out["assign"] = "widths names one width"
+    if rates == (1.0,):
+        out["scaler"] = "widths is 1 alone"
+    return out
 
 
 def client_update(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fedlean.layers import Add, Flatten, GlobalAvgPool, Layer, Linear
+from fedlean.layers import Add, GlobalAvgPool, Linear
 from fedlean.spans import crossing, upto
 from fedlean.spec import ModelSpec, Node
 from fedlean.submodels.cut import Cut, whole_index
@@ -69,16 +69,12 @@ def ending_at(exits: Exits, count: int) -> Cut:
 
 def _exit(spec: ModelSpec, block: str, end: str) -> list[Node]:
     """Nodes that read "input"."""
-    layers: list[tuple[str, Layer]] = [(f"{PREFIX}{block}", Linear(spec.output_shape[0]))]
-    if len(spec.shapes[end]) == 3:
-        layers = [(f"{PREFIX}{block}_pool", GlobalAvgPool()), *layers]
-    elif len(spec.shapes[end]) != 1:
-        layers = [(f"{PREFIX}{block}_flat", Flatten()), *layers]
-    nodes: list[Node] = []
-    for name, layer in layers:
-        source = nodes[-1].name if nodes else "input"
-        nodes.append(Node(name, layer, (source,), PREFIX.rstrip("_"), prunable=False))
-    return nodes
+    name, of = f"{PREFIX}{block}", PREFIX.rstrip("_")
+    pool = Node(f"{name}_pool", GlobalAvgPool(), ("input",), of)
+    image = len(spec.shapes[end]) == 3
+    source = pool.name if image else "input"
+    logits = Node(name, Linear(spec.output_shape[0]), (source,), of, prunable=False)
+    return [pool, logits] if image else [logits]
 
 
 def _ends(spec: ModelSpec) -> dict[str, str]:

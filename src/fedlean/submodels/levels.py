@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fedlean.algorithm import Device
-from fedlean.core import ClientTask, ClientUpdate, Params, SubModel, Work
-from fedlean.cost.price import Model, cost
-from fedlean.cost.profile import Profile
+from fedlean.core import ClientTask, ClientUpdate, Params, Work
+from fedlean.cost.way import peak_memory_bytes
 from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut
 from fedlean.tree import Fold
@@ -17,7 +16,8 @@ from fedlean.tree import Fold
 
 @dataclass(frozen=True)
 class Levels:
-    """`names` say which one a task is of; what each needs is modelled, to the byte natively."""
+    """`names` say which one a task is of; what each needs is to the byte what the native engine
+    plans for it."""
 
     names: tuple[str, ...]
     cuts: tuple[Cut, ...]
@@ -42,28 +42,24 @@ class Levels:
         return self.cuts[self.names.index(name)]
 
 
-def levels(cuts: Sequence[tuple[str, Cut]], work: Work, profile: Profile) -> Levels:
-    """Of named cuts, largest first, on which a client does `work` on all weights.
+def levels(cuts: Sequence[tuple[str, Cut, Work]]) -> Levels:
+    """Of named cuts, largest first, each with the work that a client does on it.
 
     Raises ValueError where a later one needs more memory than one before it.
     """
-    needs = tuple(_needs(cut.spec, work, profile) for _, cut in cuts)
-    names = [name for name, _ in cuts]
+    names, kept = tuple(name for name, _, _ in cuts), tuple(cut for _, cut, _ in cuts)
+    needs = tuple(peak_memory_bytes(cut.spec, [work]) for _, cut, work in cuts)
     for (before, name), (more, less) in zip(pairwise(names), pairwise(needs), strict=True):
         if less > more:
             raise ValueError(
                 f"sub-models go from the largest to the smallest, but {name} needs {less} bytes "
                 f"and {before} before it {more}"
             )
-    return Levels(tuple(names), tuple(cut for _, cut in cuts), needs)
-
-
-def _needs(spec: ModelSpec, work: Work, profile: Profile) -> int:
-    return cost(Model(spec, SubModel()), (work,), profile).peak_memory_bytes
+    return Levels(names, kept, needs)
 
 
 def rates_from(text: str) -> tuple[float, ...]:
-    """Width rates as a setting has them: "1 0.5 0.25", descending, each in (0, 1].
+    """Width rates as the setting `widths` has them: "1 0.5 0.25", descending, each in (0, 1].
 
     Raises ValueError naming what is none of these.
 
@@ -77,7 +73,7 @@ def rates_from(text: str) -> tuple[float, ...]:
     descending = all(a > b for a, b in pairwise(rates))
     if not rates or not descending or not 0 < rates[-1] <= rates[0] <= 1:
         raise ValueError(
-            f"rates must be numbers in (0, 1] from the largest to the smallest, as '1 0.5 0.25', "
+            f"widths must be numbers in (0, 1] from the largest to the smallest, as '1 0.5 0.25', "
             f"got {text!r:.60}"
         )
     return rates
