@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,8 @@ def test_pure(name, engine):
         algorithm.client_update(task, client_data()[task.client], engine, {}) for task in tasks
     ]
     assert same(answers, again)
-    updates = [update for update, _ in answers]
+    # as the runtime hands them on
+    updates = [replace(update, task=task) for (update, _), task in zip(answers, tasks, strict=True)]
     sent = snapshot(updates)
     once, twice = (algorithm.server_update(state, iter(updates)) for _ in range(2))
     assert same(once, twice)
