@@ -46,7 +46,7 @@ def test_exits_by_hand():
 
 
 def test_models_end_at_an_exit_and_give_the_sum_of_theirs():
-    """What each exit computes is what it computes in the whole; no depth holds more than it uses."""
+    """Each exit computes what it computes in the whole; no depth holds more than it uses."""
     exits = with_exits(THREE)
     params = start(exits.spec)
     x = np.random.default_rng(0).standard_normal((5, 2, 4, 4)).astype(np.float32)

@@ -22,7 +22,7 @@ def test_narrow_is_a_prefix_without_a_scaler():
 
 @pytest.mark.parametrize("init", ["pytorch", "he"])
 def test_a_narrow_model_draws_its_own_first_weights(init: str):
-    """Of a slice's fan-in: fc2 of 6 instead of 12 inputs has weights up to 1/√6 instead of 1/√12."""
+    """By a slice's fan-in: fc2 of 6 instead of 12 inputs has weights up to 1/√6, not 1/√12."""
     cut = narrow(SPEC, 0.5)
     drawn = first_params(cut, params(), replace(server(), init=init))
     assert same(dict(drawn), init_params(cut.spec, server().seed, init))
