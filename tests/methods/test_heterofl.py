@@ -205,9 +205,7 @@ def test_drawn_levels_are_new_in_each_round_and_the_same_again():
 def test_who_can_hold_nothing_is_left_out_by_name():
     algorithm = heterofl(server(), **SGD_SETTINGS)
     memory = having(NEEDS[0], NEEDS[1], NEEDS[2] - 1, NEEDS[2])
-    dispatch = LocalDispatch(
-        algorithm.client_update, ENGINE, client_data(), lambda step: memory
-    )
+    dispatch = LocalDispatch(algorithm.client_update, ENGINE, client_data(), lambda step: memory)
     records = []
     run(algorithm, dispatch=dispatch, watch=lambda progress, record: records.append(record))
     for record in records:
