@@ -20,7 +20,8 @@ from federation import (
     server,
 )
 
-from fedlean.core import Device, Model, Work
+from fedlean.algorithm import Device
+from fedlean.core import Model, Work
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.methods.allsmall import State, allsmall
 from fedlean.methods.fedavg import fedavg

@@ -9,7 +9,8 @@ import pytest
 from conformance import Case
 from federation import ENGINE, SPEC, client_data, first_model, params, run, same, server
 
-from fedlean.core import Device, Model, Work
+from fedlean.algorithm import Device
+from fedlean.core import Model, Work
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.methods.exclusivefl import exclusivefl
 from fedlean.methods.fedavg import fedavg

@@ -24,7 +24,8 @@ from federation import (
 )
 from submodels.test_static_norm import naive
 
-from fedlean.core import Device, Model, Work
+from fedlean.algorithm import Device
+from fedlean.core import Model, Work
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU, Scaler
 from fedlean.methods.fedavg import fedavg

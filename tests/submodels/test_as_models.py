@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fedlean import wire
-from fedlean.core import ClientTask, ClientUpdate, Device, SubModel
+from fedlean.algorithm import Device
+from fedlean.core import ClientTask, ClientUpdate, SubModel
 from fedlean.cost.price import cost
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from engine.cases import NET, start
 
-from fedlean.core import ClientTask, ClientUpdate, Device, SubModel, Work
+from fedlean.algorithm import Device
+from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.submodels.cut import whole
 from fedlean.submodels.levels import fold_cuts, levels, rates_from
