@@ -14,7 +14,7 @@ import pytest
 
 from fedlean import wire
 from fedlean.algorithm import Device
-from fedlean.core import ClientTask, ClientUpdate, SubModel
+from fedlean.core import ClientTask, ClientUpdate, Params, SubModel
 from fedlean.cost.price import cost
 from fedlean.cost.profile import load_profile
 from fedlean.data.batches import ClientData
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.parametrize("name", MODELS)
 
 
 class Round(NamedTuple):
-    base: dict[str, np.ndarray]
+    base: Params
     cuts: list[Cut]
     tasks: list[ClientTask]
     updates: list[ClientUpdate]
