@@ -1,4 +1,4 @@
-"""Text of others on the way to a terminal, which acts on what stands in it."""
+"""What a terminal shows: text of others, on which it would act, and sizes."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def megabytes(size_bytes: float) -> str:
+    """With enough digits to tell the sizes of small models apart.
+
+    >>> megabytes(52_340_000), megabytes(48_300)
+    ('52.3 MB', '0.048 MB')
+    """
+    megabytes = size_bytes / 1e6
+    return f"{megabytes:.1f} MB" if megabytes >= 10 else f"{megabytes:.3f} MB"

@@ -51,7 +51,7 @@ def taken(
 
 
 def mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e6:.3f} MB"
 
 
 def test_who_has_one_byte_less_than_a_task_needs_is_left_out_as_if_away():

@@ -15,6 +15,7 @@ from rich.console import Console
 from fedlean import cli
 from fedlean.cost.profile import load_profile
 from fedlean.fleet.load import load_fleet
+from fedlean.printable import megabytes
 from fedlean.runtime import progress
 from fedlean.runtime.config import RunConfig, differences, read_config
 from fedlean.runtime.flower.settings import server_settings
@@ -65,7 +66,7 @@ def test_a_run_leaves_out_whom_the_fleet_gives_too_little(there):
         has = {device.id: device.memory_bytes or 0 for device in devices}
         assert entry["cohort"] == [client for client in has if has[client] >= needed]
         assert entry["left_out"] == {
-            str(client): f"needs {needed / 1e6:.1f} MB, has {has[client] / 1e6:.1f} MB"
+            str(client): f"needs {megabytes(needed)}, has {megabytes(has[client])}"
             for client in has
             if has[client] < needed
         }
@@ -149,7 +150,7 @@ def test_a_wrong_fleet_ends_in_one_line(tmp_path, capsys, text):
 def test_a_fleet_in_which_nobody_can_train_ends_with_need_and_budget(tmp_path):
     (tmp_path / "small.toml").write_text("devices = 2\nmemory_bytes = { uniform = [1e4, 2e4] }\n")
     config = RunConfig("fedavg", fleet=str(tmp_path / "small.toml"), rounds=3)
-    with pytest.raises(RunFailed, match=r"the smallest task needs \d+\.\d MB and the largest dev"):
+    with pytest.raises(RunFailed, match=r"the smallest task needs 0\.\d{3} MB and the largest dev"):
         start(config, tmp_path / "run", How())
     entries = lines(tmp_path / "run")
     assert [entry["cohort"] for entry in entries] == [[]] * 10

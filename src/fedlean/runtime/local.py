@@ -141,7 +141,8 @@ class LocalDispatch:
         device = self._here.get(client)
         if device is None or device.memory_bytes is None:
             return self._engine
-        return LimitedEngine(self._engine, device.memory_bytes, emulated=True)
+        dense_way = device.profile is None or device.profile.dense_way
+        return LimitedEngine(self._engine, device.memory_bytes, emulated=True, dense_way=dense_way)
 
     def _planned_bytes(self, task: ClientTask) -> int:
         """Of a plain step of the task, as the engine plans it."""

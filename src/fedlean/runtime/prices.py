@@ -10,8 +10,7 @@ from fedlean.algorithm import Device, profile_of
 from fedlean.core import ClientTask, Work
 from fedlean.cost.price import Cost, cost
 from fedlean.cost.profile import Profile
-
-MB = 1e6
+from fedlean.printable import megabytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Lack:
     memory_bytes: int
 
     def __str__(self) -> str:
-        return f"needs {self.needed_bytes / MB:.1f} MB, has {self.memory_bytes / MB:.1f} MB"
+        return f"needs {megabytes(self.needed_bytes)}, has {megabytes(self.memory_bytes)}"
 
 
 class Prices:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedlean.core import ClientTask
+from fedlean.printable import megabytes
 from fedlean.runtime.ledger import StepCost
 from fedlean.runtime.moves import Moved
-from fedlean.runtime.prices import MB, Lack
+from fedlean.runtime.prices import Lack
 
 
 @dataclass
@@ -44,5 +45,5 @@ def nobody_was_asked(record: StepRecord) -> str:
     most = max(lack.memory_bytes for lack in record.lacks)
     return (
         f"nobody was asked: no task fits its device: {len(record.left_out)} left out, the smallest "
-        f"task needs {least / MB:.1f} MB and the largest device has {most / MB:.1f} MB"
+        f"task needs {megabytes(least)} and the largest device has {megabytes(most)}"
     )

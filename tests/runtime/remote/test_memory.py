@@ -92,7 +92,7 @@ def test_the_server_knows_it_of_each_client_and_asks_none_for_more(post):
     run(everybody(), rounds=3, dispatch=dispatch, watch=lambda p, record: records.append(record))
     for record in records:
         assert record.answered == [0, 2, 3] and not record.refused
-        assert record.left_out[1].endswith("MB, has 0.0 MB")
+        assert record.left_out[1].endswith("MB, has 0.001 MB")
     assert asked(post).count(101) == 0 and asked(post).count(102) == 3
 
 

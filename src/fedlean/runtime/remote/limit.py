@@ -34,14 +34,18 @@ class LimitedEngine:
     """`engine` on a device whose process may hold `limit_bytes` in all.
 
     emulated: the device is one of a fleet, in this process; `limit_bytes` is what its sessions may
-    hold, on the native engine and one thread, on the smaller of the sparse and the dense way.
+    hold, on the native engine and one thread.  dense_way: it may always compute densely, as in
+    `cost.way`, and holds the less of the two.
     """
 
-    def __init__(self, engine: Engine, limit_bytes: int, *, emulated: bool = False):
+    def __init__(
+        self, engine: Engine, limit_bytes: int, *, emulated: bool = False, dense_way: bool = False
+    ):
         self._engine = engine
         self._room = Room(engine, limit_bytes, emulated=emulated)
         self._planned: Any = _Emulated() if emulated else engine
         self._emulated = emulated
+        self._dense_way = dense_way
         self.name = engine.name
         self.arithmetic: Literal["masked", "sparse"] = engine.arithmetic
         self.instruction_set = engine.instruction_set
@@ -119,8 +123,7 @@ class LimitedEngine:
         return _GuardedForward(session, needs, self._room)  # type: ignore[return-value]
 
     def _ways(self, sub_model: SubModel) -> Sequence[SubModel]:
-        """An emulated device may always compute densely, as in `cost.way`."""
-        dense = self._emulated and sub_model.masks
+        dense = self._dense_way and sub_model.masks
         return (sub_model, replace(sub_model, masks={})) if dense else (sub_model,)
 
 

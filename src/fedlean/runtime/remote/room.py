@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from fedlean.printable import megabytes
+
 STATM = Path("/proc/self/statm")
 
 
@@ -51,9 +53,9 @@ class Room:
             return
         limit, more = f"the limit of {self.limit_bytes / 1e6:.0f} MB", "raise --memory-limit"
         if self._emulated:
-            limit, more = f"its {self.limit_bytes / 1e6:.1f} MB", "give the device more in --fleet"
+            limit, more = f"its {megabytes(self.limit_bytes)}", "give the device more in --fleet"
         raise TooLarge(
-            f"{what} needs {needed_bytes / 1e6:.1f} MB, {max(0, free_bytes) / 1e6:.1f} MB are free "
+            f"{what} needs {megabytes(needed_bytes)}, {megabytes(max(0, free_bytes))} are free "
             f"under {limit}: {more}, or train a smaller model, batch or density"
         )
 
