@@ -45,8 +45,10 @@ def runs(partition: str) -> dict[str, RunConfig]:
         **{f"{name}_20": zeroth({**SIZED, "criterion": name}) for name in CRITERIA},
         # one round of SNIP makes its mask, which the next run takes
         "snip_mask_20": replace(run("snip", {**BACKPROP, "density": 0.2}), rounds=2),
-        "snip_20": zeroth(
-            {**FORWARD, "rescale_given": True}, start="snip_mask_20", start_weights="original"
+        "snip_20": replace(
+            zeroth({**FORWARD, "rescale_given": True}),
+            start="snip_mask_20",
+            start_weights="original",
         ),
         "small_dense_20": replace(zeroth({**FORWARD, "density": 1.0}), model=SMALL),
         "ntk_5": zeroth({**FORWARD, "density": 0.05}),

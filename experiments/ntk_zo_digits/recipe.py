@@ -5,6 +5,7 @@ on NTK masks of three densities, on masks of other criteria, on small dense mode
 parameters; its variants.  README.md is the card.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from fedlean.recipe import main
@@ -57,8 +58,8 @@ def runs(partition: str) -> dict[str, RunConfig]:
         # one round of SNIP makes its mask, which the next run takes
         snip = {"lr": 0.3, "local_steps": 1, "batch_size": 32, "density": density}
         found[f"snip_mask_{percent}"] = run("snip", snip, rounds=2)
-        found[f"snip_{percent}"] = zeroth(
-            {**FORWARD, "rescale_given": True},
+        found[f"snip_{percent}"] = replace(
+            zeroth({**FORWARD, "rescale_given": True}),
             start=f"snip_mask_{percent}",
             start_weights="original",
         )
