@@ -31,7 +31,7 @@ CASE = Case(
 
 def pruned_state(algorithm):
     """A dense model of which every third column of fc1 and some of conv is hidden."""
-    masks = full_masks(SPEC)
+    masks = {name: mask.copy() for name, mask in full_masks(SPEC).items()}
     masks["fc1.weight"][:, ::3] = False
     masks["conv.weight"][2:] = False
     outside = {name: ~mask for name, mask in masks.items()}

@@ -58,6 +58,11 @@ CASE = Case(
 )
 
 
+def writable_masks() -> dict[str, np.ndarray]:
+    """That keep everything, for a test to prune by hand."""
+    return {name: mask.copy() for name, mask in full_masks(SPEC).items()}
+
+
 def train_state(algorithm, masks=None):
     """A state in the middle of further pruning."""
     masks = masks or full_masks(SPEC)
@@ -69,7 +74,7 @@ def train_state(algorithm, masks=None):
 
 def test_equation_2_by_hand():
     """w(k+1) = w - η·g ⊙ m on one step: the engine's dense gradient, masked by hand."""
-    masks = full_masks(SPEC)
+    masks = writable_masks()
     masks["fc1.weight"][:, ::3] = False
     algorithm = prunefl(server(), lr=0.5, local_steps=1, batch_size=4, reconfigure_every=0)
     state = train_state(algorithm, masks)
@@ -88,7 +93,7 @@ def test_equation_2_by_hand():
 
 def test_importance_is_g_squared_of_all_coordinates_summed_over_steps():
     """lr -> 0 leaves w in place, so Σ g² over 3 steps is that of 3 separate gradients."""
-    masks = full_masks(SPEC)
+    masks = writable_masks()
     masks["fc1.weight"][:, ::2] = False
     algorithm = prunefl(
         server(),
@@ -137,7 +142,7 @@ def test_importance_goes_up_in_two_bytes_a_coordinate():
 
 def test_the_largest_importance_of_each_layer_goes_up():
     """1.5 times the weights that the layer keeps; tensors without a mask as a whole."""
-    masks = full_masks(SPEC)
+    masks = writable_masks()
     masks["fc1.weight"][:] = False
     masks["fc1.weight"].flat[:40] = True
     everything, some = (
@@ -277,7 +282,7 @@ def test_initial_importance_passes_count_back_from_a_reconfiguration(monkeypatch
 
 def test_further_pruning_can_grow_back():
     """A weight pruned at one reconfiguration and important at the next comes back, perturbed."""
-    masks = full_masks(SPEC)
+    masks = writable_masks()
     masks["fc1.weight"][3, 5] = False
     algorithm = prunefl(server(), lr=0.05, reconfigure_every=1, local_steps=2, batch_size=8)
     state = train_state(algorithm, masks)
@@ -296,7 +301,7 @@ def test_initial_pruning_can_grow_back():
     """A unit of fc1 that has lost all its inputs: some of them come back, perturbed."""
     algorithm = prunefl(server(), **{**SMALL, "prunable_fraction": 0.0})
     (task,) = algorithm.configure(algorithm.init(first_model()), devices())
-    masks = full_masks(SPEC)
+    masks = writable_masks()
     masks["fc1.weight"][3] = False
     held = _Local(train_state(algorithm, masks).params, masks, {}, started=True)
     update, after = client_update(
