@@ -27,8 +27,9 @@ from federation import (
 from fedlean import wire
 from fedlean.core import ClientUpdate, Statistic, SubModel
 from fedlean.engine.protocol import SGD
-from fedlean.methods.prunefl import _Local, client_update, prunefl
+from fedlean.methods.prunefl import client_update, prunefl
 from fedlean.pruning.density import density, full_masks
+from fedlean.pruning.initial_model import InitialModel
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.train.sgd import local_sgd
 from fedlean.tree import num_kept, pack
@@ -303,7 +304,7 @@ def test_initial_pruning_can_grow_back():
     (task,) = algorithm.configure(algorithm.init(first_model()), devices())
     masks = writable_masks()
     masks["fc1.weight"][3] = False
-    held = _Local(train_state(algorithm, masks).params, masks, {}, started=True)
+    held = InitialModel(train_state(algorithm, masks).params, masks, {}, started=True)
     update, after = client_update(
         replace(task, params={}), client_data()[0], ENGINE, held.to_state()
     )

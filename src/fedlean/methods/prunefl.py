@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -57,22 +57,20 @@ from fedlean.core import (
     derive_seed,
 )
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
-from fedlean.patterns.largest import largest
-from fedlean.pruning.budget import density_limit, fraction_to, max_kept
-from fedlean.pruning.density import density, full_masks
+from fedlean.pruning.budget import fraction_to
+from fedlean.pruning.density import full_masks
+from fedlean.pruning.initial_pruning import most_work, prune_alone
 from fedlean.pruning.prunable_set import fraction_at
+from fedlean.pruning.reconfiguration_rounds import Rounds, SizeLimit
 from fedlean.pruning.reconfigure import Pruner
+from fedlean.pruning.sent_importance import accumulated, kept_sums, largest_sums
 from fedlean.train.cohort import check_client, check_cohort, sample_cohort
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
 from fedlean.train.sgd import local_sgd
 from fedlean.train.work import sgd_work
-from fedlean.tree import fold, kept_counts, num_kept, pack, unpack
-from fedlean.wire import round_bfloat16
+from fedlean.tree import fold, num_kept, pack, unpack
 
-CHUNK_PASSES = 10  # passes of initial pruning per task, so that a lost task costs little
-START_ACCURACY = 1.5  # initial pruning starts at this over the number of classes (authors' code)
 MAX_LOST = 3  # times that the initial client may lose its model and start again
-STABLE_CHANGE = 0.1  # a reconfiguration that changes the size by at most this share is stable
 
 
 @dataclass(frozen=True)
@@ -190,22 +188,15 @@ def prunefl(
         raise ValueError(f"time_model must be 'linear' or 'device', got {time_model!r}")
 
     spec = server.spec
-
-    def limit_at(round: int) -> int | None:
-        """Kept weights allowed from the end of `round` until the next reconfiguration."""
-        if size_limit is None:
-            return None
-        target = size_limit if size_target is None else size_target
-        until = min(server.rounds, round + (reconfigure_every or server.rounds))
-        ends = (density_limit(r, server.rounds, size_limit, target) for r in (round, until))
-        return max_kept(min(ends), spec.param_shapes, spec.prunable)
+    rounds = Rounds(server.rounds, reconfigure_every, importance_rounds)
+    size = SizeLimit(spec, rounds, size_limit, size_target)
 
     def pruner(round: int, masks: Masks | None = None) -> Pruner:
         """For the reconfiguration after `round`, of `masks` if it is to reach the limit at once."""
         fraction = fraction_at(
             round, initial=prunable_fraction, half_life_rounds=prunable_half_life_rounds
         )
-        limit = limit_at(round)
+        limit = size.kept(round)
         if masks and limit is not None:
             fraction = max(fraction, fraction_to(limit, masks))
         return Pruner(
@@ -249,16 +240,6 @@ def prunefl(
         seed = derive_seed(server.seed, 0, initial_client, "initial")
         return ClientTask(0, "initial", initial_client, seed, spec, params, SubModel(), hparams)
 
-    def reconfigures(round: int) -> bool:
-        return bool(reconfigure_every) and round % reconfigure_every == 0 and round < server.rounds
-
-    def accumulates(round: int) -> bool:
-        """Whether g² is taken in this round."""
-        if not reconfigure_every:
-            return False
-        ahead = -round % reconfigure_every
-        return reconfigures(round + ahead) and (not importance_rounds or ahead < importance_rounds)
-
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         if state.phase == "initial":
             return [initial_task(state)]
@@ -267,8 +248,8 @@ def prunefl(
         hparams = {
             **sgd,
             "lr": learning_rate(lr, state.round, lr_half_life_rounds),
-            "importance": accumulates(round),
-            "upload_importance": reconfigures(round),
+            "importance": rounds.takes_importance(round),
+            "upload_importance": rounds.reconfigures(round),
             "importance_multiple": importance_multiple,
             "importance_dtype": importance_dtype,
             "reconfigurations": state.reconfigurations,
@@ -293,7 +274,7 @@ def prunefl(
         merged = fold(state.params, updates, variances=spec.variances)
         round = state.round + 1
         state = replace(state, round=round, params=merged.params())
-        if not reconfigures(round):
+        if not rounds.reconfigures(round):
             return state
         due, importance = pruner(round, state.masks), merged.statistic("importance")
         if not importance:  # nobody answered
@@ -335,12 +316,9 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
 
 def work(task: ClientTask) -> tuple[Work, ...]:
     """Of a round; of initial pruning, the most that a chunk of passes and the last one take."""
-    h = task.hparams
-    if task.phase != "initial":
-        return (sgd_work(task, importance=bool(h["importance"])),)
-    steps, batch_size = int(h["initial_batches"]) * (CHUNK_PASSES + 1), int(h["batch_size"])
-    forward_examples = steps * batch_size  # the training accuracy after every pass
-    return (Work(steps, batch_size, steps, forward_examples, {}, 1 if h["momentum"] else 0),)
+    if task.phase == "initial":
+        return (most_work(task.hparams),)
+    return (sgd_work(task, importance=bool(task.hparams["importance"])),)
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -369,7 +347,8 @@ def client_update(
 ) -> tuple[ClientUpdate, ClientState]:
     """One client's half of Algorithm 1, or a stretch of initial pruning."""
     if task.phase == "initial":
-        return _initial(task, batches, engine, client_state)
+        opened = partial(_open, task, engine)
+        return prune_alone(task, batches, client_state, open=opened, train=local_sgd)
     return _train(task, batches, engine, client_state)
 
 
@@ -404,13 +383,16 @@ def _train(
         seed=task.seed,
         importance=importance,
     )
-    sums, statistics = {}, {}
+    state, statistics = {}, {}
     if importance:
-        sums = _accumulated(session.importance(), client_state, int(h["reconfigurations"]))
+        span = int(h["reconfigurations"])
+        sums = accumulated(session.importance(), client_state, span)
         if h["upload_importance"]:
-            sent = _sent_importance(_strip(sums, "importance/"), task)
+            multiple, dtype = float(h["importance_multiple"]), str(h["importance_dtype"])
+            sent = largest_sums(sums, masks, multiple=multiple, dtype=dtype)
             statistics["importance"] = Statistic(sent, "mean")
-            sums = {}
+        else:
+            state = kept_sums(sums, span)
     update = ClientUpdate(
         client=task.client,
         num_examples=batches.num_examples,
@@ -420,210 +402,4 @@ def _train(
         metrics={"train_loss": train_loss},
         work=work(task),
     )
-    return update, sums
-
-
-def _sent_importance(sums: Params, task: ClientTask) -> dict[str, np.ndarray]:
-    """What goes up of Σ g²: per masked tensor the largest, rounded; 0 stands for the others."""
-    multiple, masks = float(task.hparams["importance_multiple"]), task.sub_model.masks
-    sent = dict(sums)
-    for name, mask in masks.items():
-        count = ceil(multiple * np.count_nonzero(mask))
-        if multiple and count < mask.size:
-            chosen = largest(sums[name].ravel(), count).reshape(mask.shape)
-            sent[name] = sums[name] * chosen
-    if task.hparams["importance_dtype"] == "bf16":
-        return {name: round_bfloat16(values) for name, values in sent.items()}
-    return sent
-
-
-def _accumulated(
-    importance: Params, client_state: ClientState, reconfigurations: int
-) -> dict[str, np.ndarray]:
-    """This round's sums on top of those since the last reconfiguration; older ones are dropped."""
-    sums = {f"importance/{name}": values for name, values in importance.items()}
-    span = client_state.get("reconfigurations")
-    if span is not None and int(span) == reconfigurations:
-        sums = {key: values + client_state[key] for key, values in sums.items()}
-    return {**sums, "reconfigurations": np.array(reconfigurations)}
-
-
-def _strip(state: ClientState, prefix: str) -> dict[str, np.ndarray]:
-    return {
-        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-    }
-
-
-@dataclass(frozen=True)
-class _Local:
-    """The initial client's model and counters, kept in its client state between tasks."""
-
-    params: Params
-    masks: Masks
-    importance: Params  # Σ g² since the last reconfiguration; empty: none yet
-    passes: int = 0
-    since: int = 0  # passes since the last reconfiguration (or since the start)
-    stable: int = 0  # reconfigurations in a row that changed the size by at most 10%
-    reconfigurations: int = 0
-    started: bool = False
-
-    def to_state(self) -> dict[str, np.ndarray]:
-        arrays = {
-            f"{group}/{name}": value
-            for group in ("params", "masks", "importance")
-            for name, value in getattr(self, group).items()
-        }
-        counters = ("passes", "since", "stable", "reconfigurations", "started")
-        return arrays | {name: np.array(int(getattr(self, name))) for name in counters}
-
-    @staticmethod
-    def from_state(state: ClientState) -> _Local:
-        return _Local(
-            params=_strip(state, "params/"),
-            masks=_strip(state, "masks/"),
-            importance=_strip(state, "importance/"),
-            passes=int(state["passes"]),
-            since=int(state["since"]),
-            stable=int(state["stable"]),
-            reconfigurations=int(state["reconfigurations"]),
-            started=bool(state["started"]),
-        )
-
-
-def _initial(
-    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
-) -> tuple[ClientUpdate, ClientState]:
-    """Up to CHUNK_PASSES passes of initial pruning, ending early at a reconfiguration.
-
-    The model stays at the client until initial pruning is done; a task without parameters says
-    "go on from what you hold".
-    """
-    h = task.hparams
-    if task.params:
-        local = _Local(task.params, full_masks(task.spec), {})
-    elif "passes" in client_state:
-        local = _Local.from_state(client_state)
-    else:
-        lost = ClientUpdate(
-            task.client, batches.num_examples, {}, SubModel(), metrics={"lost_state": 1.0}
-        )
-        return lost, {}
-    local, work, train_loss = _passes(task, batches, engine, local)
-    if local.started and local.since >= int(h["initial_passes"]):
-        local = _reconfigure_initial(task, local)
-    stopped = local.stable >= int(h["initial_stable"]) or local.passes >= int(
-        h["initial_max_passes"]
-    )
-    works = [work]
-    if stopped and 0 <= int(h["limit"]) < num_kept(local.masks):
-        local, work = _down_to_limit(task, batches, engine, local)
-        works.append(work)
-    update = ClientUpdate(
-        client=task.client,
-        num_examples=batches.num_examples,
-        params=local.params if stopped else {},
-        sub_model=SubModel(masks=local.masks if stopped else {}),
-        metrics={
-            "train_loss": train_loss,
-            "density": density(local.masks),
-            "passes": float(local.passes),
-            "reconfigurations": float(local.reconfigurations),
-        },
-        work=tuple(works),
-    )
-    return update, {} if stopped else local.to_state()
-
-
-def _down_to_limit(
-    task: ClientTask, batches: Batches, engine: Engine, local: _Local
-) -> tuple[_Local, Work]:
-    """Where the passes were too few for the size limit: one more, and a reconfiguration to it."""
-    last = int(task.hparams["initial_passes"]) - 1
-    local, work, _ = _passes(task, batches, engine, replace(local, started=True, since=last))
-    least = fraction_to(int(task.hparams["limit"]), local.masks)
-    return _reconfigure_initial(task, local, least_fraction=least), work
-
-
-def _passes(
-    task: ClientTask, batches: Batches, engine: Engine, local: _Local
-) -> tuple[_Local, Work, float]:
-    """Trains until a reconfiguration is due or the chunk is full; (local, work, mean loss)."""
-    h = task.hparams
-    batch_size = int(h["batch_size"])
-    examples, steps = int(h["initial_examples"]) or None, int(h["initial_batches"])
-    session = _open(task, engine, local.params, local.masks)
-    losses: list[float] = []
-    importance_steps = forward_examples = 0
-    for _ in range(CHUNK_PASSES):
-        ahead = int(h["initial_passes"]) - local.since  # passes until a reconfiguration
-        importance = local.started and ahead <= int(h["initial_importance_passes"])
-        seed = derive_seed(task.seed, local.passes, task.client, "pass")
-        losses.append(
-            local_sgd(
-                session,
-                batches,
-                steps=steps,
-                batch_size=batch_size,
-                seed=seed,
-                importance=importance,
-                examples=examples,
-            )
-        )
-        local = replace(local, passes=local.passes + 1)
-        importance_steps += steps if importance else 0
-        if local.started:
-            local = replace(local, since=local.since + 1)
-        else:
-            accuracy = _accuracy(session, batches, batch_size, steps, seed, examples)
-            forward_examples += steps * batch_size
-            classes = task.spec.output_shape[0]
-            local = replace(local, started=accuracy >= START_ACCURACY / classes)
-        due = local.started and local.since >= int(h["initial_passes"])
-        if due or local.passes >= int(h["initial_max_passes"]):
-            break
-    if importance_steps:
-        sums = session.importance()
-        if local.importance:
-            sums = {name: values + local.importance[name] for name, values in sums.items()}
-        local = replace(local, importance=sums)
-    work = Work(
-        steps * len(losses),
-        batch_size,
-        importance_steps,
-        forward_examples,
-        kept_counts(local.masks),
-        1 if h["momentum"] else 0,
-    )
-    return replace(local, params=session.params()), work, float(np.mean(losses))
-
-
-def _accuracy(
-    session: Session, batches: Batches, batch_size: int, steps: int, seed: int, examples: int | None
-) -> float:
-    """Training accuracy on the examples of initial pruning."""
-    hits = total = 0
-    for x, y in batches.draw(steps=steps, batch_size=batch_size, seed=seed, examples=examples):
-        (logits,) = session.forward(x).values()
-        hits += int(np.count_nonzero(logits.argmax(1) == y))
-        total += len(y)
-    return hits / total
-
-
-def _reconfigure_initial(task: ClientTask, local: _Local, *, least_fraction: float = 0.0) -> _Local:
-    seed = derive_seed(task.seed, local.passes, task.client, "prune")
-    pruner = Pruner.from_hparams(task.hparams)
-    pruner = replace(pruner, fraction=max(pruner.fraction, least_fraction))
-    params, masks = pruner.reconfigure(task.spec, local.params, local.masks, local.importance, seed)
-    before, after = density(local.masks), density(masks)
-    change = abs(after - before) / before if before else 0.0
-    limit = int(task.hparams["limit"])
-    on_its_way = 0 <= limit < num_kept(masks) and after < before  # to the size limit
-    return replace(
-        local,
-        params=params,
-        masks=masks,
-        importance={},
-        since=0,
-        stable=local.stable + 1 if change <= STABLE_CHANGE and not on_its_way else 0,
-        reconfigurations=local.reconfigurations + 1,
-    )
+    return update, state
