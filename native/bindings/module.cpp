@@ -1,6 +1,10 @@
 // fedlean._native: the engine for Python.  Arrays are NumPy's, C-contiguous and of the exact type
 // (nothing is converted silently); fedlean.engine.native checks shapes and values beforehand.
 
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
+
 #include "guard.h"
 
 using namespace fedlean;
@@ -35,6 +39,8 @@ Shape shape_of(const std::vector<int>& s) {
   return s.size() == 1 ? Shape{s[0], 1, 1, 1} : Shape{s[0], s[1], s[2], 3};
 }
 
+using Rows = std::vector<std::tuple<int, int, int, int>>;  // node, slot, first row, rows
+
 // Session with the sizes of what Python passes checked.
 class Bound {
 public:
@@ -42,8 +48,8 @@ public:
       : session_(engine, network, options),
         guard_(std::move(engine), session_.model(), options.batch_size) {}
 
-  std::size_t planned_bytes(bool importance) const {
-    return guard_.alone([&] { return session_.planned_bytes(importance); });
+  std::size_t planned_bytes() const {
+    return guard_.alone([&] { return session_.planned_bytes(); });
   }
   std::size_t held_bytes() const {
     return guard_.alone([&] { return session_.held_bytes(); });
@@ -82,11 +88,12 @@ public:
     });
   }
 
-  double step(In<float> x, In<std::int64_t> y, bool importance) {
+  double step(In<float> x, In<std::int64_t> y, const Rows& rows) {
+    const Pieces pieces = pieces_of(rows);
     return guard_.alone([&] {
       const Examples examples = guard_.check_batch(x, &y);
       tapped_.clear();
-      return session_.step(x.data(), examples.labels.data(), examples.count, importance);
+      return session_.step(x.data(), examples.labels.data(), examples.count, pieces);
     });
   }
   double loss(In<float> x, In<std::int64_t> y) {
@@ -97,8 +104,11 @@ public:
     });
   }
   void squares(int node, int slot, Out<float> values) const {
-    expect_array("tensor", values, guard_.size(node, slot, false));
-    guard_.alone([&] { session_.squares(node, Slot(slot), values.data()); });
+    guard_.check(node, slot);
+    guard_.alone([&] {
+      expect_array("sums", values, session_.squares_size(node, Slot(slot)));
+      session_.squares(node, Slot(slot), values.data());
+    });
   }
 
   void forward(In<float> x, const std::vector<int>& nodes, bool training) {
@@ -129,11 +139,12 @@ public:
     });
   }
   void descend(const std::vector<int>& nodes, const std::vector<In<float>>& gradients,
-               bool importance) {
+               const Rows& rows) {
+    const Pieces pieces = pieces_of(rows);
     guard_.alone([&] {
       const std::vector<const float*> pointers = entering(nodes, gradients);
       tapped_.clear();
-      session_.descend(nodes, pointers, importance);
+      session_.descend(nodes, pointers, pieces);
     });
   }
   void gradient(int node, int slot, Out<float> values, bool dense) const {
@@ -172,6 +183,20 @@ public:
   }
 
 private:
+  Pieces pieces_of(const Rows& given) const {
+    Pieces pieces;
+    for (auto [node, slot, first, rows] : given) {
+      check_trainable(node, slot);
+      const int most = guard_.network().nodes[node].shape.channels;
+      if (first < 0 || rows < 1 || first >= most || rows > most - first)
+        throw std::invalid_argument("a piece is of rows that the tensor has");
+      for (const Piece& piece : pieces)
+        if (piece.node == node && piece.slot == slot)
+          throw std::invalid_argument("a tensor has one piece at a time");
+      pieces.push_back({node, Slot(slot), first, rows});
+    }
+    return pieces;
+  }
   void check_tapped(int node) const {
     for (int tapped : tapped_)
       if (tapped == node) return;
@@ -267,7 +292,7 @@ NB_MODULE(_native, m) {
           nb::arg("engine"), nb::arg("network"), nb::kw_only(), nb::arg("batch_size"),
           nb::arg("loss"), nb::arg("lr"), nb::arg("momentum"), nb::arg("weight_decay"),
           nb::arg("proximal"), nb::arg("clip_norm"), nb::arg("trainable"), nb::arg("kept"))
-      .def("planned_bytes", &Bound::planned_bytes, nb::arg("importance") = false)
+      .def("planned_bytes", &Bound::planned_bytes)
       .def("held_bytes", &Bound::held_bytes)
       .def("build", &Bound::build)
       .def("reset", &Bound::reset)
@@ -278,7 +303,7 @@ NB_MODULE(_native, m) {
       .def("read_mask", &Bound::read_mask, nb::arg("node"), nb::arg("slot"),
            nb::arg("kept").noconvert())
       .def("step", &Bound::step, nb::arg("x").noconvert(), nb::arg("y").noconvert(),
-           nb::arg("importance"))
+           nb::arg("pieces"))
       .def("loss", &Bound::loss, nb::arg("x").noconvert(), nb::arg("y").noconvert())
       .def("squares", &Bound::squares, nb::arg("node"), nb::arg("slot"),
            nb::arg("values").noconvert())
@@ -288,7 +313,7 @@ NB_MODULE(_native, m) {
       .def("backward", &Bound::backward, nb::arg("nodes"), nb::arg("gradients").noconvert(),
            nb::arg("dense"))
       .def("descend", &Bound::descend, nb::arg("nodes"), nb::arg("gradients").noconvert(),
-           nb::arg("importance"))
+           nb::arg("pieces"))
       .def("gradient", &Bound::gradient, nb::arg("node"), nb::arg("slot"),
            nb::arg("values").noconvert(), nb::arg("dense"))
       .def("drop_gradients", &Bound::drop_gradients)

@@ -70,10 +70,7 @@ Structure::Structure(const Network& network, const std::vector<bool>& trainable_
 
 Program::Program(const Network& network, const std::vector<std::unique_ptr<Layer>>& layers,
                  const Structure& structure, const Mode& mode)
-    : structure_(structure),
-      training_(mode.training),
-      importance_(mode.importance),
-      group_panels_(mode.group_panels) {
+    : structure_(structure), training_(mode.training), group_panels_(mode.group_panels) {
   wire(network, layers, needed(network, layers, mode));
   for (int node : mode.taps) {
     tensors_[node + 1].tapped = true;
@@ -239,7 +236,7 @@ Situation Program::situation(const Step& step, const Mode& mode, bool local) con
   s.examples = std::min(mode.examples, s.panels * kPanelLanes);
   s.lanes = std::min(batch.padded(), s.panels * kPanelLanes);
   s.training = step.training && step.backward;
-  s.importance = mode.importance;
+  s.dense_rows = mode.dense_rows.empty() ? 0 : mode.dense_rows[step.node];
   s.needs_grad_in = false;
   for (int input : step.inputs) s.needs_grad_in = s.needs_grad_in || tensors_[input].needs_grad;
   s.threads = mode.threads;
@@ -305,7 +302,9 @@ void Program::lay_out(const Mode& mode) {
   }
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     Step& step = steps_[i];
-    const Needs needs = step.layer->needs(situation(step, mode, i < region_));
+    const Situation at = situation(step, mode, i < region_);
+    const Needs needs = step.layer->needs(at);
+    step.dense_gradient = at.dense_rows > 0;
     const int forward = forward_time(i), backward = backward_time(i);
     step.forward_scratch = plan_.add(needs.forward_scratch, forward, forward);
     if (mode.moved) step.moved = plan_.add(MovedLayer::floats(*step.layer), forward, forward);
@@ -335,9 +334,21 @@ View Program::gradient(float* arena, int tensor) const {
 
 Pass Program::pass_of(const Step& step, const Kernels& kernels, ThreadPool& pool, float* arena,
                       Batch batch, int panel_begin, int panel_end) const {
-  Pass pass{kernels,       pool,        batch, panel_begin, panel_end,
-            step.training, importance_, {},    {},          nullptr,
-            nullptr,       {},          {},    {},          {}};
+  Pass pass{kernels,
+            pool,
+            batch,
+            panel_begin,
+            panel_end,
+            step.training,
+            step.dense_gradient,
+            {},
+            {},
+            nullptr,
+            nullptr,
+            {},
+            {},
+            {},
+            {}};
   auto value_of = [&](int t) {
     const Tensor& tensor = tensors_[t];
     return view(arena, tensor.value_array, tensor.value_layout, tensor.local ? panel_begin : 0);

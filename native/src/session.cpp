@@ -9,30 +9,41 @@ namespace fedlean {
 
 Session::Session(std::shared_ptr<Engine> engine, const Network& network, const Options& options)
     : engine_(std::move(engine)), options_(options), model_(network, options.tensors, true) {
-  training_ = model_.program(mode(true, false));
-  evaluation_ = model_.program(mode(false, false));
+  training_ = model_.program(mode(true, {}));
+  evaluation_ = model_.program(mode(false, {}));
 }
 
-Mode Session::mode(bool training, bool importance) const {
+Mode Session::mode(bool training, const Pieces& pieces) const {
   Mode m;
   m.training = training;
-  m.importance = importance;
+  if (!pieces.empty()) m.dense_rows.assign(model_.layers.size(), 0);
+  for (const Piece& piece : pieces)
+    if (piece.slot == kWeight) m.dense_rows[piece.node] = piece.rows;
   m.examples = options_.batch_size;
   m.threads = engine_->pool.threads();
   return m;
 }
 
-std::size_t Session::planned_bytes(bool importance) const {
-  std::size_t floats = std::max(training_->floats(), evaluation_->floats());
-  if (importance) {
-    floats = std::max(floats, model_.program(mode(true, true))->floats());
-  }
+Pieces Session::all_pieces() const {
+  Pieces pieces;
+  for (auto [node, slot] : model_.trainable())
+    pieces.push_back({node, slot, 0, model_.layers[node]->node.shape.channels});
+  return pieces;
+}
+
+std::size_t Session::row_size(const Piece& piece) const {
+  const int rows = model_.layers[piece.node]->node.shape.channels;
+  return model_.tensor_size(piece.node, piece.slot) / rows;
+}
+
+std::size_t Session::planned_bytes() const {
+  std::size_t floats = std::max({training_->floats(), evaluation_->floats(), most_arena_});
+  floats += most_squares_;
   for (auto [node, slot] : model_.trainable()) {
     const std::size_t stored = model_.layers[node]->stored(slot);
     if (options_.rule.momentum != 0) floats += stored;
     if (options_.rule.proximal != 0) floats += stored;
     if (options_.clip_norm > 0) floats += stored;
-    if (importance) floats += model_.tensor_size(node, slot);
   }
   return model_.planned_bytes() + floats * sizeof(float);
 }
@@ -63,6 +74,8 @@ void Session::reset() {
   }
   tapped_.reset();
   importance_.reset();
+  pieces_.clear();
+  most_arena_ = most_squares_ = 0;
   if (arena_.floats() > std::max(training_->floats(), evaluation_->floats())) arena_.free();
 }
 
@@ -72,16 +85,24 @@ void Session::load(int node, Slot slot, const float* values, bool packed, bool r
   if (reference && !weight.reference.empty()) weight.reference = weight.value;
 }
 
-const Program& Session::training_program(bool importance) {
-  if (!importance) return *training_;
-  hold_squares();
-  if (!importance_) importance_ = model_.program(mode(true, true));
-  return *importance_;
-}
-
-void Session::hold_squares() {
-  for (auto [node, slot] : model_.trainable())
-    model_.tensor(node, slot).squares.resize(model_.tensor_size(node, slot));
+// Sums and the program that adds to them; those of other pieces go first.
+void Session::hold_squares(const Pieces& pieces) {
+  if (pieces.empty() || pieces == pieces_) return;
+  for (const Piece& piece : pieces_)
+    std::vector<float>().swap(model_.tensor(piece.node, piece.slot).squares);
+  pieces_.clear();
+  importance_ = model_.program(mode(true, pieces));
+  std::size_t sums = 0;
+  for (const Piece& piece : pieces) {
+    Weight& weight = model_.tensor(piece.node, piece.slot);
+    const std::size_t row = row_size(piece);
+    weight.squares.assign(piece.rows * row, 0.0f);
+    weight.squares_begin = piece.first * row;
+    sums += weight.squares.size();
+    pieces_.push_back(piece);
+  }
+  most_arena_ = std::max(most_arena_, importance_->floats());
+  most_squares_ = std::max(most_squares_, sums);
 }
 
 void Session::hold_gradients(bool dense) {
@@ -96,25 +117,26 @@ void Session::hold_gradients(bool dense) {
   }
 }
 
-double Session::step(const float* x, const std::int64_t* y, int examples, bool importance) {
-  const Program& program = training_program(importance);
+double Session::step(const float* x, const std::int64_t* y, int examples, const Pieces& pieces) {
+  hold_squares(pieces);
+  const Program& program = pieces.empty() ? *training_ : *importance_;
   float* const memory = arena_.ensure(std::max(program.floats(), evaluation_->floats()));
   const Batch batch{examples};
   tapped_.reset();  // its activations are overwritten
   program.forward(engine_->kernels, engine_->pool, memory, x, batch);
   const double mean = evaluate_loss(options_.loss, program.value(memory, program.output()), y,
                                     batch, program.gradient(memory, program.output()));
-  update(program, batch, importance);
+  update(program, batch, !pieces.empty());
   return mean;
 }
 
-void Session::update(const Program& program, Batch batch, bool importance) {
+void Session::update(const Program& program, Batch batch, bool squares) {
   const bool clip = options_.clip_norm > 0;  // no update before the norm is known
   if (clip) hold_gradients(false);
   Sink sink;
   sink.update = !clip;
   sink.store = clip;
-  sink.squares = importance;
+  sink.squares = squares;
   sink.rule = options_.rule;
   program.backward(engine_->kernels, engine_->pool, arena_.get(), batch, sink);
   if (clip) {
@@ -179,18 +201,23 @@ void Session::drop_gradients() {
   }
 }
 
+std::size_t Session::squares_size(int node, Slot slot) const {
+  const std::size_t held = model_.tensor(node, slot).squares.size();
+  return held ? held : model_.tensor_size(node, slot);
+}
+
 void Session::squares(int node, Slot slot, float* values) const {
   const Weight& weight = model_.tensor(node, slot);
-  const std::size_t n = model_.tensor_size(node, slot);
   if (weight.squares.empty()) {
-    std::memset(values, 0, n * sizeof(float));
+    std::memset(values, 0, squares_size(node, slot) * sizeof(float));
   } else {
     std::copy(weight.squares.begin(), weight.squares.end(), values);
   }
 }
 
 void Session::forward(const float* x, int examples, const std::vector<int>& nodes, bool training) {
-  Mode m = mode(training, training);  // backward may be asked for all coordinates
+  // backward may be asked for all coordinates
+  Mode m = mode(training, training ? all_pieces() : Pieces{});
   m.taps = nodes;
   m.examples = examples;
   tapped_ = model_.program(m);
@@ -226,10 +253,10 @@ void Session::backward(const std::vector<int>& nodes, const std::vector<const fl
 }
 
 void Session::descend(const std::vector<int>& nodes, const std::vector<const float*>& gradients,
-                      bool importance) {
-  if (importance) hold_squares();
+                      const Pieces& pieces) {
+  hold_squares(pieces);
   seed(nodes, gradients);
-  update(*tapped_, tapped_batch_, importance);
+  update(*tapped_, tapped_batch_, !pieces.empty());
   tapped_.reset();
 }
 

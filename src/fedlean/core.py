@@ -63,6 +63,10 @@ class Work:
     optimizer_floats: int = 0
     beside: int = 0  # so many of the stretches right before it stay in memory while it runs
     held_examples: int = 0  # whose activations at `begin` (else `end`) lie outside the engine
+    # The importance steps took the parts of an `engine.pieces.sweep` of so many bytes from this one
+    # on; 0 bytes: all coordinates each.
+    piece_bytes: int = 0
+    first_piece: int = 0
     begin: str = ""  # the model's input
     end: str = ""  # the model's output
     taps: tuple[str, ...] = ()  # layers that a loss of the client's own reads; (): the engine's
@@ -90,10 +94,14 @@ class ClientTask:
 
 @dataclass(frozen=True)
 class Statistic:
-    """Named arrays beside the parameters, with the rule by which the server reduces them."""
+    """Named arrays beside the parameters, with the rule by which the server reduces them.
+
+    One with a mask may be packed, as parameters are: its values where that is True, 0 elsewhere.
+    """
 
     tensors: Mapping[str, np.ndarray]
     reduction: Reduction
+    masks: Masks = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,9 @@ class Fold:
         for key, statistic in update.statistics.items():
             scale = weight if statistic.reduction == "mean" else 1.0
             sums = self._statistics.setdefault(key, {})
-            for name, values in statistic.tensors.items():
+            for name, sent in statistic.tensors.items():
+                mask = statistic.masks.get(name)
+                values = sent if mask is None else unpack(sent, mask)
                 if name in sums and sums[name].shape != values.shape:
                     raise ValueError(
                         f"client {update.client} sent {key} of {name!r} with shape "

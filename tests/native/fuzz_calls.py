@@ -173,13 +173,14 @@ def arguments_of(
     labels = array(draw, inputs[:1], np.int64)
     if labels.dtype == np.int64 and labels.flags.writeable and labels.size:
         labels[...] = draw.wild(0)
+    pieces = [(node, slot, draw.wild(0), draw.wild(1)) for _ in range(draw.one([0, 1, 1, 2]))]
     match name:
         case "load" | "read":
             return [node, slot, array(draw, weight), flag, *([flag] if draw.chance(0.5) else [])]
         case "read_mask":
             return [node, slot, array(draw, weight, np.bool_)]
         case "step":
-            return [x, labels, flag]
+            return [x, labels, pieces]
         case "loss":
             return [x, labels]
         case "losses":
@@ -192,7 +193,9 @@ def arguments_of(
             return [x, [node], [array(draw, out)] if flag else draw.chance(0.8)]
         case "activation":
             return [node, array(draw, out)]
-        case "backward" | "descend":
+        case "descend":
+            return [[node], [array(draw, out)], pieces]
+        case "backward":
             return [[node], [array(draw, out)], flag]
         case "gradient":
             return [node, slot, array(draw, weight), flag]

@@ -36,7 +36,7 @@ struct Pass {
   Batch batch;
   int panel_begin, panel_end;
   bool training;  // batch statistics
-  bool importance;  // backward also needs all coordinates' gradients
+  bool dense_gradient;  // there is scratch for gradients of pruned coordinates
   std::vector<View> in;
   View out;
   float* saved;  // from forward to backward; null where there is no backward
@@ -67,7 +67,8 @@ struct Pass {
 
 // The situation that decides how much memory a layer needs.
 struct Situation {
-  bool training, importance;
+  bool training;
+  int dense_rows;  // rows of the weight whose gradients are taken densely, most at once
   bool needs_grad_in;  // of any input
   int panels;  // at once
   int lanes;  // of all these panels together

@@ -22,7 +22,8 @@ struct Structure {
 
 struct Mode {
   bool training = false;  // batch statistics; backward follows
-  bool importance = false;
+  // Per node, rows of its weight whose pruned coordinates' gradients are taken too; empty: none.
+  std::vector<int> dense_rows;
   std::vector<int> taps;  // nodes whose outputs are wanted, and where gradients may enter
   int examples = 0;
   int threads = 1;
@@ -67,7 +68,7 @@ private:
     int output;
     int node;
     int saved = -1, forward_scratch = -1, backward_scratch = -1, moved = -1;
-    bool training = false, backward = false, clear_out = false;
+    bool training = false, backward = false, clear_out = false, dense_gradient = false;
     std::vector<bool> accumulate, clear_grad;
   };
 
@@ -94,7 +95,7 @@ private:
   std::vector<Layer*> unreached_;
   std::vector<int> producer_;  // step that makes each tensor; -1 for the input
   std::size_t region_ = 0;  // the first so many steps run group by group
-  bool training_ = false, importance_ = false;
+  bool training_ = false;
   const int group_panels_;
   int output_ = 0;
   Plan plan_;

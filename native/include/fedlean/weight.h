@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "fedlean/kernels.h"
@@ -12,10 +13,9 @@ namespace fedlean {
 struct Sink {
   bool update = false;  // apply them at once
   bool store = false;  // keep them, in stored order, in Weight::grad
-  bool squares = false;  // add the squares of all coordinates' gradients to Weight::squares
+  bool squares = false;  // add the squares of gradients to Weight::squares, where that has them
   bool dense = false;  // keep all coordinates' gradients in Weight::all
   Update rule = {};
-  bool all_coordinates() const { return squares || dense; }
 };
 
 struct Weight {
@@ -24,7 +24,10 @@ struct Weight {
   std::vector<float> reference;  // what was loaded, with a proximal term
   std::vector<float> grad;  // with Sink::store
   std::vector<std::uint8_t> kept;  // where a masked tensor is stored densely: 1 = kept
-  std::vector<float> squares, all;  // in the dense order, when a sink asks for it
+  // In the dense order, when a sink asks for it: a stretch of all coordinates, from squares_begin
+  // on, and all of them.
+  std::vector<float> squares, all;
+  std::size_t squares_begin = 0;
   bool trainable = false;
 
   std::size_t size() const { return value.size(); }
@@ -32,7 +35,10 @@ struct Weight {
   // Gradients of the stored values [begin, begin + n).
   void take(const Kernels& kernels, const Sink& sink, std::size_t begin, const float* g,
             std::size_t n);
-  // Gradients of the coordinates [begin, begin + n) in the dense order.
+  // The coordinates, in the dense order, whose gradients `take_all` wants: kept or not.
+  std::pair<std::size_t, std::size_t> wanted(const Sink& sink) const;
+  // Gradients of the coordinates [begin, begin + n) in the dense order; of those wanted, and maybe
+  // of others.
   void take_all(const Kernels& kernels, const Sink& sink, std::size_t begin, const float* g,
                 std::size_t n);
 };

@@ -37,7 +37,7 @@ public:
       needs.forward_scratch = floats;
       needs.backward_scratch = floats;
     }
-    if (s.importance)
+    if (s.dense_rows > 0)
       needs.backward_scratch += std::size_t(s.threads) * kGradRows * group_inputs() * taps();
     return needs;
   }
@@ -65,7 +65,7 @@ public:
     if (!tensors[kWeight].trainable) return;
     if (g.split())
       for (int p = pass.panel_begin; p < pass.panel_end; ++p) split_phases(pass, p);
-    if (sparse() && pass.sink.all_coordinates()) all_gradients(pass);
+    if (sparse()) all_gradients(pass);
     if (!sparse() || pass.sink.update || pass.sink.store) gradient_weight(pass);
   }
 
@@ -171,15 +171,20 @@ protected:
     return conv;
   }
 
-  // Calls f(first weight, gradients, how many) for blocks of rows of the dense gradient.
+  // Calls f(first weight, gradients, how many) for blocks of rows of the dense gradient, which
+  // cover the output channels [first, last).
   template <typename F>
-  void dense_gradients(Pass& pass, float* scratch, F&& f) {
+  void dense_gradients(Pass& pass, float* scratch, int first, int last, F&& f) {
     const std::size_t row = std::size_t(group_inputs()) * taps();
     const int group_out = g.out.channels / g.groups;
     const int blocks_per_group = (group_out + kGradRows - 1) / kGradRows;
-    pass.split(g.groups * blocks_per_group, [&](int thread, int begin, int end) {
+    auto block_of = [&](int output) {
+      return output / group_out * blocks_per_group + output % group_out / kGradRows;
+    };
+    const int first_block = block_of(first);
+    pass.split(block_of(last - 1) + 1 - first_block, [&](int thread, int begin, int end) {
       float* const block = scratch + thread * kGradRows * row;
-      for (int i = begin; i < end; ++i) {
+      for (int i = first_block + begin; i < first_block + end; ++i) {
         const int group = i / blocks_per_group;
         const int o = group * group_out + i % blocks_per_group * kGradRows;
         const int rows = std::min(kGradRows, (group + 1) * group_out - o);
@@ -208,8 +213,13 @@ protected:
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) lanes += pass.lanes(p);
     return std::size_t(g.in_channels()) * g.in_plane() * lanes;
   }
+  // Of the rows that are wanted.
   void all_gradients(Pass& pass) {
-    dense_gradients(pass, pass.scratch + phase_floats(pass),
+    const auto [from, to] = tensors[kWeight].wanted(pass.sink);
+    const std::size_t row = columns();
+    if (from == to) return;
+    dense_gradients(pass, pass.scratch + phase_floats(pass), int(from / row),
+                    int((to + row - 1) / row),
                     [&](std::size_t begin, const float* grad, std::size_t n) {
                       tensors[kWeight].take_all(pass.kernels, pass.sink, begin, grad, n);
                     });

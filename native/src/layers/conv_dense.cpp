@@ -32,7 +32,7 @@ public:
 
   Needs needs(const Situation& s) const override {
     Needs needs = Conv::needs(s);
-    if (!s.importance)
+    if (s.dense_rows == 0)
       needs.backward_scratch += std::size_t(s.threads) * kGradRows * group_inputs() * taps();
     return needs;
   }
@@ -97,7 +97,7 @@ protected:
   }
 
   void gradient_weight(Pass& pass) override {
-    dense_gradients(pass, pass.scratch + phase_floats(pass),
+    dense_gradients(pass, pass.scratch + phase_floats(pass), 0, g.out.channels,
                     [&](std::size_t begin, const float* grad, std::size_t n) {
                       tensors[kWeight].take_all(pass.kernels, pass.sink, begin, grad, n);
                       tensors[kWeight].take(pass.kernels, pass.sink, begin, grad, n);

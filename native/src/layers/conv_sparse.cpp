@@ -220,7 +220,7 @@ private:
 
   float* values_backward(const Pass& pass) const {
     std::size_t used = phase_floats(pass);
-    if (pass.importance)
+    if (pass.dense_gradient)
       used += std::size_t(pass.pool.threads()) * kGradRows * group_inputs() * taps();
     return pass.scratch + (used + 15) / 16 * 16;
   }

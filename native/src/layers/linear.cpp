@@ -57,9 +57,9 @@ public:
   Needs needs(const Situation& s) const override {
     Needs needs;
     needs.backward_scratch = std::size_t(s.threads) * strip();
-    if (s.importance)
+    if (s.dense_rows > 0)
       needs.backward_scratch +=
-          std::size_t(inputs_ + outputs_) * s.examples + std::size_t(kGradRows) * inputs_;
+          std::size_t(inputs_ + s.dense_rows) * s.examples + std::size_t(kGradRows) * inputs_;
     return needs;
   }
 
@@ -152,7 +152,7 @@ public:
   }
 
   void backward(Pass& pass) override {
-    if (pass.sink.all_coordinates() && tensors[kWeight].trainable) all_gradients(pass);
+    all_gradients(pass);
     if (tensors[kBias].trainable) bias_gradient(pass, tensors[kBias]);
     if (!pass.grad_in[0] && !(tensors[kWeight].trainable && (pass.sink.update || pass.sink.store)))
       return;
@@ -246,7 +246,7 @@ private:
     }
   }
 
-  void all_gradients(Pass& pass);
+  void all_gradients(Pass& pass);  // of the rows that are wanted
 
   // Parts of the columns with about equal numbers of non-zeros.
   void cut_columns() {
@@ -296,10 +296,13 @@ void to_rows(const Pass& pass, const View& v, float* rows) {
   });
 }
 
-void to_columns(const Pass& pass, const View& v, float* columns, int examples) {
-  pass.split(v.layout.shape.channels, [&](int, int begin, int end) {
-    for_elements(pass, v, begin, end,
-                 [&](float x, int b, int i) { columns[std::size_t(i) * examples + b] = x; });
+// Of the features [first, last).
+void to_columns(const Pass& pass, const View& v, int first, int last, float* columns,
+                int examples) {
+  pass.split(last - first, [&](int, int begin, int end) {
+    for_elements(pass, v, first + begin, first + end, [&](float x, int b, int i) {
+      columns[std::size_t(i - first) * examples + b] = x;
+    });
   });
 }
 
@@ -327,18 +330,21 @@ void weight_gradients(const Pass& pass, const float* rows, const float* columns,
 }
 
 void SparseLinear::all_gradients(Pass& pass) {
-  const int examples = examples_of(pass), inputs = inputs_, outputs = outputs_;
+  const auto [from, to] = tensors[kWeight].wanted(pass.sink);
+  if (from == to) return;
+  const int examples = examples_of(pass), inputs = inputs_;
+  const int first = int(from / inputs), outputs = int(to / inputs) - first;
   float* const rows = pass.scratch + std::size_t(pass.pool.threads()) * strip();
   float* const columns = rows + std::size_t(inputs) * examples;
   float* const block = columns + std::size_t(outputs) * examples;
   to_rows(pass, pass.in[0], rows);
-  to_columns(pass, pass.grad_out, columns, examples);
+  to_columns(pass, pass.grad_out, first, first + outputs, columns, examples);
   split_lines(pass, inputs, [&](int, int begin, int end) {
     weight_gradients(pass, rows, columns, examples, inputs, begin, end, 0, outputs,
                      block + std::size_t(kGradRows) * begin, kGradRows,
                      [&](int o, int i, const float* grad, int n) {
-                       tensors[kWeight].take_all(pass.kernels, pass.sink,
-                                                 std::size_t(o) * inputs + i, grad, n);
+                       const std::size_t at = std::size_t(first + o) * inputs + i;
+                       tensors[kWeight].take_all(pass.kernels, pass.sink, at, grad, n);
                      });
   });
 }
@@ -400,7 +406,7 @@ public:
     float* const block = columns + std::size_t(examples) * outputs_;
     float* const grad_rows = block + std::size_t(kGradRows) * inputs_;
     if (tensors[kWeight].trainable) to_rows(pass, pass.in[0], rows);
-    to_columns(pass, pass.grad_out, columns, examples);
+    to_columns(pass, pass.grad_out, 0, outputs_, columns, examples);
     split_lines(pass, inputs_, [&](int, int begin, int end) {
       if (grad_in)
         for (int b = 0; b < examples; ++b)

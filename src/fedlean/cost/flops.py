@@ -15,6 +15,7 @@ from math import prod
 from fedlean.core import Work
 from fedlean.cost.stretch import stretch
 from fedlean.engine.gradient_flow import needs_gradient
+from fedlean.engine.pieces import Importance, Stretch, dense_rows, pieces_of, stretches
 from fedlean.layers import Conv2d, Linear
 from fedlean.spec import ModelSpec, Node
 
@@ -98,16 +99,39 @@ def step_flops(
     kept: Mapping[str, int],
     batch_size: int,
     *,
-    importance: bool = False,
+    importance: Importance = False,
     frozen: frozenset[str] = frozenset(),
 ) -> int:
-    """One training step.  With `importance` the weight gradient is dense: (2+4d)·n_in·n_out·B."""
-    total = 0
-    for _, flops in flops_by_layer(spec, kept, batch_size, frozen):
-        total += flops.step
-        if importance:
-            total += flops.dense_grad_weight - flops.grad_weight
+    """One training step.  With `importance` the weight gradient is dense: (2+4d)·n_in·n_out·B.
+
+    Where it names pieces, the gradients of their rows are.
+    """
+    total, taken = 0, dense_rows(pieces_of(spec, frozen, importance))
+    for node, flops in flops_by_layer(spec, kept, batch_size, frozen):
+        name = f"{node.name}.weight"
+        more = flops.dense_grad_weight - flops.grad_weight
+        total += flops.step + more * taken.get(name, 0) // spec.param_shapes[name][0]
     return total
+
+
+def importance_stretches(
+    spec: ModelSpec, work: Work, frozen: frozenset[str] = frozenset()
+) -> tuple[Stretch, ...]:
+    """What the importance steps of `work` took one after another.  Raises as `stretches`."""
+    return stretches(spec, work.importance_steps, work.piece_bytes, work.first_piece, frozen)
+
+
+def importance_share(
+    spec: ModelSpec, pieces: Importance, frozen: frozenset[str] = frozenset()
+) -> float:
+    """Of the operations of all dense gradients of weights, those that a step with pieces takes."""
+    taken = dense_rows(pieces_of(spec, frozen, pieces))
+    part = whole = 0.0
+    for node, flops in flops_by_layer(spec, {}, 1, frozen):
+        name = f"{node.name}.weight"
+        part += flops.dense_grad_weight * taken.get(name, 0) / spec.param_shapes[name][0]
+        whole += flops.dense_grad_weight
+    return part / whole if whole else 0.0
 
 
 def work_flops(
@@ -123,9 +147,12 @@ def work_flops(
     counts: its kernels cannot sample them.
     """
     spec, work, frozen = stretch(spec, work, frozen)
-    plain, dense = (
-        step_flops(spec, work.kept, work.batch_size, importance=flag, frozen=frozen)
-        for flag in (dense_gradient, True)
-    )
-    steps = (work.steps - work.importance_steps) * plain + work.importance_steps * dense
+
+    def step(importance: Importance) -> int:
+        dense = True if dense_gradient else importance
+        return step_flops(spec, work.kept, work.batch_size, importance=dense, frozen=frozen)
+
+    steps = (work.steps - work.importance_steps) * step(False)
+    for pieces, count in importance_stretches(spec, work, frozen):
+        steps += count * step(pieces)
     return steps + forward_flops(spec, work.kept, work.forward_examples)

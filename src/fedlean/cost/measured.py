@@ -101,22 +101,23 @@ class MeasuredTime:
         kept: Mapping[str, int],
         sizes: Mapping[str, int],
         batch_size: int,
-        importance: bool,
+        importance: float,
         *,
         left: BackwardLeft | None = None,
         dense_too: bool = True,
     ) -> float:
         """One training step.  Ours: time grows with the batch, as what was measured does.
 
+        importance: share of the dense gradients that it takes, 0: none.
         `left` is what frozen tensors leave of its backward pass.  Without `dense_too`, the sparse
         way is taken even where the dense one is shorter.
         """
-        share = left.importance if left else 1.0
+        share = (left.importance if left else 1.0) * importance
         extra = self.importance_seconds if kept else self.dense_importance_seconds
-        least = self._step(kept, sizes, left) + (share * extra if importance else 0.0)
+        least = self._step(kept, sizes, left) + share * extra
         if kept and dense_too:
             dense = self._step({}, sizes, left)
-            dense += share * self.dense_importance_seconds if importance else 0.0
+            dense += share * self.dense_importance_seconds
             least = min(least, dense)
         return least * batch_size / self.batch_size
 

@@ -8,11 +8,19 @@ from math import prod
 
 from fedlean.core import Work
 from fedlean.cost.backward import FORWARD_SHARE, BackwardLeft, activations_of, backward_left
-from fedlean.cost.flops import flops_by_layer, forward_flops, layer_flops, step_flops
+from fedlean.cost.flops import (
+    flops_by_layer,
+    forward_flops,
+    importance_share,
+    importance_stretches,
+    layer_flops,
+    step_flops,
+)
 from fedlean.cost.measured import MeasuredTime
 from fedlean.cost.measured_part import profile_of_part
 from fedlean.cost.profile import Profile
 from fedlean.cost.stretch import stretch
+from fedlean.engine.pieces import Importance, dense_rows, pieces_of
 from fedlean.layers import Conv2d
 from fedlean.spec import ModelSpec, Node
 
@@ -60,33 +68,35 @@ def step_seconds(
     batch_size: int,
     profile: Profile,
     *,
-    importance: bool = False,
+    importance: Importance = False,
     frozen: frozenset[str] = frozenset(),
     dense_too: bool = True,
 ) -> float:
     """One training step, the shorter of the sparse and the dense way where the profile has both.
 
     A model without masks runs densely.  With `importance` the sparse way takes the weight gradient
-    densely, at the dense rate; the dense way has it already.  What is `frozen` takes no gradient,
-    and nothing runs backward below what trains.  Without `dense_too` the way is the sparse one.  A
-    profile that was measured on this model gives what was measured, here and below.
+    densely, at the dense rate, or those rows of it; the dense way has it already.  What is `frozen`
+    takes no gradient, and nothing runs backward below what trains.  Without `dense_too` the way is
+    the sparse one.  A profile that was measured on this model gives what was measured, here and
+    below.
     """
     dense_too = dense_too and profile.dense_way
     if measured := _measured(spec, profile):
         left = backward_left(spec, frozen)
+        share = importance_share(spec, importance, frozen) if importance else 0.0
         return measured.step_seconds(
-            kept, _sizes(spec), batch_size, importance, left=left, dense_too=dense_too
+            kept, _sizes(spec), batch_size, share, left=left, dense_too=dense_too
         )
     dense = step_flops(spec, {}, batch_size, frozen=frozen) / profile.dense_flops_per_s
     if not kept:
         return dense
     sparse = _activation_seconds(spec, profile, batch_size, frozen)
+    taken = dense_rows(pieces_of(spec, frozen, importance))
     for node, flops in flops_by_layer(spec, kept, batch_size, frozen):
-        rate, dense_gradient = _seconds_per_flop(profile, node), 0.0
-        layer = flops.step * rate
-        if importance:
-            layer = (flops.step - flops.grad_weight) * rate
-            dense_gradient = flops.dense_grad_weight / profile.dense_flops_per_s
+        rate, name = _seconds_per_flop(profile, node), f"{node.name}.weight"
+        share = taken.get(name, 0) / spec.param_shapes[name][0]
+        layer = (flops.step - share * flops.grad_weight) * rate
+        dense_gradient = share * flops.dense_grad_weight / profile.dense_flops_per_s
         if not profile.dense_way:
             full = layer_flops(spec, node, {}, batch_size, frozen).step
             layer, dense_gradient = _at_most(full, layer + dense_gradient, profile), 0.0
@@ -144,7 +154,7 @@ def work_seconds(
     profile = profile_of_part(profile, spec, own.spec)
     spec, work, frozen = own
 
-    def step(importance: bool) -> float:
+    def step(importance: Importance) -> float:
         return step_seconds(
             spec,
             work.kept,
@@ -155,10 +165,10 @@ def work_seconds(
             dense_too=dense_too,
         )
 
-    plain, important = work.steps - work.importance_steps, work.importance_steps
+    plain = work.steps - work.importance_steps
     seconds = plain * step(False) if plain else 0.0
-    if important:
-        seconds += important * step(True)
+    for pieces, count in importance_stretches(spec, work, frozen):
+        seconds += count * step(pieces)
     if work.forward_examples:
         examples = work.forward_examples
         seconds += forward_seconds(spec, work.kept, examples, profile, dense_too=dense_too)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fedlean.core import Work
+from fedlean.cost.flops import importance_stretches
 from fedlean.cost.profile import Profile
 from fedlean.cost.stretch import held_bytes, is_span, stretch
 from fedlean.cost.time import work_seconds
@@ -94,17 +95,20 @@ def _memory(
         frozen=frozen,
         importance=work.importance_steps > 0,
         taps=work.taps,
+        pieces=[one.pieces for one in importance_stretches(spec, work, frozen)],
         sparse=sparse,
     )
 
 
-def _of(work: Work) -> tuple[int, bool, bool, int, bool, tuple[str, ...]]:
+def _of(work: Work) -> tuple[int, bool, int, int, int, int, bool, tuple[str, ...]]:
     """What its memory depends on beside the masks and the model."""
     return (
         work.batch_size,
         work.steps > 0,
-        work.importance_steps > 0,
+        work.importance_steps if work.piece_bytes else int(work.importance_steps > 0),
         work.optimizer_floats,
+        work.piece_bytes,
+        work.first_piece,
         is_span(work),
         work.taps,
     )
@@ -115,8 +119,10 @@ def _dense_memory(
     spec: ModelSpec,
     batch_size: int,
     steps: bool,
-    importance: bool,
+    importance_steps: int,
     optimizer_floats: int,
+    piece_bytes: int,
+    first_piece: int,
     of_span: bool,
     taps: tuple[str, ...],
     frozen: frozenset[str],
@@ -125,8 +131,10 @@ def _dense_memory(
     work = Work(
         int(steps),
         batch_size,
-        int(importance),
+        importance_steps,
         optimizer_floats=optimizer_floats,
+        piece_bytes=piece_bytes,
+        first_piece=first_piece,
         end=spec.nodes[-1].name if of_span else "",
         taps=taps,
     )

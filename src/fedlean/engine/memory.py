@@ -9,7 +9,7 @@ workspace.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,7 @@ from fedlean.engine.gradient_flow import needed
 from fedlean.engine.native_forward_plan import forward_bytes, tapped_bytes
 from fedlean.engine.native_step_plan import SessionPlan
 from fedlean.engine.native_storage import FLOAT_BYTES
+from fedlean.engine.pieces import Pieces, sum_bytes, whole
 from fedlean.engine.protocol import SGD
 from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU, Scaler
 from fedlean.spec import INPUT, ModelSpec, Node
@@ -29,7 +30,7 @@ class StepMemory:
     """Bytes of one training step; `peak_bytes` is at most the sum of the others."""
 
     parameter_bytes: int  # values, optimiser state, indices, masks; dense: gradients
-    importance_bytes: int  # Σ g² of all coordinates
+    importance_bytes: int  # Σ g²
     activation_bytes: int  # activations; native: their gradients and scratch too, at the peak
     peak_bytes: int
 
@@ -43,21 +44,25 @@ def step_memory(
     frozen: frozenset[str] = frozenset(),
     importance: bool = False,
     taps: Collection[str] = (),
+    pieces: Sequence[Pieces] = (),
     sparse: bool = True,
     threads: int = 1,
 ) -> StepMemory:
     """Memory of one forward, backward and update on `batch_size` examples.
+
+    `importance` sums g², of all coordinates or of `pieces`, one step's after another's.
 
     `kept` maps masked tensors to their kept coordinates (absent: dense); `optimizer_floats` is what
     the optimiser holds per trained weight (`optimizer_floats`).  With `taps` the session also runs
     forward to them and descends from there, which natively takes more scratch.
     """
     sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
-    sums = FLOAT_BYTES * sum(sizes.values()) if importance else 0
+    summed = (pieces or (whole(spec, frozen),)) if importance else ()
+    sums = max((sum_bytes(spec, each) for each in summed), default=0)
     if sparse:
         plan = SessionPlan(spec, kept, batch_size, frozen, threads)
         stored = plan.stored_bytes(optimizer_floats)
-        arena = plan.step_bytes(importance=importance)
+        arena = plan.step_bytes(summed)
         if taps:
             arena = max(arena, plan.forward_bytes(batch_size, taps, training=True))
         return StepMemory(stored, sums, arena, stored + sums + arena)

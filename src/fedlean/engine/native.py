@@ -19,6 +19,7 @@ from fedlean.core import Params, SubModel
 from fedlean.engine import checks
 from fedlean.engine.native_forward import NativeForwardSession
 from fedlean.engine.native_tensors import NativeTensors, network_of
+from fedlean.engine.pieces import Importance, Pieces, piece_shape, pieces_of, whole
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import ModelSpec
 from fedlean.tree import pattern_hash
@@ -175,7 +176,7 @@ class NativeSession:
             tensors.build(self._session, sub_model.masks)
         self._examples = 0  # of the forward that a backward may follow
         self._returned: frozenset[str] = frozenset()
-        self._importance = False
+        self._summed = whole(spec, sub_model.frozen)
         self._load(params)
 
     @property
@@ -184,12 +185,12 @@ class NativeSession:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The plan: everything that a step holds, with importance once that was asked for."""
-        return self._session.planned_bytes(importance=self._importance)
+        """The plan: all that a step holds, with the most sums of g² that were asked for."""
+        return self._session.planned_bytes()
 
     @property
     def held_bytes(self) -> int:
-        """What is allocated now; after a step, exactly `peak_memory_bytes`."""
+        """Allocated now: `peak_memory_bytes` after a step, unless an earlier one summed more."""
         return self._session.held_bytes()
 
     def load(self, params: Params) -> None:
@@ -200,23 +201,24 @@ class NativeSession:
     def params(self, *, packed: bool = False) -> dict[str, np.ndarray]:
         return self._tensors.read(self._session, packed=packed)
 
-    def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
+    def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
+        pieces = pieces_of(self._spec, self._tensors.frozen, importance)
         try:
             if len(x) == 1:
                 checks.check_moments(self._spec, 1, self._tensors.frozen)
-            mean = self._session.step(x, y, importance)
+            mean = self._session.step(x, y, self._rows(pieces))
         except (TypeError, ValueError):
             self._explain(x, y)
             raise
         self._returned = frozenset()
-        self._importance = self._importance or importance
+        self._summed = pieces or self._summed
         return mean
 
     def importance(self) -> dict[str, np.ndarray]:
         sums = {}
-        for name in self._tensors.trainable:
-            sums[name] = np.empty(self._spec.param_shapes[name], np.float32)
-            self._session.squares(*self._tensors.places[name], sums[name])
+        for piece in self._summed:
+            sums[piece.tensor] = np.empty(piece_shape(self._spec, piece), np.float32)
+            self._session.squares(*self._tensors.places[piece.tensor], sums[piece.tensor])
         return sums
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
@@ -261,13 +263,14 @@ class NativeSession:
         return gradients
 
     def descend(
-        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: Importance = False
     ) -> None:
+        pieces = pieces_of(self._spec, self._tensors.frozen, importance)
         checks.check_output_gradients(self._spec, output_gradients, self._returned, self._examples)
         self._returned = frozenset()
         nodes = [self._tensors.nodes[name] for name in output_gradients]
-        self._session.descend(nodes, list(output_gradients.values()), importance)
-        self._importance = self._importance or importance
+        self._session.descend(nodes, list(output_gradients.values()), self._rows(pieces))
+        self._summed = pieces or self._summed
 
     def apply(self, gradients: Params) -> None:
         checks.check_gradients(self._spec, gradients)
@@ -277,6 +280,14 @@ class NativeSession:
             self._session.set_gradient(*self._tensors.places[name], gradients[name])
         places = [self._tensors.places[name] for name in names]
         self._session.apply([p.node for p in places], [p.slot for p in places])
+
+    def _rows(self, pieces: Pieces) -> list[tuple[int, int, int, int]]:
+        """(node, slot, first row, rows) of each."""
+        rows = []
+        for name, first, count in pieces:
+            place = self._tensors.places[name]
+            rows.append((place.node, place.slot, first, count))
+        return rows
 
     def _explain(self, x: np.ndarray, y: np.ndarray) -> None:
         """Raises the ValueError that says what the native checks, which are fast, refused."""

@@ -32,7 +32,7 @@ class Mode:
     examples: int
     threads: int = 1
     training: bool = False  # backward follows
-    importance: bool = False
+    dense_rows: Mapping[str, int] = field(default_factory=dict)  # of weights, whose g² is summed
     taps: frozenset[str] = frozenset()  # nodes whose outputs are wanted, where gradients may enter
     group_panels: int = 2  # that run at once where nothing is kept for backward
 
@@ -311,7 +311,7 @@ class Program:
             lanes=min(padded(examples), most),
             panels=panels,
             training=step.training and step.backward,
-            importance=self.mode.importance,
+            dense_rows=self.mode.dense_rows.get(f"{step.node.name}.weight", 0),
             needs_grad_in=any(self._tensors[source].needs_grad for source in step.inputs),
             threads=self.mode.threads,
         )

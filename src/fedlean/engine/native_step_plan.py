@@ -6,13 +6,14 @@ holds the tensors with what its optimiser keeps, and one arena for whichever pas
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedlean.engine.native_program import Mode, Program
 from fedlean.engine.native_storage import FLOAT_BYTES, Geometry, stored_bytes
 from fedlean.engine.native_structure import Structure, geometries, structure
+from fedlean.engine.pieces import Pieces, dense_rows, whole
 from fedlean.spec import ModelSpec
 
 
@@ -42,12 +43,13 @@ class SessionPlan:
         """The stored form of all gradients, which a `backward` holds."""
         return self.stored_bytes(1) - self.stored_bytes(0)
 
-    def step_bytes(self, *, importance: bool = False) -> int:
-        """The arena of a session that has taken a step."""
+    def step_bytes(self, summed: Iterable[Pieces] = ()) -> int:
+        """The arena of a session that has taken steps, which summed g² of such pieces."""
         training = Mode(self.batch_size, self.threads, training=True)
         modes = [training, replace(training, training=False)]
-        if importance:
-            modes.append(replace(training, importance=True))
+        # pieces of the same sizes want the same scratch
+        sizes = {tuple(sorted(dense_rows(pieces).items())) for pieces in summed}
+        modes += [replace(training, dense_rows=dict(each)) for each in sizes]
         return max(map(self._pass_bytes, modes))
 
     def forward_bytes(self, examples: int, taps: Collection[str], *, training: bool) -> int:
@@ -56,7 +58,7 @@ class SessionPlan:
             examples,
             self.threads,
             training=training,
-            importance=training,
+            dense_rows=dense_rows(whole(self.spec, self.frozen)) if training else {},
             taps=frozenset(taps),
         )
         return self._pass_bytes(mode)

@@ -44,7 +44,7 @@ class Situation:
     lanes: int  # of theirs, idle ones included
     panels: int
     training: bool  # backward follows
-    importance: bool
+    dense_rows: int  # of the weight, whose gradients are taken densely
     needs_grad_in: bool  # of any input
     threads: int
 
@@ -140,7 +140,7 @@ def _conv_scratch(
     channels, taps = spec.input_shapes(node)[0][0], layer.kernel_size**2
     split = channels * window.in_pixels * at.lanes if layer.stride > 1 else 0
     backward = split
-    if at.importance or not sparse:
+    if at.dense_rows or not sparse:
         backward += at.threads * CONV_GRAD_ROWS * (channels // layer.groups) * taps
     if sparse:
         strip = at.threads * max(min(GATHER_STRIP, values), window.chunk * taps)
@@ -153,11 +153,12 @@ def _linear_scratch(
     spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry], at: Situation
 ) -> Scratch:
     outputs, inputs = spec.param_shapes[f"{node.name}.weight"]
-    rows, columns = at.examples * inputs, at.examples * outputs
-    dense = rows + columns + LINEAR_GRAD_ROWS * inputs
+    rows, block = at.examples * inputs, LINEAR_GRAD_ROWS * inputs
     if is_sparse(spec, node, values, geometries):
-        return Scratch(0, at.threads * COLUMN_STRIP + (dense if at.importance else 0))
-    return Scratch(rows + columns, dense + (rows if at.needs_grad_in else 0))
+        dense = rows + at.examples * at.dense_rows + block if at.dense_rows else 0
+        return Scratch(0, at.threads * COLUMN_STRIP + dense)
+    both = rows + at.examples * outputs
+    return Scratch(both, both + block + (rows if at.needs_grad_in else 0))
 
 
 def _index_bytes(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> int:

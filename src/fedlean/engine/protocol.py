@@ -20,6 +20,7 @@ import numpy as np
 
 from fedlean.core import Params, SubModel
 from fedlean.engine.directions import Kind
+from fedlean.engine.pieces import Importance
 from fedlean.spec import ModelSpec
 
 Loss = Literal["ce", "bce"]  # cross-entropy; BCE-with-logits on one-hot, mean over batch × classes
@@ -65,16 +66,21 @@ class Session(Protocol):
         """What the engine says it needs for a step."""
         ...
 
-    def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
+    def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
         """Forward, backward, update on x (B, *input_shape), y (B,); the mean loss before it.
 
         With `importance`, adds g² of every coordinate, pruned ones too, to `importance()`, g being
-        the loss's gradient: not clipped, no decay.
+        the loss's gradient: not clipped, no decay.  Where it names pieces, of those alone: no other
+        dense gradients are computed, and no other sums held.
         """
         ...
 
     def importance(self) -> Params:
-        """Σ g² over the importance steps so far, for every trainable tensor (dense shapes)."""
+        """Σ g² over the importance steps so far, for every trainable tensor (dense shapes).
+
+        Where the last ones named pieces, of each the sums (rows, *shape[1:]) by the tensor's name.
+        A step that names others gives up the sums so far, and starts anew at 0.
+        """
         ...
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
@@ -100,7 +106,7 @@ class Session(Protocol):
         ...
 
     def descend(
-        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: Importance = False
     ) -> None:
         """Backward from the last training forward and one optimiser step: `apply(backward(...))`.
 

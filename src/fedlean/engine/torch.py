@@ -19,6 +19,7 @@ from fedlean.engine import checks
 from fedlean.engine.directions import Kind, direction
 from fedlean.engine.gradient_flow import needed
 from fedlean.engine.memory import forward_memory, step_memory
+from fedlean.engine.pieces import Importance, Pieces, piece_shape, pieces_of, whole
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.engine.torch_layers import Tensors, run_layer
 from fedlean.spec import INPUT, ModelSpec
@@ -92,6 +93,7 @@ class TorchSession:
         self._loaded: dict[str, torch.Tensor] = {}
         self._velocity: dict[str, torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
+        self._summed = whole(spec, sub_model.frozen)
         self._kept_graph: dict[str, torch.Tensor] = {}  # of the training forward, by node
         self._kept_examples = 0
         self._state: dict[str, torch.Tensor] = {}
@@ -132,19 +134,19 @@ class TorchSession:
         held = {name: tensor.detach().numpy() for name, tensor in self._state.items()}
         return {n: v[masks[n]] if n in masks else v.copy() for n, v in held.items()}
 
-    def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
+    def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
+        pieces = pieces_of(self._spec, self._frozen, importance)
         self._check_batch(x, y)
         checks.check_moments(self._spec, len(x), self._frozen)
         self._kept_graph = {}
         loss = self._loss(self._run(_tensor(x), training=True)[self._output], y)
         gradients = self._gradients([loss], [None])
-        if importance:
-            self._accumulate(gradients)
+        self._accumulate(gradients, pieces)
         self._descend(gradients)
         return float(loss.detach())
 
     def importance(self) -> dict[str, np.ndarray]:
-        zeros = {name: torch.zeros(self._spec.param_shapes[name]) for name in self._trainable}
+        zeros = {p.tensor: torch.zeros(piece_shape(self._spec, p)) for p in self._summed}
         return {n: total.numpy().copy() for n, total in (zeros | self._importance).items()}
 
     @torch.no_grad()
@@ -177,11 +179,11 @@ class TorchSession:
         return {name: gradient.numpy() for name, gradient in gradients.items()}
 
     def descend(
-        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: Importance = False
     ) -> None:
+        pieces = pieces_of(self._spec, self._frozen, importance)
         gradients = self._pulled_back(output_gradients)
-        if importance:
-            self._accumulate(gradients)
+        self._accumulate(gradients, pieces)
         self._descend(gradients)
 
     def apply(self, gradients: Params) -> None:
@@ -223,8 +225,12 @@ class TorchSession:
         return dict(zip(held, gradients, strict=True))
 
     @torch.no_grad()
-    def _accumulate(self, gradients: Tensors) -> None:
-        for name, gradient in gradients.items():
+    def _accumulate(self, gradients: Tensors, pieces: Pieces) -> None:
+        """On the sums of the same pieces; others are given up."""
+        if pieces and pieces != self._summed:
+            self._importance, self._summed = {}, pieces
+        for name, first, rows in pieces:
+            gradient = gradients[name][first : first + rows]
             if name not in self._importance:
                 self._importance[name] = torch.zeros_like(gradient)
             self._importance[name].addcmul_(gradient, gradient)

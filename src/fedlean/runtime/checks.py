@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
+from fedlean.engine.pieces import stretches
 from fedlean.printable import printable
 from fedlean.spans import span
 from fedlean.tree import is_packed, num_kept
@@ -130,6 +131,8 @@ def beyond_order(
                 return f"claims work on {kept} weights of {name!r}, which has fewer"
         if reason := _other_taps(one, task, ordered) or _other_span(one, task, ordered):
             return reason
+    if reason := _other_pieces(work, task, ordered):
+        return reason
     if ordered is None:
         amounts = _amounts(work)
         for what in ("examples", "activations held"):
@@ -185,6 +188,28 @@ def _where(begin: str, end: str) -> str:
     return f"from {begin or 'the input'} to {end or 'the output'} of the model"
 
 
+def _other_pieces(
+    work: Sequence[Work], task: ClientTask, ordered: Sequence[Work] | None
+) -> str | None:
+    """Where g² was summed of what was not asked for, or of what there is not."""
+    asked = {_summed(one) for one in ordered or () if one.importance_steps}
+    for one in work:
+        if not one.importance_steps:
+            continue
+        if ordered is not None and asked and _summed(one) not in asked:
+            return "claims g² of other pieces than it was asked for"
+        part = span(task.spec, one.begin, one.end) if one.begin or one.end else task.spec
+        try:
+            stretches(part, 1, *_summed(one), task.sub_model.frozen)
+        except ValueError as error:
+            return f"claims g² of no pieces: {error}"
+    return None
+
+
+def _summed(work: Work) -> tuple[int, int]:
+    return work.piece_bytes, work.first_piece if work.piece_bytes else 0
+
+
 def _on_more_weights(work: Sequence[Work], ordered: Sequence[Work]) -> str | None:
     """Where all of the order is about masked tensors, so is every claim."""
     if not all(one.kept for one in ordered):
@@ -205,6 +230,8 @@ _COUNTS = (
     "optimizer_floats",
     "beside",
     "held_examples",
+    "piece_bytes",
+    "first_piece",
 )
 
 
@@ -276,8 +303,11 @@ def _not_of(form: StatisticForm, statistic: Statistic) -> str | None:
     if statistic.tensors.keys() != form.shapes.keys():
         return f"of {len(statistic.tensors)} tensors, expected {', '.join(sorted(form.shapes)[:3])}"
     for name, values in statistic.tensors.items():
-        if values.shape != form.shapes[name]:
-            return f"of {name!r} with shape {values.shape}, expected {form.shapes[name]}"
+        shape, mask = form.shapes[name], statistic.masks.get(name)
+        if mask is not None and (mask.shape != shape or mask.dtype != np.bool_):
+            return f"of {name!r} with a mask of {mask.dtype} {mask.shape}, expected bool {shape}"
+        if values.shape != shape and (mask is None or not is_packed(values, mask)):
+            return f"of {name!r} with shape {values.shape}, expected {shape}"
         if reason := _no_numbers(values, min(form.limit, MAX_STATISTIC)):
             return f"of {name!r} with {reason}"
         if form.non_negative and values.size and values.min() < 0:

@@ -12,11 +12,15 @@ def sgd_work(
     task: ClientTask,
     *,
     importance: bool = False,
+    piece_bytes: int = 0,
+    first_piece: int = 0,
     forward_examples: int = 0,
     taps: tuple[str, ...] = (),
 ) -> Work:
-    """Of `local_steps` steps on the task's masks; importance: each with all weight gradients.
+    """Of `local_steps` steps on the task's masks.
 
+    importance: each with weight gradients of pruned coordinates too, of all of them or of the parts
+    of a sweep (`Work`)
     taps: the layers that the loss of `descent.local_descent` reads, the output among them; without
     any, the loss is the engine's (`local_sgd`).
     """
@@ -30,6 +34,8 @@ def sgd_work(
         kept=kept_counts(task.sub_model.masks),
         optimizer_floats=1 if h["momentum"] else 0,
         taps=taps,
+        piece_bytes=piece_bytes if importance else 0,
+        first_piece=first_piece if importance else 0,
     )
 
 

@@ -297,7 +297,9 @@ def _better_drawn(sub_model: SubModel, spec: ModelSpec) -> bool:
 
 def _forms(statistic: Statistic, key: str, spec: ModelSpec) -> dict[str, TensorForm]:
     return {
-        name: tensor_form(array, spec.tensor_shapes.get(name), f"{key}.{name}")
+        name: tensor_form(
+            array, spec.tensor_shapes.get(name), f"{key}.{name}", statistic.masks.get(name)
+        )
         for name, array in statistic.tensors.items()
     }
 

@@ -35,8 +35,16 @@ _CODES = {np.dtype(form): code for code, form in STATISTIC_DTYPES.items()}
 _NARROW = {BFLOAT16: "<u2", FLOAT16: "<f2", SCALED: "<i1"}  # codes of float32 in fewer bytes
 
 
-def tensor_form(array: np.ndarray, own: Shape | None, what: str) -> TensorForm:
-    """Code and shape; the shape is left out where it is the tensor's `own`."""
+def tensor_form(
+    array: np.ndarray, own: Shape | None, what: str, mask: np.ndarray | None = None
+) -> TensorForm:
+    """Code and shape; the shape is left out where it is the tensor's `own`.
+
+    With a mask, `array` holds its values where that is True: it travels so, and arrives dense.
+    """
+    if mask is not None:
+        _check_packed(array, mask, what)
+        return _packed_code(array), None if mask.shape == own else mask.shape
     if array.dtype not in _CODES:
         allowed = ", ".join(map(str, _CODES))
         raise WireError(f"statistic {what!r} has dtype {array.dtype}, expected one of {allowed}")
@@ -44,16 +52,19 @@ def tensor_form(array: np.ndarray, own: Shape | None, what: str) -> TensorForm:
 
 
 def statistics_bytes(statistics: Mapping[str, Statistic]) -> int:
-    arrays = (array for one in statistics.values() for array in one.tensors.values())
-    return sum(map(_num_bytes, arrays))
+    return sum(
+        _num_bytes(array, one.masks.get(name))
+        for one in statistics.values()
+        for name, array in one.tensors.items()
+    )
 
 
 def encode_statistics(statistics: Mapping[str, Statistic]) -> list[bytes | memoryview]:
     return [
         piece
-        for _, tensors in sorted((key, one.tensors) for key, one in statistics.items())
-        for name in sorted(tensors)
-        for piece in _encode(tensors[name])
+        for key in sorted(statistics)
+        for name in sorted(statistics[key].tensors)
+        for piece in _encode(statistics[key].tensors[name], statistics[key].masks.get(name))
     ]
 
 
@@ -85,6 +96,19 @@ def _code(array: np.ndarray) -> str:
     return code + SPARSE if item * pruned > mask_bytes(sent) else code
 
 
+def _check_packed(values: np.ndarray, mask: np.ndarray, what: str) -> None:
+    count = int(np.count_nonzero(mask))
+    if values.dtype != np.float32 or mask.dtype != np.bool_ or values.shape != (count,):
+        raise WireError(
+            f"statistic {what!r} is {values.dtype} {values.shape} under a mask of {mask.dtype}, "
+            f"expected float32 ({count},), what the mask keeps, under bool"
+        )
+
+
+def _packed_code(values: np.ndarray) -> str:
+    return (BFLOAT16 if fits_bfloat16(values) else "f4") + SPARSE
+
+
 def _fits_float16(array: np.ndarray) -> bool:
     """Whether every value of a float32 array is a float16, and there is one."""
     bits = np.ascontiguousarray(array).view(np.uint32)
@@ -104,7 +128,9 @@ def _not_zero(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint32).reshape(array.shape) != 0
 
 
-def _num_bytes(array: np.ndarray) -> int:
+def _num_bytes(array: np.ndarray, mask: np.ndarray | None) -> int:
+    if mask is not None:
+        return mask_bytes(mask) + _item_dtype(_packed_code(array)).itemsize * array.size
     if array.dtype == np.bool_:
         return mask_bytes(array)
     code = _code(array)
@@ -115,7 +141,9 @@ def _num_bytes(array: np.ndarray) -> int:
     return mask_bytes(sent) + item * int(np.count_nonzero(sent))
 
 
-def _encode(array: np.ndarray) -> list[bytes | memoryview]:
+def _encode(array: np.ndarray, mask: np.ndarray | None) -> list[bytes | memoryview]:
+    if mask is not None:
+        return [encode_mask(mask), _values(array, _packed_code(array))]
     if array.dtype == np.bool_:
         return [encode_mask(array)]
     code = _code(array)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlean.core import Batches, Params
 from fedlean.data.batches import Batch
+from fedlean.engine.pieces import Importance
 from fedlean.engine.protocol import Engine, ForwardSession, Session
 
 MAX_STEPS = 10**7  # of one draw; no round is that long, and a sum of losses must fit into memory
@@ -105,7 +106,7 @@ class _TimedSession:
     def __init__(self, session: Any, budget: Budget):
         self._session, self._budget = session, budget
 
-    def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
+    def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
         self._budget.check()
         return self._session.step(x, y, importance=importance)
 

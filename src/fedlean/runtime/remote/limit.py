@@ -15,12 +15,11 @@ import numpy as np
 
 from fedlean.core import Params, SubModel
 from fedlean.engine import checks
+from fedlean.engine.pieces import Importance
 from fedlean.engine.protocol import SGD, Engine, ForwardSession, Loss, Session
 from fedlean.runtime.remote.needs import ForwardNeeds, StepNeeds, forward_needs, step_needs
 from fedlean.runtime.remote.room import Room
 from fedlean.spec import ModelSpec
-
-SQUARES = "a training step with Σ g² of all coordinates"
 
 
 class _Emulated:
@@ -147,6 +146,11 @@ class _Way:
         way.returned = max(self.returned, returned)
         return way
 
+    def summing(self, importance: Importance, *, arena: bool) -> _Way:
+        """With the sums, and with the arena of a step that adds to them."""
+        squares, most = self.needs.importance_bytes(importance)
+        return self.with_more(squares=squares, arena=most if arena else 0)
+
 
 def _least(ways: Sequence[_Way]) -> int:
     return min(way.total_bytes for way in ways)
@@ -164,21 +168,16 @@ class _Guarded:
         self._room = room
         room.grant(self, _least(ways))
 
-    def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
+    def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
         if importance:
-            self._hold(
-                SQUARES,
-                lambda way: way.with_more(
-                    squares=way.needs.square_bytes, arena=way.needs.importance_arena_bytes
-                ),
-            )
+            self._hold(_summing(importance), lambda way: way.summing(importance, arena=True))
         return self._session.step(x, y, importance=importance)
 
     def descend(
-        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: Importance = False
     ) -> None:
         if importance:
-            self._hold(SQUARES, lambda way: way.with_more(squares=way.needs.square_bytes))
+            self._hold(_summing(importance), lambda way: way.summing(importance, arena=False))
         self._session.descend(output_gradients, importance=importance)
 
     def forward(
@@ -240,6 +239,11 @@ class _GuardedForward:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
+
+
+def _summing(importance: Importance) -> str:
+    of = "all coordinates" if isinstance(importance, bool) else "a piece of the model"
+    return f"a training step with Σ g² of {of}"
 
 
 def _examples(x: np.ndarray) -> int:

@@ -13,6 +13,7 @@ from fedlean.engine.memory import forward_memory, optimizer_floats, step_memory
 from fedlean.engine.native_forward_plan import tapped_bytes
 from fedlean.engine.native_step_plan import SessionPlan
 from fedlean.engine.native_storage import FLOAT_BYTES
+from fedlean.engine.pieces import Importance, pieces_of, sum_bytes
 from fedlean.engine.protocol import SGD, Engine
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
@@ -23,12 +24,14 @@ class StepNeeds(Protocol):
 
     stored_bytes: int  # tensors, patterns, optimiser
     arena_bytes: int  # of a step
-    square_bytes: int  # Σ g² of all coordinates
-    importance_arena_bytes: int  # of a step that sums them
     gradient_bytes: int  # that `apply` holds
 
     @property
     def step_bytes(self) -> int: ...
+    def importance_bytes(self, importance: Importance) -> tuple[int, int]:
+        """(Σ g², arena of a step that sums it).  Raises ValueError for pieces that are none."""
+        ...
+
     def forward_arena_bytes(self, examples: int, taps: Sequence[str], training: bool) -> int: ...
     def backward_bytes(self, dense: bool) -> int:
         """The gradients that it holds and those that it returns."""
@@ -52,23 +55,27 @@ class _SparseStep:
     def __init__(self, plan: SessionPlan, optimizer: SGD):
         self.stored_bytes = plan.stored_bytes(optimizer_floats(optimizer))
         self.arena_bytes = plan.step_bytes()
-        self.importance_arena_bytes = plan.step_bytes(importance=True)
-        self.square_bytes = _trained_bytes(plan.spec, plan.frozen)
         clips = optimizer.clip_norm is not None  # holds them all the time
         self.gradient_bytes = 0 if clips else plan.gradient_bytes()
         self._plan = plan
         self._forward = lru_cache(plan.forward_bytes)  # a loop asks for the same again
+        self._summing = lru_cache(lambda pieces: plan.step_bytes([pieces]))
 
     @property
     def step_bytes(self) -> int:
         return self.stored_bytes + self.arena_bytes
+
+    def importance_bytes(self, importance: Importance) -> tuple[int, int]:
+        pieces = pieces_of(self._plan.spec, self._plan.frozen, importance)
+        return sum_bytes(self._plan.spec, pieces), self._summing(pieces)
 
     def forward_arena_bytes(self, examples: int, taps: Sequence[str], training: bool) -> int:
         at_once = min(examples, self._plan.batch_size)
         return self._forward(at_once, _known(self._plan.spec, taps), training=training)
 
     def backward_bytes(self, dense: bool) -> int:
-        return self.square_bytes + (self.square_bytes if dense else self.gradient_bytes)
+        returned = _trained_bytes(self._plan.spec, self._plan.frozen)
+        return returned + (returned if dense else self.gradient_bytes)
 
 
 class _DenseStep:
@@ -93,12 +100,16 @@ class _DenseStep:
             sparse=False,
         )
         self.stored_bytes = 0
-        self.arena_bytes = self.importance_arena_bytes = plain.peak_bytes
-        self.square_bytes = _trained_bytes(spec, frozen)
+        self.arena_bytes = plain.peak_bytes
+        self._spec, self._frozen = spec, frozen
 
     @property
     def step_bytes(self) -> int:
         return self.arena_bytes
+
+    def importance_bytes(self, importance: Importance) -> tuple[int, int]:
+        pieces = pieces_of(self._spec, self._frozen, importance)
+        return sum_bytes(self._spec, pieces), self.arena_bytes
 
     def forward_arena_bytes(self, examples: int, taps: Sequence[str], training: bool) -> int:
         return self.arena_bytes
