@@ -1,5 +1,8 @@
 """Properties that every method has.  Collected: each tests/methods/test_<method>.py declares CASE.
 
+A method that works in another way under some settings declares MORE_CASES beside it, by a word; a
+case is then named "method:word".
+
 Adding a method is two new files, the method and its test, and no edit here.  A method that is not
 of the package (an example of the docs) needs its test file only.
 """
@@ -44,8 +47,27 @@ def method_names() -> list[str]:
     return sorted(tested.union(built_in()))
 
 
-def case_of(method: str) -> Case:
-    """The CASE of tests/methods/test_<method>.py; AssertionError when there is none."""
+def case_names() -> list[str]:
+    """Of all methods, and of their further cases."""
+    return [
+        name
+        for method in method_names()
+        for name in (method, *(f"{method}:{word}" for word in _more_cases(method)))
+    ]
+
+
+def case_of(name: str) -> Case:
+    """The CASE of tests/methods/test_<method>.py, or another; AssertionError when there is none."""
+    method, _, word = name.partition(":")
+    return _more_cases(method)[word] if word else _declarations(method).CASE
+
+
+def _more_cases(method: str) -> Mapping[str, Case]:
+    known = (METHODS / f"test_{method}.py").is_file()
+    return getattr(_declarations(method), "MORE_CASES", {}) if known else {}
+
+
+def _declarations(method: str) -> Any:
     path = METHODS / f"test_{method}.py"
     assert path.is_file(), f"{method} has no test file {path.name}"
     spec = importlib.util.spec_from_file_location(f"case_{method}", path)
@@ -53,7 +75,7 @@ def case_of(method: str) -> Case:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert hasattr(module, "CASE"), f"{path.name} declares no CASE"
-    return module.CASE
+    return module
 
 
 def shuffled(order: Sequence[int]) -> Callable[[Any, Iterator[Any]], list[Any]]:

@@ -25,7 +25,9 @@ from federation import (
 )
 
 from fedlean import wire
-from fedlean.core import ClientUpdate, Statistic, SubModel
+from fedlean.core import ClientUpdate, Device, Statistic, SubModel
+from fedlean.cost.way import work_memory_bytes
+from fedlean.engine.pieces import sweep
 from fedlean.engine.protocol import SGD
 from fedlean.methods.prunefl import client_update, prunefl
 from fedlean.pruning.density import density, full_masks
@@ -57,6 +59,16 @@ CASE = Case(
     },
     fedavg={"lr": 0.05, "local_steps": 2, "batch_size": 8},
 )
+
+IN_PIECES = {**SMALL, "importance_budget_bytes": 1000}  # 4 parts in 2 rounds of 2 steps
+MORE_CASES = {
+    "pieces": Case(
+        method=prunefl,
+        settings=IN_PIECES,
+        knob={"importance_budget_bytes": 2000},
+        neutral="that of the case without pieces: where g² decides nothing, pieces do not either",
+    )
+}
 
 
 def writable_masks() -> dict[str, np.ndarray]:
@@ -239,6 +251,204 @@ def test_importance_of_several_rounds_is_summed_and_stale_sums_are_dropped():
     stale = {**held, "reconfigurations": np.array(7)}
     fresh, _ = client_update(second, client_data()[0], ENGINE, stale)
     assert same(fresh, alone)
+
+
+# Importance in pieces
+
+
+def pieces_algorithm(**extra):
+    settings = {"reconfigure_every": 2, "importance_budget_bytes": 1000, "local_steps": 2}
+    return prunefl(server(), **{**settings, "lr": 1e-12, "batch_size": 8, **extra})
+
+
+def taken(algorithm, state, client=0):
+    """(statistics, work) of one client's round."""
+    task = next(t for t in algorithm.configure(state, devices()) if t.client == client)
+    update, held = client_update(task, client_data()[client], ENGINE, {})
+    assert held == {}, "nothing is kept between rounds"
+    assert update.work == algorithm.work(task)
+    return update, task
+
+
+def test_each_round_takes_its_parts_of_a_sweep():
+    """4 parts at one a step: two rounds of two; with 3 steps, one of three and one that is left."""
+    assert len(sweep(SPEC, 1000)) == 4
+    for steps, expected in ((2, [0, 2]), (3, [0, 3])):
+        algorithm = pieces_algorithm(local_steps=steps)
+        state = train_state(algorithm)
+        firsts, names = [], []
+        for round in (0, 1):
+            update, task = taken(algorithm, replace(state, round=round))
+            (work,) = update.work
+            assert (work.piece_bytes, work.importance_steps) == (1000, steps)
+            firsts.append(work.first_piece)
+            (statistic,) = update.statistics.values()
+            assert set(update.statistics) == set(algorithm.statistics(task))
+            names += statistic.tensors
+        assert firsts == expected
+        assert names == [f"{p.tensor}/{p.first_row}" for part in sweep(SPEC, 1000) for p in part]
+
+
+def test_a_part_is_scaled_from_its_steps_to_those_of_its_round():
+    """One part left for 3 steps: its sum as it is; three parts: three times one step's."""
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][:, ::2] = False
+    algorithm = pieces_algorithm(local_steps=3, importance_multiple=0.0, importance_dtype="fp32")
+    state = train_state(algorithm, masks)
+    for round, per_part in ((0, 1), (1, 3)):
+        update, task = taken(algorithm, replace(state, round=round))
+        (statistic,) = update.statistics.values()
+        assert not statistic.masks, "all of it"
+        drawn = list(client_data()[0].draw(steps=3, batch_size=8, seed=task.seed))
+        first = int(task.hparams["first_piece"])
+        for i, pieces in enumerate(sweep(SPEC, 1000)[first : first + 3]):
+            session = ENGINE.open(
+                SPEC, task.params, task.sub_model, batch_size=8, optimizer=SGD(1e-12)
+            )
+            for x, y in drawn[i * per_part : (i + 1) * per_part]:
+                session.step(x, y, importance=True)
+            sums = session.importance()
+            for name, at, rows in pieces:
+                expected = sums[name][at : at + rows] * (3 / per_part)
+                assert np.allclose(statistic.tensors[f"{name}/{at}"], expected, rtol=1e-5)
+
+
+def test_of_each_part_the_largest_go_up_and_no_more_is_held():
+    masks = full_masks(SPEC)
+    masks["fc1.weight"][:] = False
+    masks["fc1.weight"][:4, :10] = True
+    state = train_state(pieces_algorithm(), masks)
+    every, some = (
+        taken(pieces_algorithm(importance_multiple=multiple), state)[0] for multiple in (0.0, 1.5)
+    )
+    (whole,), (sent,) = every.statistics.values(), some.statistics.values()
+    for name, values in whole.tensors.items():
+        if not name.startswith("fc1.weight"):
+            continue
+        chosen, packed = sent.masks[name], sent.tensors[name]
+        kept = int(masks["fc1.weight"][int(name.split("/")[1]) :][: len(values)].sum())
+        count = int(np.ceil(1.5 * max(kept, 40 * len(values) / 12)))
+        assert packed.shape == (count,) and chosen.sum() == count
+        assert np.array_equal(packed, values[chosen])
+        assert packed.min() >= values[~chosen].max()
+        assert packed.nbytes + chosen.nbytes < values.nbytes
+
+
+def test_packed_and_dense_sums_merge_alike():
+    """What a client packs arrives dense over the wire: the same state either way."""
+    algorithm, data = pieces_algorithm(), client_data()
+    state = train_state(algorithm)
+    state = replace(
+        state,
+        masks={
+            n: m & (np.arange(m.size).reshape(m.shape) % 3 == 0) for n, m in state.masks.items()
+        },
+    )
+    state = replace(
+        state,
+        params={
+            n: np.where(state.masks[n], v, np.float32(0)) if n in state.masks else v
+            for n, v in state.params.items()
+        },
+    )
+    tasks = algorithm.configure(state, devices())
+    sent = [client_update(task, data[task.client], ENGINE, {})[0] for task in tasks]
+    arrived = [
+        wire.decode_update(wire.encode_update(update, task), task)
+        for update, task in zip(sent, tasks, strict=True)
+    ]
+    assert any(one.masks for one in sent[0].statistics.values())
+    assert not any(one.masks for one in arrived[0].statistics.values())
+    first, second = algorithm.server_update(state, sent), algorithm.server_update(state, arrived)
+    assert first.importance and same(first, second)
+
+
+def test_a_budget_for_everything_decides_as_without_one():
+    """One part, in the last round, all steps: the same masks and weights bit for bit."""
+    settings = {**SMALL, "importance_rounds": 1}
+    plain = run(prunefl(server(), **settings))
+    pieces = run(prunefl(server(), **settings, importance_budget_bytes=10**6))
+    assert plain.reconfigurations == pieces.reconfigurations == 2
+    assert same(plain.masks, pieces.masks) and same(plain.params, pieces.params)
+
+
+def test_two_sweeps_are_summed_and_the_sums_restart():
+    algorithm = prunefl(
+        server(8), **{**IN_PIECES, "initial_pruning": False, "reconfigure_every": 4}
+    )
+    seen = []
+
+    def watch(progress, record):
+        first = record.tasks[0].hparams.get("first_piece")
+        seen.append((first, len(progress.state.importance), progress.state.reconfigurations))
+
+    run(algorithm, watch=watch, rounds=8)
+    parts = sweep(SPEC, 1000)
+    half, whole = sum(map(len, parts[:2])), sum(map(len, parts))
+    assert [one[0] for one in seen] == [0, 2, 0, 2, None, None, None, None]
+    assert [one[1] for one in seen] == [half, whole, whole, 0, 0, 0, 0, 0]
+    assert seen[3][2] == 1
+
+
+def test_a_part_that_nobody_answered_to_means_no_reconfiguration():
+    algorithm, data = pieces_algorithm(), client_data()
+    state = algorithm.server_update(train_state(algorithm), [])
+    tasks = algorithm.configure(state, devices())
+    updates = [client_update(task, data[task.client], ENGINE, {})[0] for task in tasks]
+    after = algorithm.server_update(state, updates)
+    assert (after.round, after.reconfigurations, after.importance) == (2, 0, {})
+    assert same(after.masks, state.masks)
+
+
+def test_a_round_in_pieces_takes_less_memory_than_one_without():
+    masks = {
+        name: mask & (np.arange(mask.size).reshape(mask.shape) % 10 == 0)
+        for name, mask in full_masks(SPEC).items()
+    }
+    peaks = []
+    for budget in (1000, 0):
+        algorithm = pieces_algorithm(importance_budget_bytes=budget, reconfigure_every=2)
+        task = algorithm.configure(replace(train_state(algorithm, masks), round=1), devices())[0]
+        (work,) = algorithm.work(task)
+        peaks.append(work_memory_bytes(SPEC, work))
+    assert peaks[0] + 2000 < peaks[1]
+
+
+def test_a_sweep_that_does_not_fit_between_two_reconfigurations_is_refused():
+    with pytest.raises(ValueError, match=r"importance_budget_bytes.*14 parts.*7 rounds of 2.*is 6"):
+        prunefl(server(), local_steps=2, reconfigure_every=6, importance_budget_bytes=256)
+    with pytest.raises(ValueError, match=r"importance_budget_bytes.*255.*fc1.weight"):
+        prunefl(server(), importance_budget_bytes=255)
+
+
+# The initial client
+
+
+def test_the_initial_client_is_the_first_that_has_the_memory():
+    algorithm = prunefl(server(), **SMALL)
+    state = algorithm.init(params())
+    (task,) = algorithm.configure(state, devices())
+    assert task.client == 0, "nothing is known of any"
+    needed = max(work_memory_bytes(SPEC, work) for work in algorithm.work(task))
+    fleet = [Device(3), Device(0, memory_bytes=needed - 1), Device(2, memory_bytes=needed)]
+    assert algorithm.configure(state, fleet)[0].client == 2
+    assert algorithm.configure(state, fleet[:2])[0].client == 3
+    with pytest.raises(ValueError, match=r"initial pruning takes .* MB .* initial_pruning"):
+        algorithm.configure(state, fleet[1:2])
+    by_hand = prunefl(server(), **SMALL, initial_client=0)
+    assert by_hand.configure(state, fleet)[0].client == 0
+
+
+def test_the_client_that_holds_the_model_goes_on():
+    """Though another would be the first now; where it has lost the model, it is asked again."""
+    algorithm = prunefl(server(), **SMALL)
+    state = algorithm.init(params())
+    state = algorithm.server_update(state, [ClientUpdate(2, 5, {}, SubModel())])
+    (task,) = algorithm.configure(state, devices())
+    assert task.client == 2 and not task.params
+    lost = ClientUpdate(2, 5, {}, SubModel(), metrics={"lost_state": 1.0})
+    (task,) = algorithm.configure(algorithm.server_update(state, [lost]), devices())
+    assert task.client == 2 and task.params
 
 
 def test_initial_pruning_shrinks_and_the_model_stays_at_its_client():
@@ -477,6 +687,9 @@ def test_values_only_rounds_are_as_small_as_their_density():
         {"time_model": "quadratic"},
         {"lr": -1.0},
         {"cohort": 0},
+        {"initial_client": -1},
+        {"importance_budget_bytes": -1},
+        {"importance_dtype": "fp16"},
         {"initial_passes": 1001},
     ],
 )

@@ -14,6 +14,12 @@ coordinates, from which the server decides what to drop and what to grow back (p
   initial pruning and its passes (`initial_importance_passes`).
 - Of Σ g² each client sends the largest of a layer, 1.5 times as many as the layer keeps weights, as
   bfloat16; the server counts the others as 0 (`importance_multiple`, `importance_dtype`).
+- `importance_budget_bytes` (0: the paper) sums g² of a part of the model a step, scaled from the n
+  steps of a part to the I of its round, so that parts are comparable.  While gradients stay alike
+  the estimate has the same mean and I/n times the variance.  It is of models some rounds apart,
+  under client selection of other clients too, and the largest of noisier sums are overestimated
+  more.  A part sends 1.5 times what it keeps, or would keep at the density of its layer.
+- `initial_client` is the first that has the memory, where that is known; the paper: "selected".
 - Initial pruning draws 5 batches a pass from all data of its client, and reconfigures after every
   pass (`initial_batches`, `initial_examples`, `initial_passes`); the authors' code takes 10
   batches of the same 200 examples and 50 passes, which on an easy task costs more than the
@@ -56,17 +62,21 @@ from fedlean.core import (
     Work,
     derive_seed,
 )
-from fedlean.engine.protocol import SGD, Engine, Loss, Session
+from fedlean.engine.protocol import Engine, Loss
 from fedlean.pruning.budget import fraction_to
 from fedlean.pruning.density import full_masks
+from fedlean.pruning.importance_pieces import SentPieces, ordered, sent_form, statistic_name
+from fedlean.pruning.initial_client import first_that_fits
 from fedlean.pruning.initial_pruning import most_work, prune_alone
 from fedlean.pruning.prunable_set import fraction_at
 from fedlean.pruning.reconfiguration_rounds import Rounds, SizeLimit
 from fedlean.pruning.reconfigure import Pruner
 from fedlean.pruning.sent_importance import accumulated, kept_sums, largest_sums
 from fedlean.train.cohort import check_client, check_cohort, sample_cohort
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate
+from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate, one_of
+from fedlean.train.open_session import open_session
 from fedlean.train.sgd import local_sgd
+from fedlean.train.sgd_in_pieces import sgd_in_pieces
 from fedlean.train.work import sgd_work
 from fedlean.tree import fold, num_kept, pack, unpack
 
@@ -82,7 +92,9 @@ class State:
     params: Params
     masks: Masks = field(default_factory=dict)  # empty until initial pruning is done
     reconfigurations: int = 0  # of further pruning; names the span over which g² accumulates
+    importance: Params = field(default_factory=dict)  # Σ g² since the last one, by piece
     initial_sent: bool = False  # the initial client holds the model and goes on from it
+    initial_client: int = -1  # the one that does
     initial_lost: int = 0  # how often it has lost it
 
 
@@ -98,7 +110,7 @@ def prunefl(
     loss: Loss = "ce",
     lr_half_life_rounds: float = 0.0,
     initial_pruning: bool = True,
-    initial_client: int = 0,
+    initial_client: int | None = None,
     initial_batches: int = 5,
     initial_examples: int = 0,
     initial_passes: int = 1,
@@ -107,6 +119,7 @@ def prunefl(
     initial_stable: int = 5,
     reconfigure_every: int = 50,
     importance_rounds: int = 1,
+    importance_budget_bytes: int = 0,
     importance_multiple: float = 1.5,
     importance_dtype: Literal["bf16", "fp32"] = "bf16",
     prunable_fraction: float = 0.3,
@@ -123,8 +136,9 @@ def prunefl(
         `fedavg`; `cohort` is the paper's random client selection.  In initial pruning the momentum
         buffer starts at 0 with every task (a reconfiguration or 10 passes).
       initial_pruning: prune at `initial_client` first (one that has examples of all classes: with
-        few it keeps too little), in passes of `initial_batches` batches from `initial_examples` of
-        its examples, 0: from all it has (paper: 10 batches of 200 examples).
+        few it keeps too little; None: the first that has the memory), in passes of
+        `initial_batches` batches from `initial_examples` of its examples, 0: from all it has
+        (paper: 10 batches of 200 examples).
       initial_passes: passes between two initial reconfigurations (paper's code: 50);
         initial_importance_passes: passes before one in which g² accumulates; 0: all (paper);
         initial_stable: initial pruning ends after so many reconfigurations in a row that change
@@ -132,6 +146,9 @@ def prunefl(
         whatever happens (1000).
       reconfigure_every: rounds between reconfigurations (paper: 50); 0: no further pruning.
       importance_rounds: rounds before a reconfiguration in which g² accumulates; 0: all (paper).
+      importance_budget_bytes: for Σ g² at a client at a time; 0: for all coordinates (paper).  Such
+        parts of the model are taken one a step, in so many of the last rounds as whole sweeps over
+        it take, at least one; each goes up after its round.
       importance_multiple: so many times the kept weights of a layer are the sums that go up, the
         largest ones; 0: all (paper).
       importance_dtype: in which the sums go up, "bf16" (two bytes each) or "fp32" (four).
@@ -159,7 +176,8 @@ def prunefl(
         lr_half_life_rounds=lr_half_life_rounds,
     )
     check_cohort(cohort, server)
-    check_client("initial_client", initial_client, server)
+    if initial_client is not None:
+        check_client("initial_client", initial_client, server)
     at_least("initial_batches", initial_batches, 1)
     at_least("initial_examples", initial_examples, 0)
     at_least("initial_passes", initial_passes, 1)
@@ -173,23 +191,23 @@ def prunefl(
         )
     at_least("reconfigure_every", reconfigure_every, 0)
     at_least("importance_rounds", importance_rounds, 0)
+    at_least("importance_budget_bytes", importance_budget_bytes, 0)
     in_range("prunable_fraction", prunable_fraction, 0.0, 1.0)
     in_range("prunable_half_life_rounds", prunable_half_life_rounds, 0.0, 1e12, open_low=True)
     in_range("readd_scale", readd_scale, 0.0, 10.0)
-    if size_limit is None and size_target is not None:
-        raise ValueError("size_target needs a size_limit to start from, got none")
     for name, value in (("size_limit", size_limit), ("size_target", size_target)):
         if value is not None:
             in_range(name, value, 0.0, 1.0, open_low=True)
     in_range("importance_multiple", importance_multiple, 0.0, 1e9)
-    if importance_dtype not in ("bf16", "fp32"):
-        raise ValueError(f"importance_dtype must be 'bf16' or 'fp32', got {importance_dtype!r}")
-    if time_model not in ("linear", "device"):
-        raise ValueError(f"time_model must be 'linear' or 'device', got {time_model!r}")
+    one_of("importance_dtype", importance_dtype, ("bf16", "fp32"))
+    one_of("time_model", time_model, ("linear", "device"))
 
     spec = server.spec
-    rounds = Rounds(server.rounds, reconfigure_every, importance_rounds)
-    size = SizeLimit(spec, rounds, size_limit, size_target)
+    rounds = Rounds(
+        *(spec, server.rounds, reconfigure_every, importance_rounds),
+        *(local_steps, importance_budget_bytes),
+    )
+    size = SizeLimit(rounds, size_limit, size_target)
 
     def pruner(round: int, masks: Masks | None = None) -> Pruner:
         """For the reconfiguration after `round`, of `masks` if it is to reach the limit at once."""
@@ -200,13 +218,7 @@ def prunefl(
         if masks and limit is not None:
             fraction = max(fraction, fraction_to(limit, masks))
         return Pruner(
-            time_model=time_model,
-            profile=server.profile,
-            batch_size=batch_size,
-            local_steps=local_steps,
-            fraction=fraction,
-            limit=limit,
-            readd_scale=readd_scale,
+            time_model, server.profile, batch_size, local_steps, fraction, limit, readd_scale
         )
 
     sgd: dict[str, Scalar] = {
@@ -224,7 +236,7 @@ def prunefl(
             return State(round=0, phase="initial", params=model.params)
         return State(round=0, phase="train", params=model.params, masks=full_masks(spec))
 
-    def initial_task(state: State) -> ClientTask:
+    def initial_task(state: State, devices: Sequence[Device]) -> ClientTask:
         hparams = {
             **sgd,
             **pruner(0).to_hparams(),
@@ -237,46 +249,41 @@ def prunefl(
             "initial_stable": initial_stable,
         }
         params = {} if state.initial_sent else state.params
-        seed = derive_seed(server.seed, 0, initial_client, "initial")
-        return ClientTask(0, "initial", initial_client, seed, spec, params, SubModel(), hparams)
+        client = state.initial_client if initial_client is None else initial_client
+        if client < 0:
+            client = first_that_fits(spec, hparams, devices)
+        seed = derive_seed(server.seed, 0, client, "initial")
+        return ClientTask(0, "initial", client, seed, spec, params, SubModel(), hparams)
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         if state.phase == "initial":
-            return [initial_task(state)]
+            return [initial_task(state, devices)]
         round = state.round + 1
-        sub_model, params = SubModel(masks=state.masks), pack(state.params, state.masks)
         hparams = {
             **sgd,
             "lr": learning_rate(lr, state.round, lr_half_life_rounds),
-            "importance": rounds.takes_importance(round),
-            "upload_importance": rounds.reconfigures(round),
+            **rounds.orders(round),
             "importance_multiple": importance_multiple,
             "importance_dtype": importance_dtype,
             "reconfigurations": state.reconfigurations,
         }
-        return [
-            ClientTask(
-                round,
-                "train",
-                client,
-                derive_seed(server.seed, round, client, "train"),
-                spec,
-                params,
-                sub_model,
-                hparams,
-            )
-            for client in sample_cohort(devices, cohort, seed=server.seed, round=round)
-        ]
+
+        given = spec, pack(state.params, state.masks), SubModel(masks=state.masks), hparams
+        drawn = sample_cohort(devices, cohort, seed=server.seed, round=round)
+        seeds = {client: derive_seed(server.seed, round, client, "train") for client in drawn}
+        return [ClientTask(round, "train", client, seed, *given) for client, seed in seeds.items()]
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         if state.phase == "initial":
             return _after_initial(state, updates)
         merged = fold(state.params, updates, variances=spec.variances)
         round = state.round + 1
-        state = replace(state, round=round, params=merged.params())
+        collected = rounds.collected(round, state.importance, merged)
+        state = replace(state, round=round, params=merged.params(), importance=collected)
         if not rounds.reconfigures(round):
             return state
-        due, importance = pruner(round, state.masks), merged.statistic("importance")
+        state = replace(state, importance={})
+        due, importance = pruner(round, state.masks), rounds.whole(collected, merged)
         if not importance:  # nobody answered
             if due.limit is None or num_kept(state.masks) <= due.limit:
                 return state
@@ -299,7 +306,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
         initial = {name for name in settings if name.startswith("initial_")} - {"initial_pruning"}
         found |= dict.fromkeys(initial, "initial_pruning is false")
     if not settings["reconfigure_every"]:
-        importance = ("importance_rounds", "importance_multiple", "importance_dtype")
+        importance = {name for name in settings if name.startswith("importance_")}
         found |= dict.fromkeys((*importance, "prunable_half_life_rounds"), "reconfigure_every is 0")
     if not settings["initial_pruning"] and not settings["reconfigure_every"]:
         pruning = ("prunable_fraction", "size_limit", "size_target", "readd_scale", "time_model")
@@ -308,7 +315,9 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:
-    """Σ g² of every trainable coordinate, where a task asks for it."""
+    """Σ g² of every trainable coordinate or of pieces, where a task asks for it."""
+    if task.hparams.get("piece_bytes", 0):
+        return sent_form(task)
     if not task.hparams.get("upload_importance", False):
         return {}
     return {"importance": StatisticForm(task.spec.param_shapes, non_negative=True)}
@@ -318,7 +327,9 @@ def work(task: ClientTask) -> tuple[Work, ...]:
     """Of a round; of initial pruning, the most that a chunk of passes and the last one take."""
     if task.phase == "initial":
         return (most_work(task.hparams),)
-    return (sgd_work(task, importance=bool(task.hparams["importance"])),)
+    h = task.hparams
+    pieces = {name: int(h.get(name, 0)) for name in ("piece_bytes", "first_piece")}
+    return (sgd_work(task, importance=bool(h["importance"]), **pieces),)
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -332,7 +343,7 @@ def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
             }
             return replace(state, phase="train", params=params, masks=masks)
         if not update.metrics.get("lost_state", 0.0):
-            return replace(state, initial_sent=True)
+            return replace(state, initial_sent=True, initial_client=update.client)
         if state.initial_lost >= MAX_LOST:
             raise ValueError(
                 f"client {update.client} lost its model {MAX_LOST + 1} times during initial "
@@ -347,50 +358,32 @@ def client_update(
 ) -> tuple[ClientUpdate, ClientState]:
     """One client's half of Algorithm 1, or a stretch of initial pruning."""
     if task.phase == "initial":
-        opened = partial(_open, task, engine)
+        opened = partial(open_session, task, engine)
         return prune_alone(task, batches, client_state, open=opened, train=local_sgd)
     return _train(task, batches, engine, client_state)
-
-
-def _open(task: ClientTask, engine: Engine, params: Params, masks: Masks) -> Session:
-    h = task.hparams
-    return engine.open(
-        task.spec,
-        params,
-        SubModel(masks=masks),
-        batch_size=int(h["batch_size"]),
-        optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
-        loss="bce" if h["loss"] == "bce" else "ce",
-    )
 
 
 def _train(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
-    """Eq. (2) for `local_steps` steps; g² accumulates where the task says so."""
-    h, masks = task.hparams, task.sub_model.masks
-    session = _open(task, engine, task.params, masks)
-    steps, batch_size, importance = (
-        int(h["local_steps"]),
-        int(h["batch_size"]),
-        bool(h["importance"]),
-    )
-    train_loss = local_sgd(
-        session,
-        batches,
-        steps=steps,
-        batch_size=batch_size,
-        seed=task.seed,
-        importance=importance,
-    )
-    state, statistics = {}, {}
-    if importance:
+    """Eq. (2) for `local_steps` steps; g² of eq. (6) accumulates where the task says so."""
+    h, masks, state, statistics = task.hparams, task.sub_model.masks, {}, {}
+    session = open_session(task, engine, task.params, masks)
+    drawn = {"batch_size": int(h["batch_size"]), "seed": task.seed}
+    importance = bool(h["importance"])
+    form = float(h["importance_multiple"]), str(h["importance_dtype"])
+    if parts := ordered(task):
+        sent = SentPieces(masks, *form)
+        train_loss = sgd_in_pieces(session, batches, stretches=parts, take=sent.take, **drawn)
+        statistics[statistic_name(int(h["first_piece"]))] = sent.statistic()
+    else:
+        steps = int(h["local_steps"])
+        train_loss = local_sgd(session, batches, steps=steps, importance=importance, **drawn)
+    if importance and not parts:
         span = int(h["reconfigurations"])
         sums = accumulated(session.importance(), client_state, span)
         if h["upload_importance"]:
-            multiple, dtype = float(h["importance_multiple"]), str(h["importance_dtype"])
-            sent = largest_sums(sums, masks, multiple=multiple, dtype=dtype)
-            statistics["importance"] = Statistic(sent, "mean")
+            statistics["importance"] = Statistic(largest_sums(sums, masks, *form), "mean")
         else:
             state = kept_sums(sums, span)
     update = ClientUpdate(

@@ -16,9 +16,7 @@ from fedlean.wire import round_bfloat16
 _PREFIX, _SPAN = "importance/", "reconfigurations"  # in the client state
 
 
-def largest_sums(
-    sums: Params, masks: Masks, *, multiple: float, dtype: str
-) -> dict[str, np.ndarray]:
+def largest_sums(sums: Params, masks: Masks, multiple: float, dtype: str) -> dict[str, np.ndarray]:
     """Per masked tensor the `multiple` · kept largest; 0 stands for the others.
 
     multiple: 0 for all of them; dtype: "bf16" rounds what is sent to bfloat16

@@ -1,0 +1,30 @@
+"""Which client prunes alone at first: one that can hold the dense model.
+
+OURS: PruneFL (arXiv 1909.12326) says that it is selected, "e.g. a trusted one with much data".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedlean.core import Device, Scalar
+from fedlean.cost.way import MB, work_memory_bytes
+from fedlean.pruning.initial_pruning import most_work
+from fedlean.spec import ModelSpec
+
+
+def first_that_fits(spec: ModelSpec, h: Mapping[str, Scalar], devices: Sequence[Device]) -> int:
+    """The lowest id of a device that has the memory for initial pruning, as far as that is known.
+
+    h: hyper-parameters of its task.  Raises ValueError where none has it.
+    """
+    needed = work_memory_bytes(spec, most_work(h))
+    fitting = [d.id for d in devices if d.memory_bytes is None or d.memory_bytes >= needed]
+    if fitting:
+        return min(fitting)
+    largest = max((d.memory_bytes or 0 for d in devices), default=0)
+    raise ValueError(
+        f"initial pruning takes {needed / MB:.1f} MB at one client, the largest of the "
+        f"{len(devices)} devices has {largest / MB:.1f}: set initial_pruning to false, or "
+        "batch_size lower"
+    )

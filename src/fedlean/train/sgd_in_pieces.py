@@ -1,0 +1,37 @@
+"""Local SGD whose steps sum g² a piece of the model at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from math import fsum
+
+from fedlean.core import Batches, Params
+from fedlean.engine.pieces import Pieces, Stretch
+from fedlean.engine.protocol import Session
+
+
+def sgd_in_pieces(
+    session: Session,
+    batches: Batches,
+    *,
+    stretches: Sequence[Stretch],
+    batch_size: int,
+    seed: int,
+    take: Callable[[Pieces, Params, float], None],
+) -> float:
+    """One optimiser step for each step of the stretches; the mean training loss.
+
+    take(pieces, sums, scale) as soon as a stretch is over, so that no two are held: g² over its
+    steps, and what they are multiplied with to stand for g² over all steps.
+    """
+    steps = sum(stretch.steps for stretch in stretches)
+
+    def losses() -> Iterator[float]:
+        drawn = batches.draw(steps=steps, batch_size=batch_size, seed=seed)
+        for pieces, count in stretches:
+            for x, y in islice(drawn, count):
+                yield session.step(x, y, importance=pieces)
+            take(pieces, session.importance(), steps / count)
+
+    return fsum(losses()) / steps if steps else 0.0
