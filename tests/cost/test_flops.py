@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from fedlean.core import Work
 from fedlean.cost.flops import (
     forward_flops,
+    importance_share,
     layer_flops,
     positions,
     step_flops,
     weight_size,
     work_flops,
 )
+from fedlean.engine.pieces import Piece, sweep
 from fedlean.layers import Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.models.conv2 import conv2
 from fedlean.spec import sequential
@@ -120,3 +123,27 @@ def test_work_adds_up():
     work = Work(steps=5, batch_size=B, importance_steps=2, forward_examples=7, kept=kept)
     assert work_flops(MLP, work) == 3 * plain + 2 * dense + forward_flops(MLP, kept, 7)
     assert work_flops(MLP, Work()) == 0
+
+
+def test_pieces_take_the_dense_gradients_of_their_rows_by_hand():
+    """Half of each layer kept; 12 of 30 rows of fc1 (40 weights each), 5 of 10 of fc2 (30)."""
+    kept = {"fc1.weight": 600, "fc2.weight": 150}
+    pieces = (Piece("fc1.weight", 3, 12), Piece("fc2.weight", 0, 5), Piece("fc1.bias", 0, 30))
+    more = 12 * 40 // 2 + 5 * 30 // 2  # weights that are pruned there
+    assert step_flops(MLP, kept, B, importance=pieces) == step_flops(MLP, kept, B) + 2 * more * B
+    assert importance_share(MLP, pieces) == (12 * 40 + 5 * 30) / 1500
+
+
+def test_work_in_pieces_adds_up_to_steps_with_each():
+    kept = {name: prod(MLP.param_shapes[name]) // 4 for name in MLP.prunable}
+    parts = sweep(MLP, 2000)
+    assert len(parts) == 4
+    work = Work(steps=5, batch_size=B, importance_steps=3, kept=kept, piece_bytes=2000)
+    plain = step_flops(MLP, kept, B)
+    each = [step_flops(MLP, kept, B, importance=part) for part in parts]
+    assert work_flops(MLP, work) == 2 * plain + sum(each[:3])
+    rest = replace(work, first_piece=3)
+    assert work_flops(MLP, rest) == 2 * plain + 3 * each[3]
+    whole = replace(work, importance_steps=4, steps=4)
+    dense = step_flops(MLP, kept, B, importance=True)
+    assert work_flops(MLP, whole) - 4 * plain == dense - plain, "a sweep is once everything"

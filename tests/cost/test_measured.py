@@ -16,6 +16,7 @@ from fedlean.cost.price import round_seconds
 from fedlean.cost.profile import faster, from_document, load_profile, other_model, to_document
 from fedlean.cost.time import forward_seconds, linear_round_time, step_seconds, work_seconds
 from fedlean.cost.way import as_done
+from fedlean.engine.pieces import Piece
 from fedlean.layers import Linear
 from fedlean.spec import sequential
 
@@ -72,6 +73,14 @@ def test_importance_costs_what_it_was_measured_to_cost():
     assert step_seconds(SPEC, few, 10, PROFILE, importance=True) == 3 + 1.5
     assert step_seconds(SPEC, KEPT, 10, PROFILE, importance=True) == 8 + 0.25
     assert step_seconds(SPEC, {}, 10, PROFILE, importance=True) == 8.25
+
+
+def test_a_piece_costs_its_share_of_it():
+    """3 of 5 rows of fc1's 20 weights: 12 of all 35."""
+    few, piece = {"fc1.weight": 2, "fc2.weight": 1}, (Piece("fc1.weight", 0, 3),)
+    assert SPEC.param_shapes["fc1.weight"] == (5, 4)
+    found = step_seconds(SPEC, few, 10, PROFILE, importance=piece)
+    assert found == pytest.approx(3 + 1.5 * 12 / 35)
 
 
 def test_inference():

@@ -14,6 +14,7 @@ from fedlean.cost.profile import load_profile
 from fedlean.cost.time import link_seconds, work_seconds
 from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.memory import forward_memory, step_memory
+from fedlean.engine.pieces import sweep
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU
 from fedlean.spec import sequential
 from fedlean.tree import kept_counts
@@ -127,6 +128,12 @@ def test_memory_is_that_of_the_model():
     trained, held = (price(one, SPARSE, floats=1) for one in (sub_model, frozen))
     saved = trained.peak_memory_bytes - held.peak_memory_bytes
     assert saved >= 4 * kept["fc1.weight"]  # a frozen weight has no momentum
+    pieces = Work(3, 4, 2, kept=kept, piece_bytes=2000)
+    less = cost(Model(SPEC, sub_model), (pieces,), SPARSE).peak_memory_bytes
+    parts = sweep(SPEC, 2000)
+    assert plain < less < price(sub_model, SPARSE, importance_steps=1).peak_memory_bytes
+    held = step_memory(SPEC, kept, batch_size=4, importance=True, pieces=parts[:2])
+    assert less == held.peak_bytes
     work = Work(3, 4, 1, kept=kept, optimizer_floats=1)
     expected = price(sub_model, SPARSE, importance_steps=1, floats=1).peak_memory_bytes
     assert work_memory_bytes(SPEC, work) == expected

@@ -21,6 +21,7 @@ from fedlean.cost.time import (
     step_seconds,
     work_seconds,
 )
+from fedlean.engine.pieces import Piece
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, MaxPool2d, ReLU
 from fedlean.models.conv2 import conv2
 from fedlean.spec import sequential
@@ -120,6 +121,9 @@ def test_sparse_step_by_hand():
     # sparse 2·5·2 + 2·3·2 = 32 FLOPs at 0.02 s
     profile = replace(BY_HAND, dense_flops_per_s=20.0)
     assert step_seconds(spec, kept, 2, profile, importance=True) == pytest.approx(34.88)
+    # of 5 of the 10 rows of fc1 and none of fc2: 2·30·2 = 120 at 20 a second, instead of 10 sparse
+    piece = (Piece("fc1.weight", 2, 5),)
+    assert step_seconds(spec, kept, 2, profile, importance=piece) == pytest.approx(21.32)
     # the dense way: (4·60 + 6·40)·2 = 960 FLOPs
     assert step_seconds(spec, kept, 2, replace(BY_HAND, dense_flops_per_s=100)) == pytest.approx(
         9.6

@@ -177,6 +177,41 @@ def test_statistic_of_another_shape():
     assert "importance of 'fc1.weight'" in (refusal(poison(answer({})), task({}), ASKED) or "")
 
 
+def test_a_packed_statistic_has_as_many_values_as_its_mask_keeps():
+    asked, update = task({}), replace(answer({}), statistics={})
+    form = {"importance": StatisticForm({"c": (2, 3)}, non_negative=True)}
+    mask = np.array([[True, False, True], [False, False, False]])
+
+    def reason(values, mask):
+        packed = Statistic({"c": np.asarray(values, np.float32)}, "mean", {"c": mask})
+        sent = replace(update, statistics={"importance": packed})
+        return refusal(sent, asked, Expected(form))
+
+    assert reason([1, 2], mask) is None
+    assert reason(np.ones((2, 3)), mask) is None, "dense all the same"
+    assert "shape (3,)" in str(reason([1, 2, 3], mask))
+    assert "a mask of bool (3, 2)" in str(reason([1, 2], mask.T))
+    assert "a mask of int64" in str(reason([1, 2], mask.astype(np.int64)))
+    assert "below 0" in str(reason([1, -2], mask))
+
+
+def test_importance_of_other_pieces_is_no_answer():
+    asked, update = task({}), replace(answer({}), statistics={})
+    ordered = Work(2, 8, importance_steps=2, piece_bytes=1000, first_piece=2)
+    claims = {
+        "other pieces": replace(ordered, first_piece=0),
+        "of other": replace(ordered, piece_bytes=2000, first_piece=0),
+        "than it was asked for": replace(ordered, piece_bytes=0, first_piece=0),
+    }
+    for word, claim in claims.items():
+        reason = refusal(replace(update, work=(claim,)), asked, Expected(work=(ordered,)))
+        assert reason is not None and word in reason
+    assert refusal(replace(update, work=(ordered,)), asked, Expected(work=(ordered,))) is None
+    for unpriced in (replace(ordered, first_piece=4), replace(ordered, piece_bytes=8)):
+        reason = refusal(replace(update, work=(unpriced,)), asked, Expected())
+        assert reason is not None and "g² of no pieces" in reason
+
+
 def test_a_statistic_beyond_its_limit():
     """One number may undo a model that is made of such numbers."""
     forms = {"importance": replace(FORMS["importance"], limit=10.0)}

@@ -179,6 +179,10 @@ CLAIMS = {
     "batch": (claiming(Work(2, 5)), "work of 10 examples"),
     "a larger batch": (claiming(Work(1, 8)), "work of 8 examples a step"),
     "importance": (claiming(Work(2, 4, importance_steps=1)), "work of 1 importance steps"),
+    "pieces": (
+        claiming(Work(2, 4, importance_steps=1, piece_bytes=4, first_piece=0)),
+        "g² of no pieces",
+    ),
     "forward": (claiming(Work(2, 4, forward_examples=1)), "work of 9 examples"),
     "momentum": (claiming(Work(2, 4, optimizer_floats=1)), "work of 1 optimiser values"),
     "kept": (claiming(Work(2, 4, kept={"fc1.weight": 10**9})), "work on 1000000000 weights of"),

@@ -260,6 +260,42 @@ def test_statistics_take_as_little_as_they_need(
     assert payload_bytes == payload
 
 
+@pytest.mark.parametrize(("value", "item"), [(0.1, 4), (1.0, 2)])
+@pytest.mark.parametrize("kept", [0, 8, 80])
+def test_packed_statistics_travel_as_they_are_and_arrive_dense(
+    task: ClientTask, value: float, item: int, kept: int
+) -> None:
+    """A bitmap of ten bytes with its code, or the code alone, and the values."""
+    mask = np.arange(80).reshape(8, 10) < kept
+    packed = Statistic({"c": np.full(kept, value, np.float32)}, "mean", {"c": mask})
+    update = ClientUpdate(5, 20, {}, task.sub_model, {"c": packed})
+    sent = encode_update(update, task)
+    assert len(sent) == update_bytes(update, task)
+    got = decode_update(sent, task).statistics["c"]
+    assert not got.masks and got.reduction == "mean"
+    assert np.array_equal(got.tensors["c"], np.where(mask, np.float32(value), np.float32(0)))
+    payload_bytes = int.from_bytes(sent[HEADER_BYTES - 8 : HEADER_BYTES], "little")
+    assert payload_bytes == (1 if kept in (0, 80) else 11) + (2 if not kept else item) * kept
+
+
+@pytest.mark.parametrize(
+    ("values", "mask"),
+    [
+        (np.zeros(3, np.float32), np.arange(4) < 2),
+        (np.zeros(2), np.arange(4) < 2),
+        (np.zeros(2, np.float32), np.array([1, 1, 0, 0])),
+    ],
+)
+def test_a_packed_statistic_that_does_not_fit_its_mask_cannot_travel(
+    task: ClientTask, values: np.ndarray, mask: np.ndarray
+) -> None:
+    update = ClientUpdate(
+        5, 20, {}, task.sub_model, {"c": Statistic({"c": values}, "mean", {"c": mask})}
+    )
+    with pytest.raises(WireError, match=r"c\.c"):
+        encode_update(update, task)
+
+
 def test_a_few_scalars_are_a_small_message(task: ClientTask) -> None:
     """80 + 93 of JSON + 4 * 4 = 189 bytes; "mean" and the masks' weights go without saying."""
     work = Work(5, 20, kept={"conv.weight": 18, "fc.weight": 30})

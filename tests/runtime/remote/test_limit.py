@@ -13,6 +13,7 @@ import pytest
 from fedlean.core import SubModel
 from fedlean.engine.memory import step_memory
 from fedlean.engine.open import open_engine
+from fedlean.engine.pieces import Piece
 from fedlean.engine.protocol import SGD
 from fedlean.layers import Conv2d, Flatten, GroupNorm, Linear, MaxPool2d, ReLU
 from fedlean.models.conv2 import conv2
@@ -108,6 +109,30 @@ def test_importance_and_a_training_forward_are_counted_as_they_are_held(steady, 
         assert engine.granted_bytes == session.held_bytes > session.peak_memory_bytes
         session.step(X, Y, importance=True)
         assert engine.granted_bytes == session.held_bytes
+
+
+@native
+def test_a_piece_is_counted_as_it_is_held(steady):
+    """The most sums and the largest arena so far; more than fits is refused, and less goes on."""
+    small, large = (Piece("conv1.bias", 0, 8),), (Piece("fc.weight", 2, 6), Piece("fc.bias", 0, 10))
+    engine = limited()
+    session = opened(engine, sub_model=SubModel(masks=masked()))
+    plan = engine.granted_bytes
+    for pieces in (small, large, small):
+        session.step(X, Y, importance=pieces)
+        assert plan < engine.granted_bytes == session.peak_memory_bytes >= session.held_bytes
+    granted = engine.granted_bytes
+    for limit, fits in ((granted, True), (granted - 1, False)):
+        tight = opened(limited(PROCESS + limit), sub_model=SubModel(masks=masked()))
+        tight.step(X, Y, importance=small)
+        if fits:
+            tight.step(X, Y, importance=large)
+            continue
+        with pytest.raises(TooLarge, match="Σ g² of a piece of the model needs"):
+            tight.step(X, Y, importance=large)
+        tight.step(X, Y, importance=small)
+        with pytest.raises(ValueError, match="nowhere"):
+            tight.step(X, Y, importance=(Piece("nowhere", 0, 1),))
 
 
 @native
