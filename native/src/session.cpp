@@ -88,8 +88,13 @@ void Session::load(int node, Slot slot, const float* values, bool packed, bool r
 // Sums and the program that adds to them; those of other pieces go first.
 void Session::hold_squares(const Pieces& pieces) {
   if (pieces.empty() || pieces == pieces_) return;
-  for (const Piece& piece : pieces_)
-    std::vector<float>().swap(model_.tensor(piece.node, piece.slot).squares);
+  for (const Piece& piece : pieces_) {
+    std::vector<float>& sums = model_.tensor(piece.node, piece.slot).squares;
+    const bool same_size = std::any_of(pieces.begin(), pieces.end(), [&](const Piece& next) {
+      return next.node == piece.node && next.slot == piece.slot && next.rows == piece.rows;
+    });
+    if (!same_size) std::vector<float>().swap(sums);  // else the memory serves again
+  }
   pieces_.clear();
   importance_ = model_.program(mode(true, pieces));
   std::size_t sums = 0;

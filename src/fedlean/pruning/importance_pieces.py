@@ -14,7 +14,7 @@ from fedlean.core import ClientTask, Masks, Params, Statistic, StatisticForm
 from fedlean.engine.pieces import Piece, Pieces, Stretch, piece_shape, stretches, sweep
 from fedlean.patterns.largest import largest
 from fedlean.spec import ModelSpec
-from fedlean.tree import kept_count
+from fedlean.tree import kept_counts, kept_values
 from fedlean.wire import round_bfloat16
 
 
@@ -58,6 +58,7 @@ class SentPieces:
     def __init__(self, masks: Masks, multiple: float, dtype: str):
         """multiple, dtype: as `sent_importance.largest_sums` takes them."""
         self._masks, self._multiple, self._dtype = masks, multiple, dtype
+        self._kept = kept_counts(masks)
         self._values: dict[str, np.ndarray] = {}
         self._chosen: dict[str, np.ndarray] = {}
 
@@ -68,7 +69,7 @@ class SentPieces:
             count = self._count(piece, values.size)
             if count < values.size:
                 chosen = largest(values.ravel(), count).reshape(values.shape)
-                self._chosen[name], values = chosen, values[chosen]
+                self._chosen[name], values = chosen, kept_values(values, chosen)
             values = values * np.float32(scale)
             self._values[name] = round_bfloat16(values) if self._dtype == "bf16" else values
 
@@ -85,7 +86,7 @@ class SentPieces:
         if mask is None or not self._multiple:
             return size
         rows = mask[piece.first_row : piece.first_row + piece.rows]
-        share = kept_count(mask) * piece.rows / len(mask)
+        share = self._kept[piece.tensor] * piece.rows / len(mask)
         return ceil(self._multiple * max(int(np.count_nonzero(rows)), share))
 
 
