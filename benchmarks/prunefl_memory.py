@@ -32,7 +32,7 @@ import numpy as np
 from machine import describe
 
 from fedlean import wire
-from fedlean.core import ClientTask, Device, FederatedAlgorithm, Server, Work, generator
+from fedlean.core import ClientTask, Device, FederatedAlgorithm, Model, Server, Work, generator
 from fedlean.cost.profile import load_profile
 from fedlean.cost.way import work_memory_bytes
 from fedlean.data.batches import ClientData
@@ -70,7 +70,7 @@ def tasks_of(budget_kib: int, density: float) -> list[ClientTask]:
     algorithm, rng = algorithm_with(budget_kib), generator(0, 0, 0, "benchmark")
     masks = {name: rng.random(SPEC.param_shapes[name]) < density for name in SPEC.prunable}
     params = apply_mask(init_params(SPEC, 0), masks)
-    state = replace(algorithm.init(params), phase="train", masks=masks)
+    state = replace(algorithm.init(Model(SPEC, params)), phase="train", masks=masks)
     tasks = [algorithm.configure(replace(state, round=r), [Device(0)])[0] for r in range(EVERY)]
     return [tasks[0], *(task for task in tasks if task.hparams["importance"])]
 
@@ -95,7 +95,7 @@ def plans(density: float) -> list[dict[str, Any]]:
         row["parts"] = len(sweep(SPEC, budget * KIB)) if budget else 1
         row["over_step"] = (peak - budget * KIB) / step
         rows.append(row)
-    (first,) = whole.configure(whole.init(init_params(SPEC, 0)), [Device(0)])
+    (first,) = whole.configure(whole.init(Model(SPEC, init_params(SPEC, 0))), [Device(0)])
     rows.append({"client": "PruneFL, initial client", "bytes": plan_bytes(first, whole)})
     return rows
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from fedlean.engine.memory import optimizer_floats, step_memory
 from fedlean.engine.open import open_engine
-from fedlean.engine.pieces import Piece, stretches, sum_bytes, sweep, whole
+from fedlean.engine.pieces import Piece, parts_taken, sum_bytes, sweep, whole
 from fedlean.engine.protocol import SGD
 from fedlean.models import catalog
 from fedlean.train.loss_gradient import loss_and_gradient
@@ -280,14 +280,14 @@ def test_a_budget_below_one_row_is_refused():
         sweep(MLP, 27)
 
 
-def test_stretches_by_hand():
+def test_parts_taken_by_hand():
     """MLP at 100 bytes: rows of 28 (6 of them), 4 (6), 24 (4) and 4 (4)."""
     parts = sweep(MLP, 100)
     assert [sum(p.rows for p in part) for part in parts] == [3, 3 + 4, 2 + 3, 1 + 4]
-    assert [s.steps for s in stretches(MLP, 5, 100, 0)] == [1, 1, 1, 2]
-    assert [s.steps for s in stretches(MLP, 3, 100, 0)] == [1, 1, 1]
-    assert [s.pieces for s in stretches(MLP, 3, 100, 2)] == list(parts[2:])
-    assert stretches(MLP, 5, 0, 0) == ((whole(MLP), 5),)
-    assert stretches(MLP, 0, 100, 0) == ()
+    assert [s.steps for s in parts_taken(MLP, 5, 100, 0)] == [1, 1, 1, 2]
+    assert [s.steps for s in parts_taken(MLP, 3, 100, 0)] == [1, 1, 1]
+    assert [s.pieces for s in parts_taken(MLP, 3, 100, 2)] == list(parts[2:])
+    assert parts_taken(MLP, 5, 0, 0) == ((whole(MLP), 5),)
+    assert parts_taken(MLP, 0, 100, 0) == ()
     with pytest.raises(ValueError, match="part 4"):
-        stretches(MLP, 5, 100, 4)
+        parts_taken(MLP, 5, 100, 4)

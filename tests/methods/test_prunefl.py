@@ -426,7 +426,7 @@ def test_a_sweep_that_does_not_fit_between_two_reconfigurations_is_refused():
 
 def test_the_initial_client_is_the_first_that_has_the_memory():
     algorithm = prunefl(server(), **SMALL)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     (task,) = algorithm.configure(state, devices())
     assert task.client == 0, "nothing is known of any"
     needed = max(work_memory_bytes(SPEC, work) for work in algorithm.work(task))
@@ -442,7 +442,7 @@ def test_the_initial_client_is_the_first_that_has_the_memory():
 def test_the_client_that_holds_the_model_goes_on():
     """Though another would be the first now; where it has lost the model, it is asked again."""
     algorithm = prunefl(server(), **SMALL)
-    state = algorithm.init(params())
+    state = algorithm.init(first_model())
     state = algorithm.server_update(state, [ClientUpdate(2, 5, {}, SubModel())])
     (task,) = algorithm.configure(state, devices())
     assert task.client == 2 and not task.params

@@ -8,7 +8,7 @@ import pytest
 from federation import ENGINE, SPEC, client_data, params, same
 
 from fedlean.core import SubModel
-from fedlean.engine.pieces import Piece, Stretch
+from fedlean.engine.pieces import Part, Piece
 from fedlean.engine.protocol import SGD
 from fedlean.train.sgd import local_sgd
 from fedlean.train.sgd_in_pieces import sgd_in_pieces
@@ -23,11 +23,11 @@ def opened():
 def test_it_trains_as_local_sgd_does():
     plain, pieces = opened(), opened()
     wanted = local_sgd(plain, client_data()[0], steps=5, batch_size=8, seed=3)
-    stretches = [Stretch(FIRST, 2), Stretch(SECOND, 3)]
+    parts = [Part(FIRST, 2), Part(SECOND, 3)]
     loss = sgd_in_pieces(
         pieces,
         client_data()[0],
-        stretches=stretches,
+        parts=parts,
         batch_size=8,
         seed=3,
         take=lambda *_: None,
@@ -35,7 +35,7 @@ def test_it_trains_as_local_sgd_does():
     assert loss == wanted and same(plain.params(), pieces.params())
 
 
-def test_each_stretch_is_taken_as_it_ends_and_scaled_to_all_steps():
+def test_each_part_is_taken_as_it_ends_and_scaled_to_all_steps():
     """Losses 1 to 5: 2 steps of one, 3 of the other, out of 5."""
     happened = []
 
@@ -47,7 +47,7 @@ def test_each_stretch_is_taken_as_it_ends_and_scaled_to_all_steps():
     loss = sgd_in_pieces(
         session,
         client_data()[0],
-        stretches=[Stretch(FIRST, 2), Stretch(SECOND, 3)],
+        parts=[Part(FIRST, 2), Part(SECOND, 3)],
         batch_size=4,
         seed=0,
         take=lambda pieces, sums, scale: happened.append((pieces, sums["of"], scale)),
@@ -59,6 +59,6 @@ def test_each_stretch_is_taken_as_it_ends_and_scaled_to_all_steps():
 
 def test_no_steps():
     loss = sgd_in_pieces(
-        opened(), client_data()[0], stretches=(), batch_size=8, seed=0, take=lambda *_: None
+        opened(), client_data()[0], parts=(), batch_size=8, seed=0, take=lambda *_: None
     )
     assert loss == 0.0

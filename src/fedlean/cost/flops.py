@@ -15,7 +15,7 @@ from math import prod
 from fedlean.core import Work
 from fedlean.cost.stretch import stretch
 from fedlean.engine.gradient_flow import needs_gradient
-from fedlean.engine.pieces import Importance, Stretch, dense_rows, pieces_of, stretches
+from fedlean.engine.pieces import Importance, Part, dense_rows, parts_taken, pieces_of
 from fedlean.layers import Conv2d, Linear
 from fedlean.spec import ModelSpec, Node
 
@@ -114,11 +114,11 @@ def step_flops(
     return total
 
 
-def importance_stretches(
+def importance_parts(
     spec: ModelSpec, work: Work, frozen: frozenset[str] = frozenset()
-) -> tuple[Stretch, ...]:
-    """What the importance steps of `work` took one after another.  Raises as `stretches`."""
-    return stretches(spec, work.importance_steps, work.piece_bytes, work.first_piece, frozen)
+) -> tuple[Part, ...]:
+    """What the importance steps of `work` took one after another.  Raises as `parts_taken`."""
+    return parts_taken(spec, work.importance_steps, work.piece_bytes, work.first_piece, frozen)
 
 
 def importance_share(
@@ -153,6 +153,6 @@ def work_flops(
         return step_flops(spec, work.kept, work.batch_size, importance=dense, frozen=frozen)
 
     steps = (work.steps - work.importance_steps) * step(False)
-    for pieces, count in importance_stretches(spec, work, frozen):
+    for pieces, count in importance_parts(spec, work, frozen):
         steps += count * step(pieces)
     return steps + forward_flops(spec, work.kept, work.forward_examples)

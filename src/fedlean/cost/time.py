@@ -11,8 +11,8 @@ from fedlean.cost.backward import FORWARD_SHARE, BackwardLeft, activations_of, b
 from fedlean.cost.flops import (
     flops_by_layer,
     forward_flops,
+    importance_parts,
     importance_share,
-    importance_stretches,
     layer_flops,
     step_flops,
 )
@@ -167,7 +167,7 @@ def work_seconds(
 
     plain = work.steps - work.importance_steps
     seconds = plain * step(False) if plain else 0.0
-    for pieces, count in importance_stretches(spec, work, frozen):
+    for pieces, count in importance_parts(spec, work, frozen):
         seconds += count * step(pieces)
     if work.forward_examples:
         examples = work.forward_examples

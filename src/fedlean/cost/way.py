@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fedlean.core import Work
-from fedlean.cost.flops import importance_stretches
+from fedlean.cost.flops import importance_parts
 from fedlean.cost.profile import Profile
 from fedlean.cost.stretch import held_bytes, is_span, stretch
 from fedlean.cost.time import work_seconds
@@ -95,7 +95,7 @@ def _memory(
         frozen=frozen,
         importance=work.importance_steps > 0,
         taps=work.taps,
-        pieces=[one.pieces for one in importance_stretches(spec, work, frozen)],
+        pieces=[one.pieces for one in importance_parts(spec, work, frozen)],
         sparse=sparse,
     )
 

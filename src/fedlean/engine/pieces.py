@@ -111,20 +111,20 @@ def sweep(
     return tuple(done) + ((tuple(now),) if now else ())
 
 
-class Stretch(NamedTuple):
-    """Importance steps in a row that take the same pieces."""
+class Part(NamedTuple):
+    """Of a sweep: the importance steps in a row that take the same pieces."""
 
     pieces: Pieces
     steps: int
 
 
-def stretches(
+def parts_taken(
     spec: ModelSpec,
     steps: int,
     budget_bytes: int,
     first: int,
     frozen: frozenset[str] = frozenset(),
-) -> tuple[Stretch, ...]:
+) -> tuple[Part, ...]:
     """What `steps` importance steps take of a sweep from its part `first` on, one part a step.
 
     budget_bytes: of the sweep; 0: all coordinates at every step.  Where less parts are left than
@@ -134,16 +134,16 @@ def stretches(
     >>> from fedlean.layers import Linear
     >>> from fedlean.spec import sequential
     >>> spec = sequential((4,), [("fc", Linear(3))])
-    >>> [stretch.steps for stretch in stretches(spec, 5, 40, 0)]
+    >>> [part.steps for part in parts_taken(spec, 5, 40, 0)]
     [2, 3]
     """
     if not steps:
         return ()
     if not budget_bytes:
-        return (Stretch(whole(spec, frozen), steps),)
+        return (Part(whole(spec, frozen), steps),)
     parts = sweep(spec, budget_bytes, frozen)
     if not 0 <= first < len(parts):
         raise ValueError(f"part {first} of a sweep of {len(parts)} parts")
     parts = parts[first : first + steps]
     ends = [i * steps // len(parts) for i in range(len(parts) + 1)]
-    return tuple(Stretch(part, ends[i + 1] - ends[i]) for i, part in enumerate(parts))
+    return tuple(Part(part, ends[i + 1] - ends[i]) for i, part in enumerate(parts))

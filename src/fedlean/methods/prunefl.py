@@ -72,7 +72,7 @@ from fedlean.pruning.prunable_set import fraction_at
 from fedlean.pruning.reconfiguration_rounds import Rounds, SizeLimit
 from fedlean.pruning.reconfigure import Pruner
 from fedlean.pruning.sent_importance import accumulated, kept_sums, largest_sums
-from fedlean.train.cohort import check_client, check_cohort, sample_cohort
+from fedlean.train.cohort import check_client, check_cohort, cohort_tasks, sample_cohort
 from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate, one_of
 from fedlean.train.open_session import open_session
 from fedlean.train.sgd import local_sgd
@@ -268,15 +268,14 @@ def prunefl(
             "reconfigurations": state.reconfigurations,
         }
 
-        given = spec, pack(state.params, state.masks), SubModel(masks=state.masks), hparams
+        model = Model(spec, pack(state.params, state.masks), state.masks)
         drawn = sample_cohort(devices, cohort, seed=server.seed, round=round)
-        seeds = {client: derive_seed(server.seed, round, client, "train") for client in drawn}
-        return [ClientTask(round, "train", client, seed, *given) for client, seed in seeds.items()]
+        return cohort_tasks(server, drawn, round=round, phase="train", model=model, hparams=hparams)
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         if state.phase == "initial":
             return _after_initial(state, updates)
-        merged = fold(state.params, updates, variances=spec.variances)
+        merged = fold(state.params, updates, variances=spec.variances)  # w = Σ p_n w_n
         round = state.round + 1
         collected = rounds.collected(round, state.importance, merged)
         state = replace(state, round=round, params=merged.params(), importance=collected)
@@ -289,7 +288,7 @@ def prunefl(
                 return state
             importance = {name: np.square(state.params[name]) for name in spec.prunable}
         seed = derive_seed(server.seed, round, 0, "prune")
-        params, masks = due.reconfigure(spec, state.params, state.masks, importance, seed)
+        params, masks = due.reconfigure(spec, state.params, state.masks, importance, seed)  # (7)
         reconfigurations = state.reconfigurations + 1
         return replace(state, params=params, masks=masks, reconfigurations=reconfigurations)
 
@@ -328,8 +327,9 @@ def work(task: ClientTask) -> tuple[Work, ...]:
     if task.phase == "initial":
         return (most_work(task.hparams),)
     h = task.hparams
-    pieces = {name: int(h.get(name, 0)) for name in ("piece_bytes", "first_piece")}
-    return (sgd_work(task, importance=bool(h["importance"]), **pieces),)
+    budget, first = (int(h.get(name, 0)) for name in ("piece_bytes", "first_piece"))
+    importance = bool(h["importance"])
+    return (sgd_work(task, importance=importance, piece_bytes=budget, first_piece=first),)
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -374,7 +374,7 @@ def _train(
     form = float(h["importance_multiple"]), str(h["importance_dtype"])
     if parts := ordered(task):
         sent = SentPieces(masks, *form)
-        train_loss = sgd_in_pieces(session, batches, stretches=parts, take=sent.take, **drawn)
+        train_loss = sgd_in_pieces(session, batches, parts=parts, take=sent.take, **drawn)
         statistics[statistic_name(int(h["first_piece"]))] = sent.statistic()
     else:
         steps = int(h["local_steps"])

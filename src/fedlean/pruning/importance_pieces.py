@@ -11,7 +11,7 @@ from math import ceil
 import numpy as np
 
 from fedlean.core import ClientTask, Masks, Params, Statistic, StatisticForm
-from fedlean.engine.pieces import Piece, Pieces, Stretch, piece_shape, stretches, sweep
+from fedlean.engine.pieces import Part, Piece, Pieces, parts_taken, piece_shape, sweep
 from fedlean.patterns.largest import largest
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts, kept_values
@@ -32,21 +32,21 @@ def statistic_name(first_part: int) -> str:
     return f"importance/{first_part}"
 
 
-def ordered(task: ClientTask) -> tuple[Stretch, ...]:
+def ordered(task: ClientTask) -> tuple[Part, ...]:
     """What the task's steps sum g² of, where that is a piece at a time."""
     h = task.hparams
     if not h.get("piece_bytes", 0):
         return ()
     steps, budget_bytes, first = (int(h[k]) for k in ("local_steps", "piece_bytes", "first_piece"))
-    return stretches(task.spec, steps, budget_bytes, first)
+    return parts_taken(task.spec, steps, budget_bytes, first)
 
 
 def sent_form(task: ClientTask) -> dict[str, StatisticForm]:
     """Of what is sent of it, which may be packed."""
     shapes = {
         piece_name(piece): piece_shape(task.spec, piece)
-        for stretch in ordered(task)
-        for piece in stretch.pieces
+        for part in ordered(task)
+        for piece in part.pieces
     }
     name = statistic_name(int(task.hparams["first_piece"]))
     return {name: StatisticForm(shapes, non_negative=True)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
-from fedlean.engine.pieces import stretches
+from fedlean.engine.pieces import parts_taken
 from fedlean.printable import printable
 from fedlean.spans import span
 from fedlean.tree import is_packed, num_kept
@@ -200,7 +200,7 @@ def _other_pieces(
             return "claims g² of other pieces than it was asked for"
         part = span(task.spec, one.begin, one.end) if one.begin or one.end else task.spec
         try:
-            stretches(part, 1, *_summed(one), task.sub_model.frozen)
+            parts_taken(part, 1, *_summed(one), task.sub_model.frozen)
         except ValueError as error:
             return f"claims g² of no pieces: {error}"
     return None

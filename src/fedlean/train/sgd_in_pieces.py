@@ -7,7 +7,7 @@ from itertools import islice
 from math import fsum
 
 from fedlean.core import Batches, Params
-from fedlean.engine.pieces import Pieces, Stretch
+from fedlean.engine.pieces import Part, Pieces
 from fedlean.engine.protocol import Session
 
 
@@ -15,21 +15,21 @@ def sgd_in_pieces(
     session: Session,
     batches: Batches,
     *,
-    stretches: Sequence[Stretch],
+    parts: Sequence[Part],
     batch_size: int,
     seed: int,
     take: Callable[[Pieces, Params, float], None],
 ) -> float:
-    """One optimiser step for each step of the stretches; the mean training loss.
+    """One optimiser step for each step of the parts; the mean training loss.
 
-    take(pieces, sums, scale) as soon as a stretch is over, so that no two are held: g² over its
-    steps, and what they are multiplied with to stand for g² over all steps.
+    take(pieces, sums, scale) as soon as a part is over, so that no two are held: g² over its steps,
+    and what that is multiplied with to stand for g² over all of them.
     """
-    steps = sum(stretch.steps for stretch in stretches)
+    steps = sum(part.steps for part in parts)
 
     def losses() -> Iterator[float]:
         drawn = batches.draw(steps=steps, batch_size=batch_size, seed=seed)
-        for pieces, count in stretches:
+        for pieces, count in parts:
             for x, y in islice(drawn, count):
                 yield session.step(x, y, importance=pieces)
             take(pieces, session.importance(), steps / count)
