@@ -143,6 +143,8 @@ def test_others_start_anew_and_plain_steps_change_nothing(engine):
     assert_near({"w": all_once["fc1.weight"][2:5]}, {"w": once["fc1.weight"]})
     session.step(x, y, importance=SOME)
     assert same(session.importance(), once)
+    session.step(x, y, importance=[tuple(piece) for piece in SOME])  # no matter of which type
+    assert_near(session.importance(), {name: 2 * values for name, values in once.items()})
     session.step(x, y, importance=whole(MLP))
     session.step(x, y, importance=True)  # the same by another name
     assert_near(session.importance(), {name: 2 * values for name, values in all_once.items()})
@@ -176,6 +178,9 @@ def test_frozen_tensors_are_no_pieces(engine):
         ((Piece("fc1.weight", 3, 4),), "4 rows from 3"),
         ((Piece("fc1.weight", 0, 0),), "0 rows"),
         ((Piece("fc1.weight", -1, 2),), "from -1"),
+        (("fc1.weight",), "expected Piece"),
+        ((("fc1.weight", 0),), "expected Piece"),
+        ((("fc1.weight", 0.0, 1),), "expected Piece"),
     ],
 )
 def test_what_is_no_piece_is_refused_and_changes_nothing(engine, pieces, word):

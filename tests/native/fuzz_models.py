@@ -102,8 +102,9 @@ def engine_case(draw: Draw, engine: Any) -> None:
 
 def train(draw: Draw, spec: Any, session: Any, x: np.ndarray, y: np.ndarray) -> None:
     taps = draw.some(sorted(spec.by_name), draw.between(0, len(spec.by_name)))
-    for importance in (False, True):
+    for importance in (False, True, pieces_of(draw, spec), pieces_of(draw, spec)):
         attempt("step", lambda i=importance: session.step(x, y, importance=i))
+        attempt("importance", session.importance)
     attempt("loss", lambda: session.loss(x[:1], y[:1]))
     values = attempt("forward", lambda: session.forward(x, taps=taps, training=True))
     if values:
@@ -112,9 +113,20 @@ def train(draw: Draw, spec: Any, session: Any, x: np.ndarray, y: np.ndarray) -> 
         gradients = attempt("backward", lambda: session.backward(ones, dense=dense))
         attempt("apply", lambda: session.apply(gradients or {}))
         attempt("forward", lambda: session.forward(x, taps=taps, training=True))
-        attempt("descend", lambda: session.descend(ones, importance=dense))
+        importance = dense or pieces_of(draw, spec)
+        attempt("descend", lambda: session.descend(ones, importance=importance))
     attempt("params", lambda: session.params(packed=True))
     attempt("importance", session.importance)
+
+
+def pieces_of(draw: Draw, spec: Any) -> tuple[tuple[str, int, int], ...]:
+    """Rows of some tensors, now and then of more than there are."""
+    pieces = []
+    for name in draw.some(sorted(spec.param_shapes), draw.between(1, 4)):
+        rows = spec.param_shapes[name][0]
+        first = draw.between(0, rows - 1)
+        pieces.append((name, first, draw.between(1, rows - first + draw.chance(0.02))))
+    return tuple(pieces)
 
 
 def evaluate(draw: Draw, spec: Any, session: Any, x: np.ndarray, y: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedlean.engine.native_storage import FLOAT_BYTES
 from fedlean.layers import Shape
@@ -41,9 +41,9 @@ def pieces_of(spec: ModelSpec, frozen: Collection[str], importance: Importance) 
     """What a step with `importance` sums.  Raises ValueError naming the piece that is none."""
     if isinstance(importance, bool):
         return whole(spec, frozen) if importance else ()
+    pieces = tuple(map(_piece, importance))
     seen = set[str]()
-    for piece in importance:
-        name, first, rows = piece
+    for name, first, rows in pieces:
         if name not in spec.param_shapes or name in frozen:
             raise ValueError(f"importance names {name!r}, expected a tensor that is trained")
         if name in seen:
@@ -54,7 +54,14 @@ def pieces_of(spec: ModelSpec, frozen: Collection[str], importance: Importance) 
                 f"importance names {rows} rows from {first} of {name!r}, which has {most}"
             )
         seen.add(name)
-    return tuple(importance)
+    return pieces
+
+
+def _piece(given: Any) -> Piece:
+    match given:
+        case (str(name), int(first), int(rows)):
+            return Piece(name, first, rows)
+    raise ValueError(f"importance holds {given!r:.60}, expected Piece(tensor, first_row, rows)")
 
 
 def piece_shape(spec: ModelSpec, piece: Piece) -> Shape:
