@@ -55,14 +55,13 @@ from fedlean.core import (
     Masks,
     Model,
     Params,
-    Scalar,
     Statistic,
     StatisticForm,
     SubModel,
     Work,
     derive_seed,
 )
-from fedlean.engine.protocol import Engine, Loss
+from fedlean.engine.protocol import Engine
 from fedlean.pruning.budget import fraction_to
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.importance_pieces import SentPieces, ordered, sent_form, statistic_name
@@ -72,9 +71,9 @@ from fedlean.pruning.prunable_set import fraction_at
 from fedlean.pruning.reconfiguration_rounds import Rounds, SizeLimit
 from fedlean.pruning.reconfigure import Pruner
 from fedlean.pruning.sent_importance import accumulated, kept_sums, largest_sums
-from fedlean.train.cohort import check_client, check_cohort, cohort_tasks, sample_cohort
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate, one_of
-from fedlean.train.open_session import open_session
+from fedlean.train.cohort import check_client, cohort_tasks
+from fedlean.train.hyperparameters import at_least, in_range, one_of
+from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
 from fedlean.train.sgd import local_sgd
 from fedlean.train.sgd_in_pieces import sgd_in_pieces
 from fedlean.train.work import sgd_work
@@ -98,17 +97,11 @@ class State:
     initial_lost: int = 0  # how often it has lost it
 
 
+@with_local_sgd
 def prunefl(
     server: Server,
+    sgd: LocalSGD,
     *,
-    lr: float = 0.1,
-    local_steps: int = 5,
-    batch_size: int = 20,
-    cohort: int | None = None,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss = "ce",
-    lr_half_life_rounds: float = 0.0,
     initial_pruning: bool = True,
     initial_client: int | None = None,
     initial_batches: int = 5,
@@ -132,9 +125,9 @@ def prunefl(
     """Adaptive pruning during federated learning.
 
     Args:
-      lr, local_steps, batch_size, cohort, momentum, weight_decay, loss, lr_half_life_rounds: as in
-        `fedavg`; `cohort` is the paper's random client selection.  In initial pruning the momentum
-        buffer starts at 0 with every task (a reconfiguration or 10 passes).
+      sgd: local SGD, whose settings are this method's as well; `cohort` is the paper's random
+        client selection.  In initial pruning the momentum buffer starts at 0 with every task (a
+        reconfiguration or 10 passes).
       initial_pruning: prune at `initial_client` first (one that has examples of all classes: with
         few it keeps too little; None: the first that has the memory), in passes of
         `initial_batches` batches from `initial_examples` of its examples, 0: from all it has
@@ -165,17 +158,6 @@ def prunefl(
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    check_sgd(
-        server.spec,
-        lr=lr,
-        local_steps=local_steps,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        lr_half_life_rounds=lr_half_life_rounds,
-    )
-    check_cohort(cohort, server)
     if initial_client is not None:
         check_client("initial_client", initial_client, server)
     at_least("initial_batches", initial_batches, 1)
@@ -205,7 +187,7 @@ def prunefl(
     spec = server.spec
     rounds = Rounds(
         *(spec, server.rounds, reconfigure_every, importance_rounds),
-        *(local_steps, importance_budget_bytes),
+        *(sgd.local_steps, importance_budget_bytes),
     )
     size = SizeLimit(rounds, size_limit, size_target)
 
@@ -217,17 +199,10 @@ def prunefl(
         limit = size.kept(round)
         if masks and limit is not None:
             fraction = max(fraction, fraction_to(limit, masks))
+        steps = sgd.local_steps
         return Pruner(
-            time_model, server.profile, batch_size, local_steps, fraction, limit, readd_scale
+            time_model, server.profile, sgd.batch_size, steps, fraction, limit, readd_scale
         )
-
-    sgd: dict[str, Scalar] = {
-        "local_steps": local_steps,
-        "batch_size": batch_size,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "loss": loss,
-    }
 
     def init(model: Model) -> State:
         if model.masks:  # initial pruning is what somebody else has done
@@ -238,9 +213,8 @@ def prunefl(
 
     def initial_task(state: State, devices: Sequence[Device]) -> ClientTask:
         hparams = {
-            **sgd,
+            **sgd.hparams(0),
             **pruner(0).to_hparams(),
-            "lr": lr,
             "initial_batches": initial_batches,
             "initial_examples": initial_examples,
             "initial_passes": initial_passes,
@@ -260,16 +234,14 @@ def prunefl(
             return [initial_task(state, devices)]
         round = state.round + 1
         hparams = {
-            **sgd,
-            "lr": learning_rate(lr, state.round, lr_half_life_rounds),
+            **sgd.hparams(state.round),
             **rounds.orders(round),
             "importance_multiple": importance_multiple,
             "importance_dtype": importance_dtype,
             "reconfigurations": state.reconfigurations,
         }
-
         model = Model(spec, pack(state.params, state.masks), state.masks)
-        drawn = sample_cohort(devices, cohort, seed=server.seed, round=round)
+        drawn = sgd.clients(server, devices, round)
         return cohort_tasks(server, drawn, round=round, phase="train", model=model, hparams=hparams)
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -368,7 +340,7 @@ def _train(
 ) -> tuple[ClientUpdate, ClientState]:
     """Eq. (2) for `local_steps` steps; g² of eq. (6) accumulates where the task says so."""
     h, masks, state, statistics = task.hparams, task.sub_model.masks, {}, {}
-    session = open_session(task, engine, task.params, masks)
+    session = open_session(task, engine)
     drawn = {"batch_size": int(h["batch_size"]), "seed": task.seed}
     importance = bool(h["importance"])
     form = float(h["importance_multiple"]), str(h["importance_dtype"])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedlean.core import Device, Scalar
+from fedlean.algorithm import Device
+from fedlean.core import Scalar
 from fedlean.cost.way import MB, work_memory_bytes
 from fedlean.pruning.initial_pruning import most_work
 from fedlean.spec import ModelSpec

@@ -13,6 +13,7 @@ from fedlean.core import (
     Batches,
     ClientTask,
     ClientUpdate,
+    Masks,
     Params,
     Scalar,
     SubModel,
@@ -116,18 +117,16 @@ def with_local_sgd(
 
 
 def open_session(
-    task: ClientTask,
-    engine: Engine,
-    *,
-    params: Params | None = None,
-    sub_model: SubModel | None = None,
+    task: ClientTask, engine: Engine, params: Params | None = None, masks: Masks | None = None
 ) -> Session:
-    """A session of the task's SGD, at its model or at another one of the same spec."""
+    """A session of the task's SGD, at its model or at another one of the same spec, then dense or
+    under `masks`.
+    """
     h = task.hparams
     return engine.open(
         task.spec,
         task.params if params is None else params,
-        task.sub_model if sub_model is None else sub_model,
+        task.sub_model if params is None else SubModel(masks=masks or {}),
         batch_size=int(h["batch_size"]),
         optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
         loss=loss_of(task),
