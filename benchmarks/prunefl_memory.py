@@ -32,7 +32,8 @@ import numpy as np
 from machine import describe
 
 from fedlean import wire
-from fedlean.core import ClientTask, Device, FederatedAlgorithm, Model, Server, Work, generator
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
+from fedlean.core import ClientTask, Model, Work, generator
 from fedlean.cost.profile import load_profile
 from fedlean.cost.way import work_memory_bytes
 from fedlean.data.batches import ClientData

@@ -25,7 +25,8 @@ from federation import (
 )
 
 from fedlean import wire
-from fedlean.core import ClientUpdate, Device, Statistic, SubModel
+from fedlean.algorithm import Device
+from fedlean.core import ClientUpdate, Statistic, SubModel
 from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.pieces import sweep
 from fedlean.engine.protocol import SGD
