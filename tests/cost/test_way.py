@@ -88,8 +88,8 @@ def test_frozen_tensors_make_a_way_fit():
 def test_a_device_with_memory_to_spare_is_not_planned_for_each_mask(monkeypatch):
     """A time model asks for thousands of masks: one plan, of the dense way, is made for all."""
     planned = []
-    memory = way._memory
-    monkeypatch.setattr(way, "_memory", lambda *args: planned.append(args) or memory(*args))
+    memory = way.stretch_memory
+    monkeypatch.setattr(way, "stretch_memory", lambda *args: planned.append(args) or memory(*args))
     way._dense_memory.cache_clear()
     for count in range(1, 50):
         as_done(SPEC, Work(3, 9, kept={"fc1.weight": count, "fc2.weight": 1}), FAST_SPARSE)
@@ -101,5 +101,5 @@ def test_a_device_with_memory_to_spare_is_not_planned_for_each_mask(monkeypatch)
 def test_the_bound_that_saves_a_plan_holds(spec, density, batch_size):
     kept = {name: int(density * prod(spec.param_shapes[name])) for name in spec.prunable}
     work = Work(1, batch_size, kept=kept)
-    dense = way._memory(spec, replace(work, kept={}), frozenset())
+    dense = way.stretch_memory(spec, replace(work, kept={}), frozenset())
     assert work_memory_bytes(spec, work) <= way.enough_bytes(dense, kept)

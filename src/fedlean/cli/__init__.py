@@ -31,6 +31,10 @@ COMMANDS = {
     ),
     "resume": ("runs:resume", "Continue an interrupted run, bit for bit."),
     "compare": ("comparison:compare", "One page over several runs; the first is the baseline."),
+    "plan": (
+        "plan:plan",
+        "What each method would cost on a device, what fits, and what to choose.",
+    ),
     "profile": (
         "profiles:profile",
         "Measure this device's time model and link into a profile for --device.",

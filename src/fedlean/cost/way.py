@@ -58,7 +58,7 @@ def work_memory_bytes(
     they are of a span.
     """
     own = stretch(spec, work, frozen)
-    return _memory(*own, sparse).peak_bytes + held_bytes(spec, work)
+    return stretch_memory(*own, sparse).peak_bytes + held_bytes(spec, work)
 
 
 def peak_memory_bytes(
@@ -74,7 +74,7 @@ def peak_memory_bytes(
     return max(together, default=0)
 
 
-def _memory(
+def stretch_memory(
     spec: ModelSpec, work: Work, frozen: frozenset[str], sparse: bool = True
 ) -> StepMemory | ForwardMemory:
     """`spec` and `frozen` are of the span that the work ran."""
@@ -138,7 +138,7 @@ def _dense_memory(
         end=spec.nodes[-1].name if of_span else "",
         taps=taps,
     )
-    return _memory(spec, work, frozen)
+    return stretch_memory(spec, work, frozen)
 
 
 def _sparse_fits(
@@ -150,7 +150,7 @@ def _sparse_fits(
 ) -> bool:
     if enough_bytes(dense, work.kept) <= profile.memory_bytes:  # most devices need no plan
         return True
-    return _memory(spec, work, frozen).peak_bytes <= profile.memory_bytes
+    return stretch_memory(spec, work, frozen).peak_bytes <= profile.memory_bytes
 
 
 def enough_bytes(dense: StepMemory | ForwardMemory, kept: Mapping[str, int]) -> int:

@@ -10,6 +10,7 @@ from fedlean.data.dataset import Dataset
 from fedlean.data.source import Room, Source, in_memory, unlimited
 from fedlean.data.stratify import stratified_sample
 
+SHAPE, CLASSES, TRAINING_EXAMPLES = (1, 8, 8), 10, 1438  # known without scikit-learn
 SPLIT_SEED = 0  # fixed: runs with different seeds must be tested on the same examples
 TEST_SHARE = 0.2
 SKLEARN_BYTES = 100_000_000  # counted for scikit-learn and SciPy, once imported

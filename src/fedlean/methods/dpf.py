@@ -51,6 +51,7 @@ from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range, learning_rate
 from fedlean.train.local_sgd import LocalSGD, loss_of, open_session, with_local_sgd
 from fedlean.train.loss_gradient import loss_and_gradient
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.sgd import local_sgd
 from fedlean.train.start import dense_params
 from fedlean.train.work import sgd_work
@@ -149,6 +150,11 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     if settings["density"] < 1:
         return {}
     return dict.fromkeys(("reconfigure_every", "target_share"), "density is 1: nothing is pruned")
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    return [Rehearsal({"reconfigure_every": 1, "target_share": 0.01}, rounds=3, until=2)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -39,6 +39,7 @@ from fedlean.pruning.prune_steps import Spacing, density_after, steps_in_first_h
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
@@ -135,6 +136,12 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     if settings["density"] < 1:
         return {}
     return dict.fromkeys(("prune_every", "spacing"), "density is 1: nothing is pruned")
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    every = None if settings["prune_every"] is None else 1
+    return [Rehearsal({"prune_every": every}, rounds=3, until=2)]
 
 
 def client_update(

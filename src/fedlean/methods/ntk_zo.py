@@ -70,6 +70,7 @@ from fedlean.train.cohort import check_cohort, sample_cohort
 from fedlean.train.forward_round import ForwardRound, LastBlock
 from fedlean.train.forward_updates import Entry, Held, Optimizer, Rule, Space, averaged, round_seed
 from fedlean.train.hyperparameters import at_least, in_range, learning_rate, one_of
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.slope_fold import SlopeFold, own_seed
 from fedlean.train.zeroth_order import Differences, Form
 from fedlean.tree import apply_mask, fold, pack, unpack
@@ -327,6 +328,18 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     elif settings["criterion"] not in FROM_CLIENTS:
         found |= dict.fromkeys(scoring, f"criterion {settings['criterion']!r} takes no scores")
     return found
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    until = 2 if settings["download"] == "scalars" else 1  # who replays needs a round to replay
+    if settings["scores"] == "clients":
+        return [Rehearsal({"prune_steps": 1}, rounds=until, until=until)]
+    # the server's own, and as many weights
+    shorter = {"ntk_shuffled": "random", "node_ntk": "ntk", "node": "ntk"}
+    criterion = shorter.get(settings["criterion"], settings["criterion"])
+    quick = {"prune_steps": 1, "prune_draws": 1, "prune_examples": 1, "keep_units": False}
+    return [Rehearsal({**quick, "criterion": criterion}, rounds=until, until=until)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

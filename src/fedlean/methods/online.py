@@ -68,6 +68,7 @@ from fedlean.pruning.size_search import (
 )
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, with_local_sgd
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.sgd import local_sgd
 from fedlean.train.start import dense_params
 from fedlean.train.work import sgd_work
@@ -237,6 +238,12 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
         return {}
     search = ("adapt_from", "min_density", "probe_batches", "readd_scale", "time_model")
     return dict.fromkeys(search, "adapt_every is 0")
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    every = min(settings["adapt_every"], 2)
+    return [Rehearsal({"adapt_every": every, "adapt_from": 1}, rounds=5, until=4, bound=True)]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ from fedlean.pruning.sent_importance import accumulated, kept_sums, largest_sums
 from fedlean.train.cohort import check_client, cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range, one_of
 from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.sgd import local_sgd
 from fedlean.train.sgd_in_pieces import sgd_in_pieces
 from fedlean.train.work import sgd_work
@@ -283,6 +284,30 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
         pruning = ("prunable_fraction", "size_limit", "size_target", "readd_scale", "time_model")
         found |= dict.fromkeys(pruning, "nothing is pruned")
     return found
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest runs in which clients do all that they do in a long one.
+
+    Each ends before a reconfiguration, whose masks depend on the data.
+    """
+    every, limit = settings["reconfigure_every"], settings["size_limit"]
+    if not settings["importance_budget_bytes"]:  # pieces take as many rounds as they take
+        every = min(every, 3)
+    found = []
+    if settings["initial_pruning"]:
+        alone = {"initial_client": settings["initial_client"] or 0}  # whether it fits or not
+        last = {**alone, "initial_max_passes": settings["initial_passes"]}  # for its last answer
+        found += [Rehearsal(alone, rounds=4, steps=2), Rehearsal(last, rounds=4, steps=1)]
+    train = Rehearsal(
+        {"initial_pruning": False, "reconfigure_every": every},
+        rounds=(every or 3) + 1,
+        until=every or 3,
+        bound=limit is None,
+    )
+    if limit is None or not settings["initial_pruning"]:
+        found.append(train)
+    return found if limit is None else [*found, replace(train, density=limit)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

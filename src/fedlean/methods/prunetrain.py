@@ -53,6 +53,7 @@ from fedlean.pruning.group_lasso import coefficient, group_axes, penalty, shrunk
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, with_local_sgd
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.sgd import local_sgd
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
@@ -151,6 +152,11 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     if settings["penalty_ratio"]:
         return {}
     return dict.fromkeys(("threshold", "reconfigure_every"), "penalty_ratio is 0: it is FedAvg")
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    return [Rehearsal({"reconfigure_every": 2}, rounds=3, until=2, bound=True)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -48,6 +48,7 @@ from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, loss_of, train_kept_weights, with_local_sgd
 from fedlean.train.loss_gradient import loss_and_gradient
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
@@ -147,6 +148,11 @@ def snip(
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
     return {"snip_batches": "score is 'update'"} if settings["score"] == "update" else {}
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    return [Rehearsal(rounds=2, until=2)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

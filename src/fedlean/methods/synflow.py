@@ -37,6 +37,7 @@ from fedlean.pruning.synaptic_flow import prune_by_flow
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 from fedlean.tree import apply_mask, fold
@@ -106,6 +107,11 @@ def synflow(
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
     return {} if settings["density"] < 1 else {"synflow_steps": "density is 1: nothing is pruned"}
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """The shortest run in which clients do all that they do in a long one."""
+    return [Rehearsal({"synflow_steps": 1}, rounds=1, until=1)]
 
 
 def client_update(

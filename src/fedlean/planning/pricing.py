@@ -1,0 +1,156 @@
+"""From what a walk has seen to what it costs on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from fedlean.algorithm import Device, profile_of
+from fedlean.core import ClientTask, Masks, Work
+from fedlean.cost.price import Cost
+from fedlean.cost.profile import Profile
+from fedlean.cost.split import MemorySplit, memory_split
+from fedlean.cost.time import link_seconds
+from fedlean.layers import Shape
+from fedlean.planning.records import Binds, Phase
+from fedlean.planning.walk import Kind
+from fedlean.pruning.density import density
+from fedlean.runtime.prices import Prices
+from fedlean.spec import ModelSpec
+from fedlean.tree import kept_count
+
+CHOICES = ("width", "depth", "stage", "block")  # settings of a task that say which part it is of
+
+
+Splits = dict[Any, MemorySplit]  # what memory is made of, by the work as it is done
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Of tasks on one device; `splits` are shared by those of other devices."""
+
+    device: Device  # numbered 0
+    profile: Profile  # its own, with its memory
+    prices: Prices
+    splits: Splits
+
+    def price(self, task: ClientTask, works: Sequence[Work]) -> tuple[Cost, MemorySplit]:
+        cost = self.prices.of(task, works)
+        done, frozen = [one.work for one in cost.done], task.sub_model.frozen
+        key = (task.spec.hash, frozen, *map(repr, done))
+        if key not in self.splits:
+            self.splits[key] = memory_split(task.spec, done, frozen=frozen)
+        return cost, self.splits[key]
+
+
+def pricer(device: Device, fallback: Profile, splits: Splits) -> Pricer:
+    """fallback: the profile of a device that has none of its own."""
+    here = replace(device, id=0)
+    return Pricer(here, profile_of(here, fallback), Prices(fallback, [here]), splits)
+
+
+def phases(kinds: Sequence[Kind], whole: ModelSpec, pricer: Pricer) -> tuple[Phase, ...]:
+    """`kinds` on a device; `whole` is the model that is to be trained."""
+    last = kinds[-1].phase if kinds else ""
+    names = [_about(kind) for kind in kinds]
+    several = len({kind.phase for kind in kinds}) < len(kinds)
+    return tuple(
+        _phase(kind, about if several or choice(kind.task) else "", last, whole, pricer)
+        for kind, about in zip(kinds, names, strict=True)
+    )
+
+
+def _phase(kind: Kind, about: str, last: str, whole: ModelSpec, pricer: Pricer) -> Phase:
+    price, split = pricer.price(kind.task, kind.works)
+    fits = split.peak_bytes <= pricer.profile.memory_bytes
+    link = link_seconds(kind.downlink_bytes, kind.uplink_bytes, pricer.profile)
+    slower: Binds = "link" if link > price.seconds else "compute"
+    return Phase(
+        name=kind.phase,
+        about=about,
+        recurring=kind.phase == last,
+        one_client=kind.one_client,
+        model_share=_share(kind.task, whole),
+        memory=split,
+        downlink_first_bytes=kind.downlink_first_bytes,
+        downlink_bytes=kind.downlink_bytes,
+        uplink_bytes=kind.uplink_bytes,
+        flops=price.flops,
+        compute_seconds=price.seconds,
+        link_seconds=link,
+        fits=fits,
+        binds=slower if fits else "memory",
+        forward_only=not any(work.steps for work in kind.works),
+    )
+
+
+def peak_bytes(
+    kinds: Sequence[Kind], pricer: Pricer, *, density: float = 1.0, value: float | None = None
+) -> int:
+    """The most that one of `kinds` takes; with `value`, if masks of `density` had that instead."""
+    most = 0
+    for kind in kinds:
+        works = kind.works
+        if value is not None:
+            shapes = kind.task.spec.tensor_shapes
+            works = [moved(work, shapes, density, value) for work in works]
+        most = max(most, pricer.price(kind.task, works)[1].peak_bytes)
+    return most
+
+
+def moved(work: Work, shapes: Mapping[str, Shape], density: float, value: float) -> Work:
+    """Masked tensors at another density: fewer in proportion, or so much nearer to all of them.
+
+    >>> half = Work(1, 8, kept={"w": 30})
+    >>> [moved(half, {"w": (100,)}, 0.5, value).kept["w"] for value in (0.25, 0.5, 0.75, 1.0)]
+    [15, 30, 65, 100]
+    """
+    if not work.kept or value == density:
+        return work
+    kept = {}
+    for name, count in work.kept.items():
+        size = prod(shapes[name])
+        if value < density:
+            kept[name] = max(1, round(count * value / density))
+        else:
+            kept[name] = round(count + (size - count) * (value - density) / (1 - density))
+    return replace(work, kept=kept)
+
+
+def choice(task: ClientTask) -> str:
+    """Which part of the model a task is of, as its method says; "" where it says nothing."""
+    said = [
+        f"{name} {task.hparams[name]:g}"
+        if isinstance(task.hparams[name], float)
+        else f"{name} {task.hparams[name]}"
+        for name in CHOICES
+        if name in task.hparams
+    ]
+    return ", ".join(said)
+
+
+def _about(kind: Kind) -> str:
+    masks = kind.task.sub_model.masks
+    parts = [choice(kind.task)] if choice(kind.task) else []
+    if not parts:
+        parts.append(f"{100 * density(masks):.3g}% kept" if masks else "dense")
+    measured = kind.task.hparams.get("measure")
+    parts += [f"+ {name}" for name in kind.statistics]
+    if measured:
+        parts.append("+ losses")
+    return " ".join(parts)
+
+
+def _share(task: ClientTask, whole: ModelSpec) -> float:
+    """At most 1: exits and heads are no part of the whole."""
+    held = _values(task.spec, task.sub_model.masks)
+    return min(1.0, held / _values(whole, {}))
+
+
+def _values(spec: ModelSpec, masks: Masks) -> int:
+    return sum(
+        kept_count(masks[name]) if name in masks else prod(shape)
+        for name, shape in spec.tensor_shapes.items()
+    )
