@@ -72,8 +72,8 @@ MORE_CASES = {
 }
 
 
-def writable_masks() -> dict[str, np.ndarray]:
-    """That keep everything, for a test to prune by hand."""
+def all_kept():
+    """Masks to write to."""
     return {name: mask.copy() for name, mask in full_masks(SPEC).items()}
 
 
@@ -88,7 +88,7 @@ def train_state(algorithm, masks=None):
 
 def test_equation_2_by_hand():
     """w(k+1) = w - η·g ⊙ m on one step: the engine's dense gradient, masked by hand."""
-    masks = writable_masks()
+    masks = all_kept()
     masks["fc1.weight"][:, ::3] = False
     algorithm = prunefl(server(), lr=0.5, local_steps=1, batch_size=4, reconfigure_every=0)
     state = train_state(algorithm, masks)
@@ -107,7 +107,7 @@ def test_equation_2_by_hand():
 
 def test_importance_is_g_squared_of_all_coordinates_summed_over_steps():
     """lr -> 0 leaves w in place, so Σ g² over 3 steps is that of 3 separate gradients."""
-    masks = writable_masks()
+    masks = all_kept()
     masks["fc1.weight"][:, ::2] = False
     algorithm = prunefl(
         server(),
@@ -156,7 +156,7 @@ def test_importance_goes_up_in_two_bytes_a_coordinate():
 
 def test_the_largest_importance_of_each_layer_goes_up():
     """1.5 times the weights that the layer keeps; tensors without a mask as a whole."""
-    masks = writable_masks()
+    masks = all_kept()
     masks["fc1.weight"][:] = False
     masks["fc1.weight"].flat[:40] = True
     everything, some = (
@@ -292,7 +292,7 @@ def test_each_round_takes_its_parts_of_a_sweep():
 
 def test_a_part_is_scaled_from_its_steps_to_those_of_its_round():
     """One part left for 3 steps: its sum as it is; three parts: three times one step's."""
-    masks = full_masks(SPEC)
+    masks = all_kept()
     masks["fc1.weight"][:, ::2] = False
     algorithm = pieces_algorithm(local_steps=3, importance_multiple=0.0, importance_dtype="fp32")
     state = train_state(algorithm, masks)
@@ -315,7 +315,7 @@ def test_a_part_is_scaled_from_its_steps_to_those_of_its_round():
 
 
 def test_of_each_part_the_largest_go_up_and_no_more_is_held():
-    masks = full_masks(SPEC)
+    masks = all_kept()
     masks["fc1.weight"][:] = False
     masks["fc1.weight"][:4, :10] = True
     state = train_state(pieces_algorithm(), masks)
@@ -494,7 +494,7 @@ def test_initial_importance_passes_count_back_from_a_reconfiguration(monkeypatch
 
 def test_further_pruning_can_grow_back():
     """A weight pruned at one reconfiguration and important at the next comes back, perturbed."""
-    masks = writable_masks()
+    masks = all_kept()
     masks["fc1.weight"][3, 5] = False
     algorithm = prunefl(server(), lr=0.05, reconfigure_every=1, local_steps=2, batch_size=8)
     state = train_state(algorithm, masks)
@@ -513,7 +513,7 @@ def test_initial_pruning_can_grow_back():
     """A unit of fc1 that has lost all its inputs: some of them come back, perturbed."""
     algorithm = prunefl(server(), **{**SMALL, "prunable_fraction": 0.0})
     (task,) = algorithm.configure(algorithm.init(first_model()), devices())
-    masks = writable_masks()
+    masks = all_kept()
     masks["fc1.weight"][3] = False
     held = InitialModel(train_state(algorithm, masks).params, masks, {}, started=True)
     update, after = client_update(
