@@ -335,9 +335,8 @@ def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     until = 2 if settings["download"] == "scalars" else 1  # who replays needs a round to replay
     if settings["scores"] == "clients":
         return [Rehearsal({"prune_steps": 1}, rounds=until, until=until)]
-    # the server's own, and as many weights
     shorter = {"ntk_shuffled": "random", "node_ntk": "ntk", "node": "ntk"}
-    criterion = shorter.get(settings["criterion"], settings["criterion"])
+    criterion = shorter.get(settings["criterion"], settings["criterion"])  # as many weights
     quick = {"prune_steps": 1, "prune_draws": 1, "prune_examples": 1, "keep_units": False}
     return [Rehearsal({**quick, "criterion": criterion}, rounds=until, until=until)]
 
