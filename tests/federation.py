@@ -21,7 +21,7 @@ from fedlean.models.initialise import init_params
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Dispatch, LocalDispatch, Refuse
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import Progress, run_rounds
+from fedlean.runtime.rounds import LoopState, run_rounds
 from fedlean.spec import ModelSpec, sequential
 
 CLIENTS = 4
@@ -145,22 +145,22 @@ def run(
     *,
     engine: Engine = ENGINE,
     dispatch: Dispatch | None = None,
-    progress: Progress | None = None,
+    progress: LoopState | None = None,
     rounds: int = ROUNDS,
-    watch: Callable[[Progress, StepRecord], None] | None = None,
+    watch: Callable[[LoopState, StepRecord], None] | None = None,
     max_update_norm: float | None = None,
     first: Model | None = None,
 ) -> Any:
     """The final state, of clients on `engine` unless a dispatch is given."""
 
-    def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
+    def after_step(progress: LoopState, record: StepRecord, last: bool) -> None:
         del last
         if dispatch is None:  # nobody tampers: nothing that a method sends may be refused
             assert not record.refused, record.refused
         if watch is not None:
             watch(progress, record)
 
-    progress = progress or Progress(algorithm.init(first or first_model()), ClientStore())
+    progress = progress or LoopState(algorithm.init(first or first_model()), ClientStore())
     return run_rounds(
         algorithm,
         progress,

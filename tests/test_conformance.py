@@ -36,7 +36,7 @@ from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_t
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import LoopState
 from fedlean.tree import pattern_hash, unpack
 
 pytestmark = pytest.mark.parametrize("name", case_names())
@@ -154,7 +154,7 @@ def test_resume_equals_uninterrupted(name, engine, tmp_path):
     dispatch = fresh_dispatch(algorithm, engine)
     steps = []
 
-    def save(progress: Progress, record: StepRecord) -> None:
+    def save(progress: LoopState, record: StepRecord) -> None:
         del record
         folder = tmp_path / str(progress.step)
         clients = {str(client): dict(s) for client, s in dispatch.client_states().items()}
@@ -171,7 +171,7 @@ def test_resume_equals_uninterrupted(name, engine, tmp_path):
         state = type(fresh.init(first(name)))(**tree["state"])
         resumed = fresh_dispatch(fresh, engine)
         resumed.restore({int(k): v for k, v in tree["clients"].items()})
-        progress = Progress(state, ClientStore(tree["store"]), tree["step"])
+        progress = LoopState(state, ClientStore(tree["store"]), tree["step"])
         assert same(
             train(name, engine=engine, algorithm=fresh, dispatch=resumed, progress=progress),
             expected,
@@ -183,7 +183,7 @@ def test_wire_round_trip_and_bytes_as_claimed(name, engine):
     algorithm = build(name)
     store = ClientStore()
     dispatch = over_the_wire(fresh_dispatch(algorithm, engine), store)
-    progress = Progress(algorithm.init(first(name)), store)
+    progress = LoopState(algorithm.init(first(name)), store)
     assert same(
         train(name, engine=engine, algorithm=algorithm, dispatch=dispatch, progress=progress),
         train(name, engine=engine),
@@ -210,7 +210,7 @@ def test_masked_coordinates_are_exactly_zero(name, engine):
     """params == params · mask after every step, on the server and in every task."""
     case, pruned = case_of(name), []
 
-    def check(progress: Progress, record: StepRecord) -> None:
+    def check(progress: LoopState, record: StepRecord) -> None:
         for task in record.tasks:
             for key, mask in task.sub_model.masks.items():
                 if key in task.params:
@@ -227,7 +227,7 @@ def test_masks_are_hashed_once(name, engine, tmp_path, monkeypatch):
     """Those of the state, of tasks and of a checkpoint are read-only as they are made."""
     seen = []
 
-    def check(progress: Progress, record: StepRecord) -> None:
+    def check(progress: LoopState, record: StepRecord) -> None:
         save_checkpoint(tmp_path, progress.step, {"state": state_tree(progress.state)})
         restored = load_checkpoint(tmp_path)[0]["state"]["masks"]
         tasks = [task.sub_model.masks for task in record.tasks]

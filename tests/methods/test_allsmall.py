@@ -29,7 +29,7 @@ from fedlean.models.initialise import init_params
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import LoopState
 from fedlean.submodels.width import width as sliced
 
 SGD_SETTINGS = {"lr": 0.05, "local_steps": 2, "batch_size": 8}
@@ -139,7 +139,7 @@ def test_a_run_is_resumed_before_and_after_the_choice(tmp_path):
         tree, _ = load_checkpoint(folder)
         state = State(**tree["state"])
         widths.append(state.width)
-        resumed = trained(Progress(state, ClientStore(tree["store"]), tree["step"]))
+        resumed = trained(LoopState(state, ClientStore(tree["store"]), tree["step"]))
         assert same(resumed, expected)
     assert widths == [0.0] + [0.5] * 6
 

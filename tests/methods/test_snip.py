@@ -30,7 +30,7 @@ from fedlean.engine.protocol import SGD
 from fedlean.methods.snip import client_update, snip
 from fedlean.pruning.units import dead_units
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import LoopState
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.tree import num_kept
 
@@ -194,7 +194,7 @@ def test_update_score_of_one_step_is_the_gradient_score_of_its_batches():
 
 def test_one_dense_round_one_scoring_then_values_only():
     """Phases, cohorts and sizes: the gradient goes up once, whole; 168 weights stay, for good."""
-    records: list[tuple[StepRecord, Progress]] = []
+    records: list[tuple[StepRecord, LoopState]] = []
     algorithm = snip(server(), **SMALL, cohort=2)
     state = run(algorithm, watch=lambda progress, record: records.append((record, progress)))
     dense, score, *rest = (record for record, _ in records)

@@ -22,7 +22,7 @@ from fedlean.methods import fedavg, prunefl
 from fedlean.runtime.checks import MAX_EXAMPLES, Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import LoopState
 from fedlean.tree import apply_mask, unpack
 
 POISONED = 1
@@ -260,14 +260,14 @@ def one_step(change) -> tuple[object, StepRecord]:
     method = algorithm()
     state = replace(method.init(first_model()), params=apply_mask(params(), MASKS), masks=MASKS)
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         states.append(progress.state)
         records.append(record)
 
     run(
         method._replace(done=lambda state: state.round >= 2),
         dispatch=Around(fresh_dispatch(method), change),
-        progress=Progress(replace(state, round=1), ClientStore()),
+        progress=LoopState(replace(state, round=1), ClientStore()),
         watch=watch,
     )
     return states[0], records[0]
@@ -309,7 +309,7 @@ def test_a_refused_client_keeps_its_committed_state(without):
     )
     dispatch.acknowledge = lambda clients, refused: taken.append([*clients, *refused])
     store = ClientStore()
-    run(method, dispatch=dispatch, rounds=1, progress=Progress(method.init(first_model()), store))
+    run(method, dispatch=dispatch, rounds=1, progress=LoopState(method.init(first_model()), store))
     assert taken == [[0, 2, 3, POISONED]]
     assert not store.known(POISONED).specs and store.known(0).specs == {SPEC.hash}
 

@@ -34,7 +34,7 @@ from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.ledger import StepCost
 from fedlean.runtime.local import ClientError, LocalDispatch
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import EMPTY_STEPS, Progress, RunFailed
+from fedlean.runtime.rounds import EMPTY_STEPS, LoopState, RunFailed
 from fedlean.runtime.step import ATTEMPTS
 
 
@@ -304,7 +304,7 @@ def test_bytes_are_those_of_the_messages(name):
     _, records = recorded(
         algorithm,
         dispatch=Around(fresh_dispatch(algorithm), change),
-        progress=Progress(algorithm.init(first_model()), store),
+        progress=LoopState(algorithm.init(first_model()), store),
     )
     assert [record.cost.downlink_bytes for record in records] == down
     assert [record.cost.uplink_bytes for record in records] == up

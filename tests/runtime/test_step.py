@@ -26,7 +26,7 @@ from fedlean.runtime.checks import beyond_order
 from fedlean.runtime.merged import GROWTH, fault, suspects
 from fedlean.runtime.moves import BUFFERS, MODEL, Move, Moved
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import REFUSED_STEPS, Progress, RunFailed
+from fedlean.runtime.rounds import REFUSED_STEPS, LoopState, RunFailed
 from fedlean.runtime.step import ATTEMPTS
 from fedlean.tree import apply_mask
 
@@ -386,7 +386,7 @@ def test_a_server_step_that_gives_no_model_ends_the_run():
         return replace(state, params={n: v * np.float32(np.inf) for n, v in state.params.items()})
 
     broken = algorithm._replace(configure=lambda state, devices: [], server_update=server_update)
-    seen: list[Progress] = []
+    seen: list[LoopState] = []
     with pytest.raises(RunFailed, match=r"own went wrong: params.*is not finite"):
         run(broken, dispatch=fresh_dispatch(broken), watch=lambda p, record: seen.append(p))
     assert all(np.isfinite(value).all() for value in seen[0].state.params.values())

@@ -20,14 +20,14 @@ from fedlean.models.initialise import check_params
 from fedlean.runtime.checkpoint import begin_anew
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.moves import Moves
-from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, Progress
+from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, LoopState
 from fedlean.runtime.runlog import Totals
 
 
 class Restored(NamedTuple):
     """What a checkpoint holds."""
 
-    progress: Progress
+    progress: LoopState
     totals: Totals
     log_bytes: int  # of `rounds.jsonl` when it was written
     clients: dict[int, ClientState]
@@ -43,7 +43,7 @@ def restored(
     Raises ValueError naming what of it does not fit the method or the model.
     """
     try:
-        progress = Progress(
+        progress = LoopState(
             _state(tree["state"], initial, modelled),
             ClientStore(_store(tree["store"])),
             _count("step", tree["step"]),

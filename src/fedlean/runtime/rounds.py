@@ -29,7 +29,7 @@ class RunFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class LoopState:
     """Everything that the loop carries from step to step, beside the clients' own states."""
 
     state: Any
@@ -42,13 +42,13 @@ class Progress:
 
 def run_rounds(
     algorithm: FederatedAlgorithm,
-    progress: Progress,
+    progress: LoopState,
     *,
     server: Server,
     dispatch: Dispatch,
-    after_step: Callable[[Progress, StepRecord, bool], None],
+    after_step: Callable[[LoopState, StepRecord, bool], None],
     max_update_norm: MaxNorm = None,
-) -> Progress:
+) -> LoopState:
     """Steps until `algorithm.done`; `after_step(progress, record, last)` logs and checkpoints.
 
     max_update_norm: see `moves`.  Raises RunFailed after EMPTY_STEPS steps without an answer or
@@ -77,7 +77,7 @@ def run_rounds(
     return progress
 
 
-def _failure(progress: Progress, record: StepRecord) -> str | None:
+def _failure(progress: LoopState, record: StepRecord) -> str | None:
     """Why the run cannot go on after this step, if it cannot."""
     if progress.refused_steps >= REFUSED_STEPS:
         client, reason = next(iter(record.rejected.items()))

@@ -57,7 +57,7 @@ from fedlean.runtime.notices import about_masks, about_model
 from fedlean.runtime.outofmemory import memory_for
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.restored import recorded_round, restored
-from fedlean.runtime.rounds import Progress, run_rounds
+from fedlean.runtime.rounds import LoopState, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
 from fedlean.runtime.samedata import about_data, held_against
 from fedlean.runtime.start import about_start, first_model, given_model, keep, kept, was_given
@@ -123,7 +123,7 @@ def start(
             keep(folder, model)
         write_document(folder, document)
         log = RunLog(folder / "rounds.jsonl")
-        return _go(run, Progress(state, ClientStore()), Totals(), log)
+        return _go(run, LoopState(state, ClientStore()), Totals(), log)
 
 
 def _anywhere(config: RunConfig) -> RunConfig:
@@ -184,7 +184,7 @@ def resume(
             lines.append("made with other versions or on another machine: the last bits may differ")
         initial = run.algorithm.init(kept(folder, config, run.server.spec))
         if tree is None:
-            progress, totals, log_bytes = Progress(initial, ClientStore()), Totals(), 0
+            progress, totals, log_bytes = LoopState(initial, ClientStore()), Totals(), 0
         else:
             progress, totals, log_bytes, clients = restored(
                 folder, tree, initial, partial(model_of, run.algorithm, run.server)
@@ -300,11 +300,11 @@ def _clients(config: RunConfig, dataset: Dataset, fleet: Fleet | None) -> int:
     return CLIENTS if fleet is None or fleet.size is None else fleet.size
 
 
-def _go(run: _Run, progress: Progress, totals: Totals, log: RunLog) -> dict[str, Any]:
+def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str, Any]:
     config = run.config
     book = _Book(totals, progress.state.params, _pause_seconds(run.how, 0.0))
 
-    def after_step(progress: Progress, record: StepRecord, last: bool) -> None:
+    def after_step(progress: LoopState, record: StepRecord, last: bool) -> None:
         run.lock.check()
         state = progress.state
         book.totals = book.totals.after(record, config.num_clients)
@@ -381,7 +381,7 @@ def _pause_seconds(how: How, took_seconds: float) -> float:
     return min(max(least, took_seconds / CHECKPOINT_SHARE), most)
 
 
-def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -> None:
+def _checkpoint(run: _Run, progress: LoopState, totals: Totals, log_bytes: int) -> None:
     clients = {str(client): dict(s) for client, s in run.dispatch.client_states().items()}
     tree = {
         "step": progress.step,
@@ -397,7 +397,7 @@ def _checkpoint(run: _Run, progress: Progress, totals: Totals, log_bytes: int) -
     save_checkpoint(run.folder / "checkpoint", progress.step, tree)
 
 
-def _finish(run: _Run, progress: Progress, book: _Book) -> dict[str, Any]:
+def _finish(run: _Run, progress: LoopState, book: _Book) -> dict[str, Any]:
     state, config, totals = progress.state, run.config, book.totals
     model = model_of(run.algorithm, run.server, state)
     write_model(run.folder / "model.safetensors", model)

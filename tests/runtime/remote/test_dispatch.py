@@ -36,7 +36,7 @@ from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.exchange import Failed
 from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.worker import Worker
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import LoopState
 
 pytestmark = pytest.mark.usefixtures("clock")
 
@@ -70,7 +70,7 @@ def test_devices_that_restart_after_every_round(name, post):
     """What counts is on their disks."""
     dispatch, _ = remote(post, name)
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         for client in range(CLIENTS):
             post.restart(client)
 
@@ -81,7 +81,7 @@ def test_a_device_that_lost_its_disk_gets_spec_and_pattern_again(post):
     dispatch, lines = remote(post, "prunefl")
     records: list[StepRecord] = []
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         records.append(record)
         if progress.state.phase == "train" and progress.state.round == 3:
             shutil.rmtree(post.folder / "2")
@@ -106,7 +106,7 @@ def test_a_device_that_lost_its_disk_gets_spec_and_pattern_again(post):
 def test_only_the_pattern_is_lost(post):
     dispatch, lines = remote(post, "prunefl")
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         if progress.state.phase == "train" and progress.state.round == 3:
             for path in post.folder.glob("1/*/pattern-*"):
                 path.write_bytes(b"torn")
@@ -121,7 +121,7 @@ def test_the_server_dies_after_the_devices_answered(post, tmp_path):
     """Resumed from the checkpoint before, on a new connection: the step is done again, the same."""
     saved: list[int] = []
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         if progress.step <= 4:
             clients = {str(c): dict(s) for c, s in dispatch.client_states().items()}
             tree = {
@@ -144,7 +144,7 @@ def test_the_server_dies_after_the_devices_answered(post, tmp_path):
     state = type(algorithm.init(first_model()))(**tree["state"])
     again, lines = remote(post, name)
     again.restore({int(k): v for k, v in tree["clients"].items()})
-    progress = Progress(state, ClientStore(tree["store"]), tree["step"])
+    progress = LoopState(state, ClientStore(tree["store"]), tree["step"])
     assert same(run(algorithm, dispatch=again, progress=progress), run(build(name)))
     assert not any("lost" in line or "lacks" in line for line in lines)
 
@@ -264,7 +264,7 @@ def test_late_and_second_replies_are_discarded_and_said(post):
     dispatch, lines = remote(post)
     held: list[tuple[str, bytes]] = []
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         if progress.step == 1:
             key, content = held[0]
             post.waiting.append((key, content))  # round 1's answer, in round 2
@@ -305,7 +305,7 @@ def test_nobody_there_ends_with_the_count(post):
 def test_a_node_that_comes_back_under_another_id_is_the_same_client(post):
     dispatch, lines = remote(post)
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         if progress.step == 2:
             post.workers[777] = post.workers.pop(103)
             post.there = {100, 101, 102, 777, 103}  # the old one is not known to be dead yet
@@ -345,7 +345,7 @@ def test_a_node_restarted_with_another_number_is_asked_again(post):
     del post.workers[102]
     post.there = {100, 101, 103}
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         if progress.step == 2:
             post.there = {100, 101}
         if progress.step == 3:

@@ -38,7 +38,7 @@ from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.frozen import FROZEN, HeldFrozen
 from fedlean.runtime.remote.room import resident_bytes
 from fedlean.runtime.remote.worker import Worker
-from fedlean.runtime.rounds import Progress
+from fedlean.runtime.rounds import LoopState
 
 pytestmark = pytest.mark.usefixtures("clock")
 FIRST = frozenset({"conv.weight", "conv.bias"})
@@ -110,7 +110,7 @@ def test_others_travel_when_they_are_frozen(post):
 def test_a_device_that_lost_them_gets_them_again_once(how, post):
     dispatch, lines = remote(post)
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         records.append(record)
         if progress.state.round == 3:
             for path in post.folder.glob("2/*/frozen-*"):
@@ -131,7 +131,7 @@ def test_a_device_that_lost_them_gets_them_again_once(how, post):
 def test_devices_that_restart_hold_them_on_their_disks(post):
     dispatch, lines = remote(post)
 
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         for client in range(CLIENTS):
             post.restart(client)
 
@@ -140,7 +140,7 @@ def test_devices_that_restart_hold_them_on_their_disks(post):
 
 
 def test_a_server_that_resumes_knows_what_devices_hold(post, tmp_path):
-    def watch(progress: Progress, record: StepRecord) -> None:
+    def watch(progress: LoopState, record: StepRecord) -> None:
         if progress.step == 3:
             clients = {str(c): dict(s) for c, s in first.client_states().items()}
             parts = {"state": state_tree(progress.state), "store": progress.store.to_tree()}
@@ -155,7 +155,7 @@ def test_a_server_that_resumes_knows_what_devices_hold(post, tmp_path):
     state = type(algorithm.init(first_model()))(**tree["state"])
     again, lines = remote(post)
     again.restore({int(key): value for key, value in tree["clients"].items()})
-    progress = Progress(state, ClientStore(tree["store"]), tree["step"])
+    progress = LoopState(state, ClientStore(tree["store"]), tree["step"])
     resumed, records = records_of(algorithm, dispatch=again, progress=progress)
     alone, local = records_of(freezing())
     assert same(resumed, alone) and not any("lacks" in line for line in lines)
