@@ -84,7 +84,7 @@ def test_errors(capsys, tmp_path):
     assert "size like 128MB" in fails(capsys, "--memory", "0MB")
     assert "no device profile named 'raspberry_pi_3'" in fails(capsys, "--device", "raspberry_pi_3")
     assert "sides like 3x32x32" in fails(capsys, "--input-shape", "1x2x3x4")
-    assert "whole number" in fails(capsys, "--input-shape", "ax2")
+    assert "sides like 3x32x32" in fails(capsys, "--input-shape", "ax2")
     assert "leave out one" in fails(capsys, "--dataset", "digits", "--input-shape", "1x8x8")
     assert "goes with --input-shape" in fails(capsys, "--classes", "3")
     assert "at least 2" in fails(capsys, "--input-shape", "1x8x8", "--classes", "1")

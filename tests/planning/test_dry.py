@@ -106,9 +106,25 @@ def test_bad_calls_are_refused():
         opened().apply({"nope": X})
 
 
-def test_one_batch_stands_for_all_and_is_never_recognised():
+def test_batches_are_as_many_as_are_drawn_and_never_recognised():
     batches = DryBatches((1, 8, 8), 3, 40)
-    ((x, y),) = batches.draw(steps=7, batch_size=5, seed=0)
+    drawn = list(batches.draw(steps=7, batch_size=5, seed=0))
+    assert len(drawn) == 7 and not list(batches.draw(steps=0, batch_size=5, seed=0))
+    x, y = drawn[0]
     assert x.shape == (5, 1, 8, 8) and x.dtype == np.float32
     assert y.dtype == np.int64 and (opened().forward(x)["fc2"].argmax(1) != y).all()
-    assert not list(batches.draw(steps=0, batch_size=5, seed=0))
+    one = DryBatches((1, 8, 8), 3, 40, one=True)
+    assert [len(list(one.draw(steps=steps, batch_size=5, seed=0))) for steps in (0, 7)] == [0, 1]
+
+
+def test_sums_of_pieces_have_their_rows(has_native):
+    pieces = (("fc1.weight", 2, 3), ("fc1.bias", 0, 12))
+    real = federation.engine_for(SPEC, "native", 1)[0].open(
+        SPEC, PARAMS, SUB, batch_size=5, optimizer=SGD(0.1)
+    )
+    dry = opened()
+    for session in (real, dry):
+        session.step(X, Y, importance=pieces)
+    shapes = [{n: v.shape for n, v in s.importance().items()} for s in (real, dry)]
+    assert shapes[0] == shapes[1]
+    assert real.peak_memory_bytes == dry.peak_memory_bytes

@@ -104,6 +104,13 @@ def test_what_cannot_be_planned_says_why():
     assert any("heterofl: not planned: assign" in line for line in verdicts(found.devices[0]))
 
 
+def test_code_of_ones_own_that_fails_costs_its_own_lines_only(tmp_path, monkeypatch):
+    (tmp_path / "failing_method.py").write_text("def failing(server):\n    return server.nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fedavg, failing = block(None, ["fedavg", "failing_method:failing"]).methods
+    assert fedavg.planned and not failing.planned and "nothing" in failing.why
+
+
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="no method named 'fedavgg'; nearest: fedavg"):
         block(None, ["fedavgg"])

@@ -152,8 +152,8 @@ def test_devices_that_a_method_treats_alike_share_a_walk():
     assert stage.walked("snip", {}, small, PROFILE) is stage.walked("snip", {}, large, PROFILE)
     narrow, wide = (stage.walked("heterofl", {}, d, PROFILE) for d in (small, large))
     assert narrow is not wide
-    assert narrow.walk.kinds[0].task.hparams["width"] == "0.25"
-    assert wide.walk.kinds[0].task.hparams["width"] == "1"
+    widths = [float(one.walk.kinds[0].task.hparams["width"]) for one in (narrow, wide)]
+    assert widths == [0.25, 1]
 
 
 def test_a_method_without_a_rehearsal_gets_more_rounds_where_it_asks_for_them(
@@ -173,3 +173,21 @@ def test_a_method_without_a_rehearsal_gets_more_rounds_where_it_asks_for_them(
     assert [kind.phase for kind in found.walk.kinds] == ["train"]
     with pytest.raises(ValueError, match="below the number of rounds"):
         stage.walked("slow_method:slow", {"every": 10**6}, Device(0, profile=PROFILE), PROFILE)
+
+
+def test_importance_in_pieces_is_walked_to_its_end():
+    settings = {"initial_pruning": False, "importance_budget_bytes": 3000, "reconfigure_every": 2}
+    device = Device(0, profile=PROFILE)
+    walk = Stage(federation.SPEC).walked("prunefl", settings, device, PROFILE).walk
+    at_once = Stage(federation.SPEC).walked(
+        "prunefl", {"initial_pruning": False, "reconfigure_every": 2}, device, PROFILE
+    )
+    peaks = [
+        max(
+            phase.memory.importance_bytes
+            for phase in phases(kinds, federation.SPEC, pricer(device, PROFILE, {}))
+        )
+        for kinds in (walk.kinds, at_once.walk.kinds)
+    ]
+    assert 0 < peaks[0] <= 3000 < peaks[1]
+    assert any(kind.statistics for kind in walk.kinds)

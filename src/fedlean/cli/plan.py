@@ -8,6 +8,7 @@ from json import dumps
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.text import Text
 
 from fedlean.algorithm import Device
 from fedlean.cli.options import Place, Whole
@@ -23,6 +24,7 @@ from fedlean.planning.page import plan_page
 from fedlean.planning.plan import LEFT_OUT
 from fedlean.planning.plan import plan as planned
 from fedlean.planning.table import plan_parts
+from fedlean.printable import printable
 from fedlean.report.page import write_page
 from fedlean.runtime import method as methods
 from fedlean.runtime.config import CLIENTS
@@ -103,10 +105,11 @@ def plan(
     if out is not None:
         write_page(out, plan_page(found))
     if json:
-        show(dumps(to_document(found), indent=1))
+        for line in dumps(to_document(found), indent=1).splitlines():
+            show(line)
         return
     for part in plan_parts(found):
-        show(part)
+        show(Text(printable(part)) if isinstance(part, str) else part)  # text that is wrapped
     if out is not None:
         show(f"wrote {out}")
 

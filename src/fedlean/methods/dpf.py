@@ -154,7 +154,9 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """The shortest run in which clients do all that they do in a long one."""
-    return [Rehearsal({"reconfigure_every": 1, "target_share": 0.01}, rounds=3, until=2)]
+    return [
+        Rehearsal({"reconfigure_every": 1, "target_share": 0.01}, rounds=3, until=2, one_batch=True)
+    ]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

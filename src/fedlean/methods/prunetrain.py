@@ -156,7 +156,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """The shortest run in which clients do all that they do in a long one."""
-    return [Rehearsal({"reconfigure_every": 2}, rounds=3, until=2, bound=True)]
+    return [Rehearsal({"reconfigure_every": 2}, rounds=3, until=2, one_batch=True, bound=True)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

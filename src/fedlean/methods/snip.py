@@ -152,7 +152,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """The shortest run in which clients do all that they do in a long one."""
-    return [Rehearsal(rounds=2, until=2)]
+    return [Rehearsal(rounds=2, until=2, one_batch=True)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -16,7 +16,7 @@ from fedlean.core import Params, SubModel, generator
 from fedlean.engine import checks
 from fedlean.engine.directions import Kind
 from fedlean.engine.memory import forward_memory, optimizer_floats, step_memory
-from fedlean.engine.pieces import Importance
+from fedlean.engine.pieces import Importance, pieces_of
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.spec import ModelSpec
 from fedlean.tree import apply_mask, kept_counts, pack, unpack
@@ -140,7 +140,7 @@ class DrySession(_Held):
             optimizer_floats=optimizer_floats(self._optimizer),
             frozen=self._sub_model.frozen,
             importance=bool(self._importance),
-            pieces=[] if isinstance(self._importance, bool) else [self._importance],
+            pieces=[pieces_of(self._spec, self._sub_model.frozen, self._importance)],
         ).peak_bytes
 
     def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
@@ -151,7 +151,8 @@ class DrySession(_Held):
         whole = self._generic()
         if isinstance(self._importance, bool):
             return whole
-        return {piece.name: whole[piece.name][piece.rows] for piece in self._importance}
+        pieces = pieces_of(self._spec, self._sub_model.frozen, self._importance)
+        return {name: whole[name][first : first + rows] for name, first, rows in pieces}
 
     def forward(
         self, x: np.ndarray, *, taps: Sequence[str] = (), training: bool = False
@@ -223,18 +224,20 @@ class DryForwardSession(_Held):
 
 
 class DryBatches:
-    """One batch of zeros stands for all that are drawn, and nothing in it is recognised.
+    """Batches of zeros, in which nothing is recognised: their labels are the last class.
 
-    Its labels are the last class, while every output of a dry session is 0.
+    one: the first batch stands for all that are drawn.
     """
 
-    def __init__(self, input_shape: Sequence[int], classes: int, num_examples: int):
+    def __init__(
+        self, input_shape: Sequence[int], classes: int, num_examples: int, *, one: bool = False
+    ):
         self.num_examples = num_examples
-        self._shape, self._label = tuple(input_shape), classes - 1
+        self._shape, self._label, self._one = tuple(input_shape), classes - 1, one
 
     def draw(
         self, *, steps: int, batch_size: int, seed: int, examples: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if steps:
+        for _ in range(min(steps, 1) if self._one else steps):
             x = np.zeros((batch_size, *self._shape), np.float32)
             yield x, np.full(batch_size, self._label, np.int64)

@@ -30,6 +30,9 @@ def plan_method(
         return planner.planned()
     except ValueError as error:
         return MethodPlan(method, why=" ".join(str(error).split())), None
+    except Exception as error:  # of code of somebody's own, which costs its own lines only
+        said = f"{type(error).__name__}: {error}"
+        return MethodPlan(method, why=" ".join(said.split())), None
 
 
 class _Planner:

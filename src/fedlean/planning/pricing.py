@@ -121,13 +121,11 @@ def moved(work: Work, shapes: Mapping[str, Shape], density: float, value: float)
 
 def choice(task: ClientTask) -> str:
     """Which part of the model a task is of, as its method says; "" where it says nothing."""
-    said = [
-        f"{name} {task.hparams[name]:g}"
-        if isinstance(task.hparams[name], float)
-        else f"{name} {task.hparams[name]}"
-        for name in CHOICES
-        if name in task.hparams
-    ]
+    said = []
+    for name in CHOICES:
+        if (value := task.hparams.get(name)) is not None:
+            short = str(value).removesuffix(".0")  # a number, or text that is one
+            said.append(f"{name} {short}")
     return ", ".join(said)
 
 

@@ -79,7 +79,12 @@ class Stage:
             self._model(short.density),
             pair,
             engine=self._engine,
-            batches=DryBatches(self.spec.input_shape, self.spec.output_shape[0], self.examples),
+            batches=DryBatches(
+                self.spec.input_shape,
+                self.spec.output_shape[0],
+                self.examples,
+                one=short.one_batch,
+            ),
             until=short.until,
             steps=short.steps,
         )

@@ -19,8 +19,9 @@ class Rehearsal:
 
     What the server would make of the answers to that is not asked.  settings: in place of the
     user's own of these names.  steps: at most so many are walked.  density: the run starts from a
-    model that keeps this share of every prunable tensor; None: of all weights.  bound: what clients
-    hold follows from the data while a run goes on, and the walk shows the most that it may be.
+    model that keeps this share of every prunable tensor; None: of all weights.  one_batch: a
+    client's half computes much on each batch and nothing that depends on how many there are.
+    bound: what clients hold follows from the data while a run goes on, and the walk shows the most.
     """
 
     settings: Mapping[str, Scalar | None] = field(default_factory=dict)
@@ -28,4 +29,5 @@ class Rehearsal:
     until: int = 5
     steps: int = 400
     density: float | None = None
+    one_batch: bool = False
     bound: bool = False
