@@ -84,6 +84,14 @@ def test_initial_pruning_may_be_for_a_larger_device():
     assert any("needs one client with" in line for line in said)
 
 
+def test_what_begins_with_full_masks_needs_them():
+    dense = method(None, "fedavg", MLP).needs_bytes
+    settings = {"initial_pruning": False, "reconfigure_every": 0}
+    one = method(dense - 1, "prunefl", MLP, settings=settings)
+    assert not one.fits and one.knob is not None and one.knob.largest is None
+    assert one.needs_bytes == dense
+
+
 def test_methods_that_choose_by_memory_do():
     wide, narrow = (method(memory, "heterofl") for memory in (10**9, 15_000))
     assert wide.phases[0].about == "width 1" and narrow.phases[0].about != "width 1"

@@ -19,6 +19,7 @@ from fedlean.runtime.method import complete
 KNOBS = ("density", "size_limit")  # settings in (0, 1] that say how much of the model is kept
 BASE = 0.2  # density of a walk from which those of others are found, where nothing is pruned
 TRIES = 8
+TINY = 0.01
 
 
 def plan_method(
@@ -106,8 +107,11 @@ class _Planner:
         return (float(self.value), walked) if fits and self.value is not None else None
 
     def _least_need(self, walked: Walked) -> int:
+        """Of the smallest model there is; what stays whole, whatever the setting, a walk shows."""
+        assert self.knob is not None
         base, density = self._base(walked)
-        return self._need_at(base, density, value_at(0))
+        least = self._need_at(base, density, value_at(0))
+        return least if least > self.limit else self._need(self._walked({self.knob: TINY}))
 
     def _record(
         self, walked: Walked, changed: Settings, knob: Knob | None, needs: int | None = None
