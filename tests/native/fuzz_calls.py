@@ -173,7 +173,7 @@ def arguments_of(
     labels = array(draw, inputs[:1], np.int64)
     if labels.dtype == np.int64 and labels.flags.writeable and labels.size:
         labels[...] = draw.wild(0)
-    pieces = [(node, slot, draw.wild(0), draw.wild(1)) for _ in range(draw.one([0, 1, 1, 2]))]
+    pieces = [(node, slot, draw.wild(0), draw.wild(1)) for _ in range(draw.one([0, 0, 0, 1]))]
     match name:
         case "load" | "read":
             return [node, slot, array(draw, weight), flag, *([flag] if draw.chance(0.5) else [])]
