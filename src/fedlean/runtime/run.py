@@ -8,17 +8,14 @@ same outcome, bit for bit.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import fedlean
 from fedlean.algorithm import FederatedAlgorithm, Server
 from fedlean.core import Masks, Model, Params
 from fedlean.cost.profile import other_model
@@ -26,7 +23,6 @@ from fedlean.data.batches import own_inputs, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import absolute
 from fedlean.engine.open import engine_for
-from fedlean.engine.protocol import Engine
 from fedlean.fleet.fleet import Fleet
 from fedlean.models.catalog import build as build_model
 from fedlean.runtime.checkpoint import (
@@ -45,6 +41,7 @@ from fedlean.runtime.config import (
     write_document,
 )
 from fedlean.runtime.devices import Devices, load_devices, recorded_devices
+from fedlean.runtime.environment import environment
 from fedlean.runtime.evaluate import Evaluate, evaluator
 from fedlean.runtime.how import How, Parts
 from fedlean.runtime.local import Dispatch
@@ -216,23 +213,6 @@ def _refuse_other_model(document: dict[str, Any], spec: ModelSpec) -> None:
             f"model {document['model']!r} is not the one that the run began with (see 'spec' in "
             "its config.json): bring that one and its data back, or start a new run"
         )
-
-
-def environment(engine: Engine) -> dict[str, Any]:
-    """Where the run was made, and by what: results are bit-equal only on the same of all these.
-
-    Of threads, too, with the torch engine; the native engine gives the same bits at any number.
-    """
-    versions = {"fedlean": fedlean.__version__, "python": platform.python_version()}
-    for package in ("numpy", "torch") if engine.name == "torch" else ("numpy",):
-        versions[package] = metadata.version(package)
-    where = {"machine": platform.machine(), "system": platform.system()}
-    return {
-        **versions,
-        **where,
-        "engine": engine.name,
-        "instruction_set": engine.instruction_set,
-    }
 
 
 def _prepare(
