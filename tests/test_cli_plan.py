@@ -82,6 +82,7 @@ def test_errors(capsys, tmp_path):
     assert "nearest: fedavg" in fails(capsys, "--method", "fedavgg")
     assert "size like 128MB" in fails(capsys, "--memory", "lots")
     assert "size like 128MB" in fails(capsys, "--memory", "0MB")
+    assert "size like 128MB" in fails(capsys, "--memory", "9" * 400 + "MB")
     assert "no device profile named 'raspberry_pi_3'" in fails(capsys, "--device", "raspberry_pi_3")
     assert "sides like 3x32x32" in fails(capsys, "--input-shape", "1x2x3x4")
     assert "sides like 3x32x32" in fails(capsys, "--input-shape", "ax2")

@@ -299,7 +299,7 @@ class _Pooled:
 class Fold:
     """One round's reduction: `add` every update, then read the results.
 
-    Rule (design D5): each coordinate becomes the mean over the clients that trained it, weighted by
+    Rule: each coordinate becomes the mean over the clients that trained it, weighted by
     their example counts (p_n in the papers); a coordinate nobody trained keeps `base` bit for bit.
     `variances` maps a running variance to its mean: those are pooled, with what lies between the
     clients' means.

@@ -198,6 +198,13 @@ def test_a_document_that_makes_no_sense_is_refused_by_key(written, text):
     assert DOCUMENTS[text] in refused(written("fleet.toml", text))
 
 
+def test_texts_that_a_reader_cannot_take_are_refused(written):
+    assert "not TOML" in refused(written("fleet.toml", "a=" + "[" * 5000))
+    assert "field larger than field limit" in refused(
+        written("fleet.csv", "device,memory_bytes\n0," + "9" * 200_000 + "\n")
+    )
+
+
 TABLES = {
     "": "line 1: no column device; the first line names the columns",
     "device,memory\n": "line 1: no column 'memory'; did you mean memory_bytes?",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from federation import SPEC, first_model, params, same
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fedlean.core import Model
@@ -201,6 +202,33 @@ def test_a_run_of_another_model_is_refused(tmp_path):
     folder = write_run(tmp_path / "run", spec=lenet300((1, 8, 8), 3))
     with pytest.raises(ValueError, match=r"another model.*--model"):
         begun(folder)
+
+
+def test_a_model_that_is_not_the_runs_own_says_so(tmp_path):
+    """AllSmall saves its narrow model: the file names its spec, a run of the whole refuses it."""
+    config = RunConfig("allsmall", rounds=1, clients=2, settings={"width": 0.5})
+    start(config, tmp_path / "narrow", How())
+    with safe_open(tmp_path / "narrow" / "model.safetensors", "numpy") as file:
+        saved = ModelSpec.from_json(file.metadata()["spec"])
+        assert {n: file.get_slice(n).get_shape() for n in file.keys()} == {  # noqa: SIM118
+            name: list(shape) for name, shape in saved.tensor_shapes.items()
+        }
+    message = r"saves another model than the run's own, with \d+ parameters instead of \d+"
+    again = RunConfig("fedavg", rounds=1, clients=2, start=str(tmp_path / "narrow"))
+    with pytest.raises(ValueError, match=message):
+        start(again, tmp_path / "whole", How())
+    plain = RunConfig("fedavg", rounds=1, clients=2)
+    start(plain, tmp_path / "plain", How())
+    with safe_open(tmp_path / "plain" / "model.safetensors", "numpy") as file:
+        assert file.metadata() is None
+
+
+def test_given_weights_are_finite(tmp_path):
+    spec = build("lenet300", (1, 8, 8), 10)
+    given = Model(spec, {n: np.full_like(v, np.nan) for n, v in init_params(spec, 3).items()})
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        start(RunConfig("fedavg", rounds=1, clients=2), tmp_path / "run", How(), first=given)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

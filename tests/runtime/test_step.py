@@ -183,6 +183,7 @@ CLAIMS = {
         claiming(Work(2, 4, importance_steps=1, piece_bytes=4, first_piece=0)),
         "g² of no pieces",
     ),
+    "more importance": (claiming(Work(1, 4, importance_steps=2)), "g² of 2 steps, of 1 that it"),
     "forward": (claiming(Work(2, 4, forward_examples=1)), "work of 9 examples"),
     "momentum": (claiming(Work(2, 4, optimizer_floats=1)), "work of 1 optimiser values"),
     "kept": (claiming(Work(2, 4, kept={"fc1.weight": 10**9})), "work on 1000000000 weights of"),

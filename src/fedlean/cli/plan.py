@@ -131,10 +131,10 @@ def memory_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)", text.strip())
     unit = UNITS.get(found[2].upper()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
-    if not 0 < size < 10**18:
+    size = float(found[1]) * unit if found and unit else 0.0
+    if not 1 <= size < 1e18:
         raise ValueError(f"--memory expects a size like 128MB or 1GiB, got {text!r:.40}")
-    return size
+    return int(size)
 
 
 def _shape(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -77,14 +78,14 @@ def _parsed(
             return parse_table(text, profiles=profiles, defaults=Member(fallback))
         document = parse_json(text) if ending == ".json" else _toml(text)
         return parse_document(document, profiles=profiles, fallback=fallback, read=read)
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"fleet {shown!r}: {error}") from None
 
 
 def _toml(text: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"not TOML: {error}") from None
 
 

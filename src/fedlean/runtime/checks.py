@@ -26,6 +26,7 @@ MAX_STATISTIC = 1e30  # of any other value: the sum over all clients of a run is
 MAX_REASON = 400  # characters
 MAX_METRICS, MAX_METRIC_NAME = 64, 64
 MAX_WORKS = 256
+MAX_A_WEIGHT = 64  # values of an optimiser
 MAX_WORK_EXAMPLES = 10**12  # of one stretch, where a method does not say what a task takes
 
 
@@ -124,6 +125,8 @@ def beyond_order(
     for one in work:
         if min(vars(one)[name] for name in _COUNTS) < 0:
             return "claims less work than none"
+        if one.importance_steps > one.steps:
+            return f"claims g² of {one.importance_steps} steps, of {one.steps} that it did"
         for name, kept in one.kept.items():
             if name not in task.spec.tensor_shapes:
                 return f"claims work on {name!r}, which the model lacks"
@@ -134,10 +137,10 @@ def beyond_order(
     if reason := _other_pieces(work, task, ordered):
         return reason
     if ordered is None:
-        amounts = _amounts(work)
-        for what in ("examples", "activations held"):
-            if (claimed := amounts[what]) > MAX_WORK_EXAMPLES:
-                return f"claims work on {claimed} {what}, expected at most {MAX_WORK_EXAMPLES}"
+        for what, claimed in _amounts(work).items():
+            most = MAX_A_WEIGHT if what == "optimiser values a weight" else MAX_WORK_EXAMPLES
+            if claimed > most:
+                return f"claims work on {claimed} {what}, expected at most {most}"
         return None
     return _more_than(work, ordered) or _on_more_weights(work, ordered)
 

@@ -380,7 +380,7 @@ def _checkpoint(run: _Run, progress: LoopState, totals: Totals, log_bytes: int) 
 def _finish(run: _Run, progress: LoopState, book: _Book) -> dict[str, Any]:
     state, config, totals = progress.state, run.config, book.totals
     model = model_of(run.algorithm, run.server, state)
-    write_model(run.folder / "model.safetensors", model)
+    write_model(run.folder / "model.safetensors", model, run.server.spec)
     final = book.last_entry["accuracy"] if book.last_entry else last_accuracy(run.folder)
     if final is None:
         final = run.evaluate(model, True).accuracy

@@ -17,7 +17,7 @@ from fedlean.jsonfile import read_json
 from fedlean.models.initialise import INIT_SCHEMES, check_params, init_params
 from fedlean.pruning.density import density
 from fedlean.runtime.config import RunConfig
-from fedlean.runtime.modelfile import read_model, write_model
+from fedlean.runtime.modelfile import check_values, read_model, write_model
 from fedlean.spec import ModelSpec
 from fedlean.tree import apply_mask
 
@@ -72,6 +72,7 @@ def given_model(model: Model, spec: ModelSpec) -> Model:
             "the model to start from is another one than the run's: it must be of the same spec"
         )
     check_params(spec, model.params)
+    check_values(model.params)
     return replace(model, params=apply_mask(model.params, model.masks))
 
 

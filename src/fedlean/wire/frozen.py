@@ -61,11 +61,6 @@ def hash_of(packed: Params, pattern: str) -> str:
     return digest.hexdigest()
 
 
-def frozen_bytes(spec: ModelSpec) -> int:
-    """Of the names and the hash."""
-    return names_bytes(spec) + _HASH_BYTES
-
-
 def frozen_values_bytes(params: Params, masks: Masks, spec: ModelSpec) -> int:
     shapes = {name: spec.tensor_shapes[name] for name in params}
     return names_bytes(spec) + values_bytes(shapes, masks, "fp32")
