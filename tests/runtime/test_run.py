@@ -239,6 +239,7 @@ def test_a_diverged_loss_is_null(tmp_path):
         clients=2,
         score=Score(0.1, float("nan")),
         model=first_model(),
+        whole=first_model().spec,
     )
     with closing(RunLog(tmp_path / "rounds.jsonl")) as log:
         log.append(line)

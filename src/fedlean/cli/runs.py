@@ -129,6 +129,6 @@ def _finish(folder: Path, summary: dict[str, Any]) -> None:
         f"{summary['method']}: accuracy {summary['final_accuracy']:.2%} "
         f"(best {summary['best_accuracy']:.2%}), density {summary['density']:.1%}, "
         f"{sent / 1e6:.1f} MB sent, {summary['simulated_seconds']:.0f} simulated seconds on "
-        f"{summary['device']}, {summary['wall_seconds']:.1f} s here"
+        f"{'the fleet' if summary['fleet'] else summary['device']}, {summary['wall_seconds']:.1f} s here"
     )
     show(report)

@@ -218,6 +218,8 @@ def _clock_note(runs: Sequence[Run]) -> str:
         profile = (
             f"the device profile “{device}”" if device else "a device profile not recorded here"
         )
+        if any(run.config.get("fleet") for run in runs if run.name in names):
+            profile = f"each device of its fleet, of which those without a profile have {profile}"
         parts.append(f"The simulated clock is that of {profile}{_whom(names, runs)}.")
     if clocked:
         parts.append(

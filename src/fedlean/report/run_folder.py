@@ -21,6 +21,7 @@ _PARTS = {  # of a row, each of which may be missing: early runs lack the newer 
     "layer_density": dict,
     "refused": dict,
     "left_out": dict,
+    "parameters": dict,
     "rejected": list,
     "notes": list,
     "asked_round": int,

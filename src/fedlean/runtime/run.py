@@ -305,6 +305,7 @@ def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str
             clients=config.num_clients,
             score=score,
             model=model,
+            whole=run.server.spec,
         )
         log.append(entry)
         book.last_entry = entry

@@ -15,6 +15,7 @@ from fedlean.jsonfile import parse_json
 from fedlean.pruning.density import density, full_masks, layer_density
 from fedlean.runtime.evaluate import Score
 from fedlean.runtime.record import StepRecord
+from fedlean.spec import ModelSpec
 
 FIRST_REFUSALS = 1000
 
@@ -128,8 +129,9 @@ def log_entry(
     clients: int,
     score: Score | None,
     model: Model,
+    whole: ModelSpec,
 ) -> dict[str, Any]:
-    """One line of the log."""
+    """One line of the log; `whole` is the run's model, of which clients may train a part."""
     masks = held_masks(model)
     cohort = [task.client for task in record.tasks]
     cost = asdict(record.cost)
@@ -142,6 +144,7 @@ def log_entry(
         "server_only": record.server_only,
         "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
         "left_out": {str(client): reason for client, reason in sorted(record.left_out.items())},
+        "parameters": _parts_of(record, whole),
         "refused": {str(client): reason for client, reason in sorted(record.refused.items())},
         "rejected": sorted(record.rejected),
         "notes": list(record.notes),
@@ -167,6 +170,13 @@ def log_entry(
             "wall_seconds": totals.wall_seconds,
         },
     }
+
+
+def _parts_of(record: StepRecord, whole: ModelSpec) -> dict[str, int]:
+    """By client, the parameters of the model that it was given; {} where all got the whole."""
+    if all(task.spec.hash == whole.hash for task in record.tasks):
+        return {}
+    return {str(task.client): task.spec.num_params for task in record.tasks}
 
 
 def last_accuracy(folder: Path) -> float | None:

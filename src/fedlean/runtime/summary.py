@@ -39,6 +39,7 @@ def summary_of(
         "arithmetic": server.engine.arithmetic,
         "final_accuracy": final,
         "best_accuracy": max(totals.best_accuracy, final),
+        "parameters": model.spec.num_params,
         "density": density(held_masks(model)),
         "dead_units": {
             name: {"outputs": rows, "inputs": columns}
