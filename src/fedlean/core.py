@@ -67,6 +67,7 @@ class Work:
     # on; 0 bytes: all coordinates each.
     piece_bytes: int = 0
     first_piece: int = 0
+    held_floats: int = 0  # of arrays outside the engine, as gradients that it returns
     begin: str = ""  # the model's input
     end: str = ""  # the model's output
     taps: tuple[str, ...] = ()  # layers that a loss of the client's own reads; (): the engine's

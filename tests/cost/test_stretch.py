@@ -55,6 +55,8 @@ def test_what_is_held_outside_the_engine_by_hand():
     assert held_bytes(MLP, work) == 4 * 10 * 5
     assert held_bytes(MLP, Work(held_examples=10, end="b")) == 4 * 10 * 4
     assert held_bytes(MLP, Work(held_examples=10)) == 4 * 10 * 3  # the output
+    assert held_bytes(MLP, Work(held_floats=7)) == 28
+    assert held_bytes(MLP, replace(work, held_floats=7)) == 4 * 10 * 5 + 28
     without = replace(work, held_examples=0)
     assert work_memory_bytes(MLP, work) == work_memory_bytes(MLP, without) + 200
 

@@ -34,6 +34,8 @@ from fedlean.methods.prunefl import client_update, prunefl
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.initial_model import InitialModel
 from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.rounds import RunFailed
 from fedlean.train.sgd import local_sgd
 from fedlean.tree import num_kept, pack
 
@@ -434,8 +436,8 @@ def test_the_initial_client_is_the_first_that_has_the_memory():
     fleet = [Device(3), Device(0, memory_bytes=needed - 1), Device(2, memory_bytes=needed)]
     assert algorithm.configure(state, fleet)[0].client == 2
     assert algorithm.configure(state, fleet[:2])[0].client == 3
-    with pytest.raises(ValueError, match=r"initial pruning takes .* MB .* initial_pruning"):
-        algorithm.configure(state, fleet[1:2])
+    small = [Device(4, memory_bytes=10), Device(0, memory_bytes=20), Device(1, memory_bytes=20)]
+    assert algorithm.configure(state, small)[0].client == 0, "none has it: the largest"
     by_hand = prunefl(server(), **SMALL, initial_client=0)
     assert by_hand.configure(state, fleet)[0].client == 0
 
@@ -450,6 +452,58 @@ def test_the_client_that_holds_the_model_goes_on():
     lost = ClientUpdate(2, 5, {}, SubModel(), metrics={"lost_state": 1.0})
     (task,) = algorithm.configure(algorithm.server_update(state, [lost]), devices())
     assert task.client == 2 and task.params
+
+
+def fleet_run(algorithm, present):
+    """On devices `present(step)`: the state and the records of the steps."""
+    records = []
+    dispatch = LocalDispatch(algorithm.client_update, ENGINE, client_data(), present)
+    state = run(algorithm, dispatch=dispatch, watch=lambda _, record: records.append(record))
+    return state, records
+
+
+def test_a_run_waits_for_a_device_with_the_memory():
+    def present(step):
+        return [Device(0, memory_bytes=1000), *([Device(1)] if step >= 3 else [])]
+
+    state, records = fleet_run(prunefl(server(), **SMALL), present)
+    assert (state.round, state.phase) == (ROUNDS, "train")
+    for record in records[:2]:
+        assert record.left_out[0].endswith("has 0.001 MB") and not record.tasks
+        assert any("no task fits its device" in note for note in record.notes)
+    assert records[2].answered == [1]
+
+
+def test_another_client_takes_over_from_one_that_is_away():
+    """It starts from the first model; the first client's half-pruned one is gone with it."""
+    algorithm = prunefl(server(), **SMALL)
+    state, records = fleet_run(
+        algorithm, lambda step: [Device(client) for client in ((0, 1, 2) if step < 3 else (2, 3))]
+    )
+    tasks = [record.tasks[0] for record in records if record.tasks[0].phase == "initial"]
+    assert [task.client for task in tasks[:4]] == [0, 0, 2, 2]
+    assert [bool(task.params) for task in tasks[:4]] == [True, False, True, False]
+    assert (state.round, state.initial_client, state.initial_moved) == (ROUNDS, 2, 1)
+    assert density(state.masks) < 1
+
+
+def test_after_three_moves_the_client_that_holds_the_model_is_waited_for():
+    algorithm = prunefl(server(), **SMALL)
+    state = algorithm.init(first_model())
+    for client in (0, 1, 2, 3):
+        (task,) = algorithm.configure(state, [Device(client)])
+        assert task.client == client and task.params
+        state = algorithm.server_update(state, [ClientUpdate(client, 5, {}, SubModel())])
+        state = algorithm.server_update(state, [ClientUpdate(client, 5, {}, SubModel())])
+    assert state.initial_moved == 3
+    (task,) = algorithm.configure(state, [Device(0)])
+    assert task.client == 3 and not task.params
+
+
+def test_a_named_initial_client_is_waited_for_and_the_run_says_so():
+    algorithm = prunefl(server(), **SMALL, initial_client=0)
+    with pytest.raises(RunFailed, match=r"asked in 10 steps.*client 0: is away"):
+        fleet_run(algorithm, lambda step: [Device(0 if step < 3 else 1)])
 
 
 def test_initial_pruning_shrinks_and_the_model_stays_at_its_client():

@@ -191,6 +191,7 @@ CLAIMS = {
     "a part": (claiming(Work(2, 4, end="conv")), "from the input to conv of the model, which the"),
     "beside": (claiming(Work(2, 4, beside=1)), "work of 1 stretches beside it, the task takes"),
     "held": (claiming(Work(2, 4, held_examples=1)), "work of 1 activations held, the task takes"),
+    "floats": (claiming(Work(2, 4, held_floats=1)), "work of 1 floats held, the task takes"),
     "a loss of its own": (claiming(Work(2, 4, taps=("conv",))), "claims a loss at 'conv', which"),
     "less held than none": (claiming(Work(2, 4, held_examples=-1)), "less work than none"),
     "less than none": (claiming(Work(-1, 4)), "less work than none"),

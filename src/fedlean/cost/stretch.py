@@ -38,11 +38,11 @@ def is_span(work: Work) -> bool:
 
 
 def held_bytes(spec: ModelSpec, work: Work) -> int:
-    """Of the activations that lie outside the engine; `spec` is the task's model."""
+    """Of the arrays that lie outside the engine; `spec` is the task's model."""
     if not work.held_examples:
-        return 0
+        return FLOAT_BYTES * work.held_floats
     shape = spec.shapes[work.begin or work.end or spec.nodes[-1].name]
-    return FLOAT_BYTES * work.held_examples * prod(shape)
+    return FLOAT_BYTES * (work.held_examples * prod(shape) + work.held_floats)
 
 
 @lru_cache(maxsize=256)

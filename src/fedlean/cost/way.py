@@ -38,12 +38,13 @@ def as_done(
     dense = replace(work, kept={})
     own = stretch(spec, work, frozen)
     held = _dense_memory(own.spec, *_of(own.work), own.frozen)
-    if held.peak_bytes > profile.memory_bytes:
+    room = profile.memory_bytes - held_bytes(spec, work)
+    if held.peak_bytes > room:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen, dense_too=False))
     sparse_seconds, dense_seconds = (
         work_seconds(spec, one, profile, frozen=frozen) for one in (work, dense)
     )
-    if sparse_seconds < dense_seconds and _sparse_fits(*own, profile, held):
+    if sparse_seconds < dense_seconds and _sparse_fits(*own, room, held):
         return Done(work, sparse_seconds)
     return Done(dense, dense_seconds)
 
@@ -53,7 +54,7 @@ def work_memory_bytes(
 ) -> int:
     """Modelled peak of a device that stores only what it trains (see `engine.memory`).
 
-    It is that of the stretch alone, with the activations that it holds outside the engine.  Work of
+    It is that of the stretch alone, with what it holds outside the engine.  Work of
     forward passes alone needs no more than those: what is frozen may be perturbed in them, unless
     they are of a span.
     """
@@ -145,12 +146,12 @@ def _sparse_fits(
     spec: ModelSpec,
     work: Work,
     frozen: frozenset[str],
-    profile: Profile,
+    room: int,
     dense: StepMemory | ForwardMemory,
 ) -> bool:
-    if enough_bytes(dense, work.kept) <= profile.memory_bytes:  # most devices need no plan
+    if enough_bytes(dense, work.kept) <= room:  # most devices need no plan
         return True
-    return stretch_memory(spec, work, frozen).peak_bytes <= profile.memory_bytes
+    return stretch_memory(spec, work, frozen).peak_bytes <= room
 
 
 def enough_bytes(dense: StepMemory | ForwardMemory, kept: Mapping[str, int]) -> int:

@@ -17,8 +17,6 @@ alone keeps the dense model, adds the mean of that: exactly the dense step above
   re-implementations of DPF; it ends at `target_share` of the rounds (ours).  The last layer may be
   pruned too; what is never pruned is the spec's choice.
 - No new mask after the last round: nothing would train it.
-- The modelled memory holds one dense accumulator; with momentum a client keeps a second one for
-  the pruned weights, which is not counted.
 PruneFL uses DPF for the comparison of costs only.
 """
 
@@ -26,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.sgd import local_sgd
 from fedlean.train.start import dense_params
-from fedlean.train.work import sgd_work
+from fedlean.train.work import only_sgd, sgd_work
 from fedlean.tree import apply_mask, fold
 
 PRUNED = "pruned/"  # before a tensor's name: its pruned weights alone
@@ -167,8 +166,16 @@ def statistics(task: ClientTask) -> dict[str, StatisticForm]:
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:
-    """Steps; once there are masks, with the dense weight gradient of every one."""
-    return (sgd_work(task, importance=bool(task.sub_model.masks)),)
+    """Steps; once there are masks, with the dense weight gradient of every one.
+
+    The engine holds that and returns it as arrays; of pruned weights the client holds moves and
+    velocities.
+    """
+    if not (masks := task.sub_model.masks):
+        return only_sgd(task)
+    returned = sum(prod(shape) for shape in task.spec.param_shapes.values())
+    pruned = sum(int(np.sum(~mask)) for mask in masks.values())
+    return (replace(sgd_work(task, importance=True), held_floats=returned + 2 * pruned),)
 
 
 def decayed(sgd: LocalSGD, rounds_done: int) -> float:

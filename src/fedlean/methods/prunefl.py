@@ -20,6 +20,7 @@ coordinates, from which the server decides what to drop and what to grow back (p
   under client selection of other clients too, and the largest of noisier sums are overestimated
   more.  A part sends 1.5 times what it keeps, or would keep at the density of its layer.
 - `initial_client` is the first that has the memory, where that is known; the paper: "selected".
+  Where it is away, another starts again, three times at most; one that is named is waited for.
 - Initial pruning draws 5 batches a pass from all data of its client, and reconfigures after every
   pass (`initial_batches`, `initial_examples`, `initial_passes`); the authors' code takes 10
   batches of the same 200 examples and 50 passes, which on an easy task costs more than the
@@ -81,6 +82,7 @@ from fedlean.train.work import sgd_work
 from fedlean.tree import fold, num_kept, pack, unpack
 
 MAX_LOST = 3  # times that the initial client may lose its model and start again
+MAX_MOVED = 3  # times that another starts again for one that is away, which then is waited for
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class State:
     initial_sent: bool = False  # the initial client holds the model and goes on from it
     initial_client: int = -1  # the one that does
     initial_lost: int = 0  # how often it has lost it
+    initial_moved: int = 0  # how often another has begun in its place
 
 
 @with_local_sgd
@@ -223,10 +226,10 @@ def prunefl(
             "initial_max_passes": initial_max_passes,
             "initial_stable": initial_stable,
         }
-        params = {} if state.initial_sent else state.params
         client = state.initial_client if initial_client is None else initial_client
-        if client < 0:
-            client = first_that_fits(spec, hparams, devices)
+        params, here = {} if state.initial_sent else state.params, client in {d.id for d in devices}
+        if initial_client is None and not here and state.initial_moved < MAX_MOVED:
+            client, params = first_that_fits(spec, hparams, devices), state.params
         seed = derive_seed(server.seed, 0, client, "initial")
         return ClientTask(0, "initial", client, seed, spec, params, SubModel(), hparams)
 
@@ -340,7 +343,9 @@ def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
             }
             return replace(state, phase="train", params=params, masks=masks)
         if not update.metrics.get("lost_state", 0.0):
-            return replace(state, initial_sent=True, initial_client=update.client)
+            other = state.initial_sent and update.client != state.initial_client
+            moved, at = state.initial_moved + other, update.client
+            return replace(state, initial_sent=True, initial_client=at, initial_moved=moved)
         if state.initial_lost >= MAX_LOST:
             raise ValueError(
                 f"client {update.client} lost its model {MAX_LOST + 1} times during initial "

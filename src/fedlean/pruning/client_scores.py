@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import ceil
+from math import ceil, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -101,7 +101,16 @@ def work(task: ClientTask) -> tuple[Work, ...]:
         return (Work(0, at_once, forward_examples=forward, kept=kept),)
     # forward and backward at both points, and a forward before
     passes = draws * ceil(examples / at_once)
-    return (Work(2 * passes, at_once, forward_examples=draws * examples, kept=kept),)
+    backward = Work(
+        2 * passes,
+        at_once,
+        forward_examples=draws * examples,
+        kept=kept,
+        optimizer_floats=1,  # the engine holds the gradient, and returns it as arrays
+        held_floats=sum(prod(spec.param_shapes[name]) for name in spec.prunable),
+        taps=(spec.nodes[-1].name,),
+    )
+    return (backward,)
 
 
 def answer(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from fedlean.algorithm import Device
 from fedlean.core import Scalar
-from fedlean.cost.way import MB, work_memory_bytes
+from fedlean.cost.way import work_memory_bytes
 from fedlean.pruning.initial_pruning import most_work
 from fedlean.spec import ModelSpec
 
@@ -17,15 +17,11 @@ from fedlean.spec import ModelSpec
 def first_that_fits(spec: ModelSpec, h: Mapping[str, Scalar], devices: Sequence[Device]) -> int:
     """The lowest id of a device that has the memory for initial pruning, as far as that is known.
 
-    h: hyper-parameters of its task.  Raises ValueError where none has it.
+    h: hyper-parameters of its task.  Where none has it, the one that has most: a task for it is not
+    sent, and the step says what it lacks.
     """
     needed = work_memory_bytes(spec, most_work(h))
     fitting = [d.id for d in devices if d.memory_bytes is None or d.memory_bytes >= needed]
     if fitting:
         return min(fitting)
-    largest = max((d.memory_bytes or 0 for d in devices), default=0)
-    raise ValueError(
-        f"initial pruning takes {needed / MB:.1f} MB at one client, the largest of the "
-        f"{len(devices)} devices has {largest / MB:.1f}: set initial_pruning to false, or "
-        "batch_size lower"
-    )
+    return max(devices, key=lambda device: (device.memory_bytes or 0, -device.id)).id

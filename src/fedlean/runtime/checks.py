@@ -235,6 +235,7 @@ _COUNTS = (
     "held_examples",
     "piece_bytes",
     "first_piece",
+    "held_floats",
 )
 
 
@@ -250,6 +251,7 @@ def _amounts(work: Sequence[Work]) -> dict[str, int]:
         "optimiser values a weight": max((one.optimizer_floats for one in work), default=0),
         "stretches beside it": max((one.beside for one in work), default=0),
         "activations held": max((one.held_examples for one in work), default=0),
+        "floats held": max((one.held_floats for one in work), default=0),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import ceil
+from math import ceil, prod
 from typing import Any, Literal, get_args
 
 from fedlean.core import (
@@ -101,9 +101,18 @@ def work(task: ClientTask) -> tuple[Work, ...]:
     asked, kept = ForwardRound.from_hparams(task.hparams), kept_counts(task.sub_model.masks)
     forward = asked.batch_size * asked.probe.evaluations
     along = Work(0, asked.at_once, forward_examples=forward, kept=kept)
-    if not asked.exact(task.spec):
+    names = asked.exact(task.spec)
+    if not names:
         return (along,)
-    return (Work(ceil(asked.batch_size / asked.at_once), asked.at_once, kept=kept), along)
+    exact = Work(
+        ceil(asked.batch_size / asked.at_once),
+        asked.at_once,
+        kept=kept,
+        optimizer_floats=1,  # the engine holds the gradient, and returns it as arrays
+        held_floats=sum(prod(task.spec.param_shapes[name]) for name in names),
+        taps=(task.spec.nodes[-1].name,),
+    )
+    return (exact, along)
 
 
 def answer(task: ClientTask, params: Params, batches: Batches, engine: Engine) -> ClientUpdate:
