@@ -15,7 +15,7 @@ from fedlean.cost.price import cost
 from fedlean.cost.way import work_memory_bytes
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
-from fedlean.methods.dpf import client_update, decayed, dpf
+from fedlean.methods.dpf import client_update, decayed, dpf, work
 from fedlean.pruning.density import density, full_masks
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.remote.limit import LimitedEngine
@@ -162,8 +162,8 @@ def test_dense_weight_gradients_are_charged_once_there_is_a_mask():
     algorithm = dpf(server(), local_steps=3, batch_size=4)
     for state, steps in ((algorithm.init(first_model()), 0), (pruned_state(algorithm), 3)):
         task = algorithm.configure(state, devices())[0]
-        (work,) = client_update(task, client_data()[0], ENGINE, {})[0].work
-        assert (work.steps, work.importance_steps) == (3, steps)
+        (did,) = client_update(task, client_data()[0], ENGINE, {})[0].work
+        assert (did.steps, did.importance_steps) == (3, steps)
 
 
 @pytest.mark.usefixtures("has_native")
@@ -173,17 +173,17 @@ def test_what_a_pruned_round_is_said_to_take_is_what_its_device_must_hold(moment
     algorithm = dpf(server(), local_steps=2, batch_size=4, momentum=momentum)
     state = pruned_state(algorithm)
     (task, *_) = algorithm.configure(state, devices())
-    (work,) = algorithm.work(task)
+    (ordered,) = work(task)
     own = 8 * sum(int((~mask).sum()) for mask in state.masks.values())
-    granted = work_memory_bytes(SPEC, work) - own
+    granted = work_memory_bytes(SPEC, ordered) - own
     native, data = open_engine("native", 1), client_data()[0]
     update, _ = client_update(task, data, LimitedEngine(native, granted, emulated=True), {})
-    assert update.work == (work,)
+    assert update.work == (ordered,)
     with pytest.raises(TooLarge, match="a backward pass needs"):
         client_update(task, data, LimitedEngine(native, granted - 1, emulated=True), {})
     for memory_bytes in (granted - 1, granted + own, 10**8):  # whichever way the price is of
         profile = replace(server().profile, memory_bytes=memory_bytes)
-        priced = cost(task, (work,), profile).peak_memory_bytes
+        priced = cost(task, (ordered,), profile).peak_memory_bytes
         engine = LimitedEngine(native, priced, emulated=True, dense_way=profile.dense_way)
         client_update(task, data, engine, {})
 

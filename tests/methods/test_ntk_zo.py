@@ -31,9 +31,11 @@ from safetensors.numpy import load_file
 
 from fedlean import wire
 from fedlean.core import SubModel, derive_seed
+from fedlean.cost.price import cost
 from fedlean.data.batches import ClientData
+from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
-from fedlean.methods.ntk_zo import State, client_update, ntk_zo, statistics
+from fedlean.methods.ntk_zo import State, client_update, ntk_zo, statistics, work
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.foresight import Scoring, foresight_masks
 from fedlean.pruning.ntk import ntk_scores
@@ -42,6 +44,8 @@ from fedlean.runtime.checks import Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.how import How
+from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.room import TooLarge
 from fedlean.runtime.run import start
 from fedlean.train.forward_updates import Held, Rule, Space, advance, estimate, round_seed
 from fedlean.train.zeroth_order import Probe, directional_derivatives
@@ -292,6 +296,20 @@ def test_no_parameters_go_up():
         assert not update.params and not held
         assert refusal(update, task, Expected(statistics(task))) is None
         assert update.work[0].forward_examples == 8 * 7 and update.work[0].steps == 0
+
+
+@pytest.mark.usefixtures("has_native")
+def test_a_client_scores_where_there_is_as_much_memory_as_is_priced():
+    """Less than a tenth of it is not used."""
+    scoring = {"scores": "clients", "criterion": "ntk", "prune_examples": 8}
+    algorithm = ntk_zo(server(), **{**TRAIN, **PRUNE, **scoring})
+    native = open_engine("native", 1)
+    (task, *_) = algorithm.configure(algorithm.init(first_model()), devices())
+    said = cost(task, work(task), server().profile).peak_memory_bytes
+    data = client_data()[task.client]
+    client_update(task, data, LimitedEngine(native, said, emulated=True), {})
+    with pytest.raises(TooLarge):
+        client_update(task, data, LimitedEngine(native, said * 9 // 10, emulated=True), {})
 
 
 # --- the scalar log ---

@@ -12,6 +12,10 @@ import pytest
 from federation import ENGINE, SPEC, client_data, params, same
 
 from fedlean.core import ClientTask, SubModel
+from fedlean.cost.way import peak_memory_bytes
+from fedlean.engine.open import open_engine
+from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.room import TooLarge
 from fedlean.train.forward_round import GRADIENT, SLOPE_LIMIT, ForwardRound, answer, forms, work
 from fedlean.train.last_block import last_block
 from fedlean.train.zeroth_order import Probe, directional_derivatives
@@ -109,3 +113,16 @@ def test_micro_batches_change_memory_only():
         parts.statistics["c"].tensors["c"], whole.statistics["c"].tensors["c"], atol=1e-3
     )
     assert not same(whole.work, parts.work)
+
+
+@pytest.mark.usefixtures("has_native")
+@pytest.mark.parametrize("masks", [{}, MASKS])
+def test_the_last_block_fits_where_there_is_as_much_memory_as_is_priced(masks):
+    """Less than a tenth of it is not used."""
+    ordered = task(replace(ASKED, last_block="backprop"), TWO_BLOCKS, masks)
+    frozen = ordered.sub_model.frozen
+    said = peak_memory_bytes(TWO_BLOCKS, work(ordered), frozen=frozen)
+    native, data = open_engine("native", 1), client_data()[0]
+    answer(ordered, params(), data, LimitedEngine(native, said, emulated=True))
+    with pytest.raises(TooLarge):
+        answer(ordered, params(), data, LimitedEngine(native, said * 9 // 10, emulated=True))

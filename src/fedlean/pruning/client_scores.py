@@ -106,8 +106,8 @@ def work(task: ClientTask) -> tuple[Work, ...]:
         at_once,
         forward_examples=draws * examples,
         kept=kept,
-        optimizer_floats=1,  # the engine holds the gradient, and returns it as arrays
-        held_floats=sum(prod(spec.param_shapes[name]) for name in spec.prunable),
+        # the gradient as the engine holds it, and as arrays that it returns
+        held_floats=2 * sum(prod(spec.param_shapes[name]) for name in spec.prunable),
         taps=(spec.nodes[-1].name,),
     )
     return (backward,)

@@ -108,8 +108,8 @@ def work(task: ClientTask) -> tuple[Work, ...]:
         ceil(asked.batch_size / asked.at_once),
         asked.at_once,
         kept=kept,
-        optimizer_floats=1,  # the engine holds the gradient, and returns it as arrays
-        held_floats=sum(prod(task.spec.param_shapes[name]) for name in names),
+        # the gradient as the engine holds it, and as arrays that it returns
+        held_floats=2 * sum(prod(task.spec.param_shapes[name]) for name in names),
         taps=(task.spec.nodes[-1].name,),
     )
     return (exact, along)
