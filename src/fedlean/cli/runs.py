@@ -125,10 +125,11 @@ def _report_of_a_failure(folder: Path) -> Iterator[None]:
 def _finish(folder: Path, summary: dict[str, Any]) -> None:
     report = write_report(folder)
     sent = summary["downlink_bytes"] + summary["uplink_bytes"]
+    whose = "the fleet" if summary["fleet"] else summary["device"]
     show(
         f"{summary['method']}: accuracy {summary['final_accuracy']:.2%} "
         f"(best {summary['best_accuracy']:.2%}), density {summary['density']:.1%}, "
         f"{sent / 1e6:.1f} MB sent, {summary['simulated_seconds']:.0f} simulated seconds on "
-        f"{'the fleet' if summary['fleet'] else summary['device']}, {summary['wall_seconds']:.1f} s here"
+        f"{whose}, {summary['wall_seconds']:.1f} s here"
     )
     show(report)
