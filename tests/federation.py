@@ -105,6 +105,7 @@ class Around:
         self.begin, self.troubles = inner.begin, inner.troubles
         self.repeated_bytes = inner.repeated_bytes
         self.notes = inner.notes
+        self.too_large, self.cannot_hold = inner.too_large, inner.cannot_hold
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterable[ClientUpdate]:
         return self.change(tasks, self.inner(tasks, refuse))

@@ -84,6 +84,7 @@ class Fuzz:
         for name in ("begin", "acknowledge", "troubles", "notes", "repeated_bytes"):
             setattr(self, name, getattr(inner, name))
         self.measured_seconds = inner.measured_seconds
+        self.too_large, self.cannot_hold = inner.too_large, inner.cannot_hold
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         for task in tasks:

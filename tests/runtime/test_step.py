@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from federation import CLIENTS, SPEC, Around, first_model, fresh_dispatch, params, run, same, server
+from federation import (
+    CLIENTS,
+    ENGINE,
+    SPEC,
+    Around,
+    client_data,
+    first_model,
+    fresh_dispatch,
+    params,
+    run,
+    same,
+    server,
+)
 
 from fedlean.algorithm import Device, FederatedAlgorithm
 from fedlean.core import (
@@ -19,15 +32,20 @@ from fedlean.core import (
     SubModel,
     Work,
 )
+from fedlean.cost.price import cost
+from fedlean.cost.profile import load_profile
 from fedlean.methods.fedavg import fedavg
+from fedlean.methods.heterofl import heterofl
 from fedlean.methods.ntk_zo import ntk_zo
 from fedlean.methods.prunefl import prunefl
 from fedlean.runtime.checks import beyond_order
+from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.merged import GROWTH, fault, suspects
 from fedlean.runtime.moves import BUFFERS, MODEL, Move, Moved
 from fedlean.runtime.record import StepRecord
+from fedlean.runtime.remote.room import TooLarge
 from fedlean.runtime.rounds import REFUSED_STEPS, LoopState, RunFailed
-from fedlean.runtime.step import ATTEMPTS
+from fedlean.runtime.step import ATTEMPTS, CHOICES
 from fedlean.tree import apply_mask
 
 ROGUE = 1
@@ -392,3 +410,97 @@ def test_a_server_step_that_gives_no_model_ends_the_run():
     with pytest.raises(RunFailed, match=r"own went wrong: params.*is not finite"):
         run(broken, dispatch=fresh_dispatch(broken), watch=lambda p, record: seen.append(p))
     assert all(np.isfinite(value).all() for value in seen[0].state.params.values())
+
+
+# Devices with too little memory
+
+
+def test_one_able_device_of_a_large_fleet_is_found_at_once():
+    """Cohorts of one, of 1200 devices: whoever could hold the task comes next."""
+    able, clients, draws = 777, 1200, list[int]()
+
+    def present(step: int) -> list[Device]:
+        draws.append(step)
+        return [Device(c, memory_bytes=10**9 if c == able else 100) for c in range(clients)]
+
+    algorithm = quick(2, cohort=1)
+    data = client_data()[:1] * clients
+    records: list[StepRecord] = []
+    began = time.perf_counter()
+    run(
+        algorithm,
+        dispatch=LocalDispatch(algorithm.client_update, ENGINE, data, present),
+        rounds=2,
+        watch=lambda _, record: records.append(record),
+    )
+    assert time.perf_counter() - began < 2
+    assert [record.answered for record in records] == [[able]] * 2
+    assert len(draws) <= 4 and all(len(record.left_out) <= 1 for record in records)
+
+
+def test_where_nobody_is_able_it_stops_looking():
+    clients = 1200
+    fleet = [Device(client, memory_bytes=100) for client in range(clients)]
+    algorithm = quick(1, cohort=1)
+    records: list[StepRecord] = []
+    data = client_data()[:1] * clients
+    with pytest.raises(RunFailed, match="no task fits its device"):
+        run(
+            algorithm,
+            dispatch=LocalDispatch(algorithm.client_update, ENGINE, data, lambda step: fleet),
+            rounds=1,
+            watch=lambda _, record: records.append(record),
+        )
+    for record in records:
+        assert len(record.left_out) == CHOICES and not record.tasks
+        assert record.notes[0].endswith(f"; {clients - CHOICES} others were not chosen")
+
+
+def test_where_nobody_could_hold_what_others_were_asked_for_smaller_tasks_are_found():
+    """A method that chooses by client: the small tasks are for devices that have less."""
+    algorithm = heterofl(
+        server(1), local_steps=2, batch_size=4, cohort=1, assign="fixed", widths="1 0.25"
+    )
+    for first in range(8):  # cohorts are drawn from what is there: large tasks come first in some
+        fleet = [Device(client, memory_bytes=0) for client in range(CLIENTS)]
+        fleet[ROGUE] = Device(ROGUE, memory_bytes=small_bytes(algorithm))
+        shown = fleet[first % CLIENTS :] + fleet[: first % CLIENTS]
+        records: list[StepRecord] = []
+        run(
+            algorithm,
+            dispatch=LocalDispatch(
+                algorithm.client_update, ENGINE, client_data(), lambda step, shown=shown: shown
+            ),
+            rounds=1,
+            watch=lambda _, record, records=records: records.append(record),
+        )
+        assert records[0].answered == [ROGUE]
+
+
+def small_bytes(algorithm: FederatedAlgorithm) -> int:
+    """What the task of ROGUE takes."""
+    (task,) = algorithm.configure(algorithm.init(first_model()), [Device(ROGUE)])
+    return cost(task, algorithm.work(task), load_profile("generic")).peak_memory_bytes
+
+
+def test_a_device_in_this_process_that_refuses_gets_less_from_then_on():
+    """The engine needs more than the method said: the next attempt orders a smaller width."""
+    algorithm = heterofl(server(1), local_steps=2, batch_size=4, widths="1 0.25")
+    refusals: list[float] = []
+
+    def client_update(task, batches, engine, state):
+        if task.hparams["width"] == "1.0":
+            refusals.append(task.client)
+            raise TooLarge("a training step needs more")
+        return algorithm.client_update(task, batches, engine, state)
+
+    fleet = [Device(client, memory_bytes=10**9) for client in range(CLIENTS)]
+    records: list[StepRecord] = []
+    run(
+        algorithm,
+        dispatch=LocalDispatch(client_update, ENGINE, client_data(), lambda step: fleet),
+        rounds=1,
+        watch=lambda _, record: records.append(record),
+    )
+    (record,) = records
+    assert refusals == record.answered == list(range(CLIENTS)) and record.attempts == 2

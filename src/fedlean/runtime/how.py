@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
@@ -38,7 +38,8 @@ class Parts:
         """The fleet's devices at a step; None without a fleet."""
         if self.fleet is None:
             return None
-        return partial(self.fleet.present, self.config.seed, clients=self.config.num_clients)
+        present = partial(self.fleet.present, self.config.seed, clients=self.config.num_clients)
+        return lru_cache(maxsize=1)(present)  # a step may look several times
 
 
 Connect = Callable[[Parts], tuple[Dispatch, list[str]]]  # and lines about the clients

@@ -7,7 +7,7 @@ goes wrong in a client names the round, the client and the seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from fedlean.algorithm import Device
 from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate
 from fedlean.engine.memory import step_memory
 from fedlean.engine.protocol import Engine
+from fedlean.runtime.ceilings import Ceilings
 from fedlean.runtime.checks import diverged, remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.outofmemory import OutOfMemory, memory_for
@@ -41,6 +42,17 @@ class Dispatch(Protocol):
 
     def acknowledge(self, taken: Iterable[int], refused: Iterable[int]) -> None:
         """Of clients whose updates were taken, what they keep between rounds is now committed."""
+        ...
+
+    def too_large(self) -> Collection[int]:
+        """Clients of the last call whose devices said that they have no memory for the task."""
+        ...
+
+    def cannot_hold(self, client: int, needed_bytes: int) -> None:
+        """From now on `begin` gives its device less memory than `needed_bytes`.
+
+        Until the device says that it has more than when it refused.
+        """
         ...
 
     def client_states(self) -> Mapping[int, ClientState]:
@@ -95,6 +107,8 @@ class LocalDispatch:
         self._step = 0
         self._here: dict[int, Device] = {}  # by client, in this step
         self._unable: set[int] = set()  # who had too little memory in it, and would have again
+        self._too_large: set[int] = set()  # of those, who were asked in the last call
+        self._ceilings = Ceilings()
         self._troubles: dict[int, str] = {}
         self._committed: dict[int, ClientState] = {}
         self._pending: dict[int, ClientState] = {}
@@ -107,10 +121,11 @@ class LocalDispatch:
             self._step, self._unable = step, set()
         devices = [device for device in self._present(step) if device.id not in self._unable]
         self._here = {device.id: device for device in devices}
-        return devices
+        return self._ceilings.under(devices)
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         self._pending, self._seconds, self._troubles = {}, {}, {}
+        self._too_large = set()
         for task in tasks:
             if self._present is not None and task.client not in self._here:
                 self._troubles[task.client] = "is away"
@@ -127,6 +142,7 @@ class LocalDispatch:
             except TooLarge as error:
                 self._troubles[task.client] = str(error)
                 self._unable.add(task.client)
+                self._too_large.add(task.client)
                 continue
             except Exception as error:
                 line = f"{_what(task)}, seed {task.seed}: {type(error).__name__}: {error}"
@@ -162,6 +178,13 @@ class LocalDispatch:
                 self._committed[client] = state
             else:
                 self._committed.pop(client, None)
+
+    def too_large(self) -> Collection[int]:
+        return self._too_large
+
+    def cannot_hold(self, client: int, needed_bytes: int) -> None:
+        self._ceilings.lower(client, needed_bytes)
+        self._unable.discard(client)  # of a smaller task it may be able
 
     def measured_seconds(self) -> Mapping[int, float]:
         return dict(self._seconds)

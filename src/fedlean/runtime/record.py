@@ -24,6 +24,7 @@ class StepRecord:
     cost: StepCost = field(default_factory=StepCost)
     answered: list[int] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)  # why a client got no task
+    not_chosen: list[int] = field(default_factory=list)  # who was left when it stopped looking
     lacks: list[Lack] = field(default_factory=list)  # of those, of what
     refused: dict[int, str] = field(default_factory=dict)  # why a client gave nothing
     rejected: dict[int, str] = field(default_factory=dict)  # of those: an update came and is wrong
@@ -43,7 +44,8 @@ def nobody_was_asked(record: StepRecord) -> str:
         return "nobody was asked: no device is there"
     least = min(lack.needed_bytes for lack in record.lacks)
     most = max(lack.memory_bytes for lack in record.lacks)
+    others = f"; {len(record.not_chosen)} others were not chosen" if record.not_chosen else ""
     return (
         f"nobody was asked: no task fits its device: {len(record.left_out)} left out, the smallest "
-        f"task needs {megabytes(least)} and the largest device has {megabytes(most)}"
+        f"task needs {megabytes(least)} and the largest device has {megabytes(most)}{others}"
     )

@@ -30,6 +30,7 @@ from fedlean.runtime.prices import Prices
 from fedlean.runtime.record import StepRecord, nobody_was_asked
 
 ATTEMPTS = 3  # how often a step asks
+CHOICES = 64  # how often it has clients chosen of whom none can hold its task
 
 
 class Step:
@@ -49,6 +50,8 @@ class Step:
         self._moves = Moves()
         self._prices = Prices(server.profile)  # on the devices of the attempt
         self._ordered: dict[int, Sequence[Work]] = {}  # by client: what the attempt's task takes
+        self._choices = 0  # in vain, as CHOICES counts them
+        self._enough_bytes: int | None = None  # for the smallest task of the last such choice
         self.record = StepRecord()
         self.failure: str | None = None
 
@@ -66,6 +69,7 @@ class Step:
                 break
             record.asked_round = tasks[0].round
             if fitting := self._fitting(tasks):
+                self._enough_bytes = None
                 after = self._attempt(state, fitting)
         if not record.tasks and not record.server_only:
             record.notes.append(nobody_was_asked(record))
@@ -81,10 +85,18 @@ class Step:
         """Without the clients whose updates this step has refused, and those that it left out.
 
         They would do the same again.  Without a device it is no step of the server's own either.
+        After a choice of whom none can hold its task, those that could hold it come first; a method
+        may still order something smaller from the others, so that these are asked where there are
+        no such devices, CHOICES times in all.
         """
         self._prices, self._ordered = Prices(self._server.profile, devices), {}
         not_again = self.record.rejected.keys() | self.record.left_out.keys()
         left = [device for device in devices if device.id not in not_again]
+        if self._enough_bytes is not None:
+            left = [one for one in left if _has(one, self._enough_bytes)] or left
+            if self._choices >= CHOICES:
+                self.record.not_chosen = [one.id for one in left]
+                return []
         if not left:
             return []
         tasks = self._algorithm.configure(state, left)
@@ -92,7 +104,7 @@ class Step:
 
     def _fitting(self, tasks: Sequence[ClientTask]) -> list[ClientTask]:
         """Without those that their devices cannot hold, which is noted."""
-        fitting = []
+        fitting, lacks = [], []
         for task in tasks:
             work = self._work(task)
             lack = None if work is None else self._prices.lack(task, work)
@@ -100,7 +112,11 @@ class Step:
                 fitting.append(task)
             else:
                 self.record.left_out[task.client] = str(lack)
-                self.record.lacks.append(lack)
+                lacks.append(lack)
+        self.record.lacks += lacks
+        if not fitting:
+            self._choices += 1
+            self._enough_bytes = min(lack.needed_bytes for lack in lacks)
         return fitting
 
     def _work(self, task: ClientTask) -> Sequence[Work] | None:
@@ -136,6 +152,10 @@ class Step:
             record.measured_seconds += median(seconds.values())
         if record.answered and (wrong := fault(state, after, self._server.spec)):
             self._take_back(wrong)
+        for client in dispatch.too_large():
+            if (work := self._work(asked[client])) is not None:
+                needed = self._prices.of(asked[client], work).peak_memory_bytes
+                dispatch.cannot_hold(client, needed)
         dispatch.acknowledge(record.answered, [c for c in asked if c in record.rejected])
         record.refused = {**dispatch.troubles(), **record.refused, **record.rejected}
         return after if record.answered else state
@@ -237,6 +257,10 @@ class Step:
         """A refused update is charged, but for work beyond what was ordered."""
         beyond = beyond_order(update.work, task, self._expected(task).work)
         return update if beyond is None else replace(update, work=())
+
+
+def _has(device: Device, needed_bytes: int) -> bool:
+    return device.memory_bytes is None or device.memory_bytes >= needed_bytes
 
 
 def _without_frozen(update: ClientUpdate) -> ClientUpdate:

@@ -18,6 +18,7 @@ anything is allocated.  This package knows no transport and does not judge what 
 """
 
 from fedlean.wire.bfloat16 import round_bfloat16 as round_bfloat16
+from fedlean.wire.errors import OverLimit as OverLimit
 from fedlean.wire.errors import UnknownFrozen as UnknownFrozen
 from fedlean.wire.errors import UnknownPattern as UnknownPattern
 from fedlean.wire.errors import UnknownSpec as UnknownSpec

@@ -15,6 +15,10 @@ class WireError(ValueError):
         super().__init__(text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "...")
 
 
+class OverLimit(WireError):
+    """The message, or what it decodes into, takes more than the receiver grants it."""
+
+
 class _Unknown(WireError):
     """The message refers to something by hash that the receiver does not hold: ask for it."""
 

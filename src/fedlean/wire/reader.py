@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlean.wire.errors import WireError
+from fedlean.wire.errors import OverLimit, WireError
 
 
 class Reader:
@@ -39,7 +39,7 @@ class Reader:
     def reserve(self, array_bytes: int, what: str) -> None:
         """Call before allocating an array that the message's bytes do not pay for."""
         if array_bytes > self._budget_bytes:
-            raise WireError(
+            raise OverLimit(
                 f"{what} would decode into {array_bytes} bytes, over the limit "
                 f"({self._budget_bytes} left)"
             )

@@ -12,7 +12,7 @@ import numpy as np
 from fedlean.core import ClientTask, ClientUpdate, Masks, Params, SubModel, Work
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_counts
-from fedlean.wire.errors import UnknownPattern, UnknownSpec, WireError
+from fedlean.wire.errors import OverLimit, UnknownPattern, UnknownSpec, WireError
 from fedlean.wire.fields import (
     AS_MASKED,
     MAX_JSON_BYTES,
@@ -139,7 +139,7 @@ def _open(
 ) -> tuple[Reader, Header, dict[str, Any]]:
     """Past the header and the JSON part."""
     if len(data) > limit_bytes:
-        raise WireError(f"the message has {len(data)} bytes, the limit is {limit_bytes}")
+        raise OverLimit(f"the message has {len(data)} bytes, the limit is {limit_bytes}")
     reader = Reader(data, limit_bytes)
     header = read_header(reader, kind)
     if header.json_bytes > MAX_JSON_BYTES:

@@ -385,6 +385,7 @@ def test_local_and_remote_runs_are_not_mixed_up(post):
 def test_errors_of_the_transport_and_of_the_device_are_the_reason_in_the_log(post):
     dispatch, _ = remote(post)
     fields = {"reason": "out of disk", "missing": None, "final": False, "gave_up": False}
+    fields["too_large"] = False
     trouble = seal(Envelope(env.TROUBLE, fields))
     answers = {101: Failed("node unavailable"), 102: trouble, 103: b"\x00" * 99}
     post.on_the_way_up = only_tasks(lambda node, content: answers.get(node, content))

@@ -35,7 +35,13 @@ RIGHT = {
         "deadline_seconds": 600.0,
     },
     env.UPDATE: {"step": 3, "seconds": 0.5, "lost_state": False},
-    env.TROUBLE: {"reason": "no disk", "missing": "spec", "final": False, "gave_up": False},
+    env.TROUBLE: {
+        "reason": "no disk",
+        "missing": "spec",
+        "final": False,
+        "gave_up": False,
+        "too_large": False,
+    },
 }
 
 
@@ -52,7 +58,7 @@ def test_size_by_hand():
     fields = {"step": 3, "seconds": 0.5, "lost_state": False}
     sealed = seal(Envelope(env.UPDATE, fields, b"xyz"))
     assert len(sealed) == 12 + 16 + len('{"step":3,"seconds":0.5,"lost_state":false}') + 3
-    assert sealed[:8] == b"FdLe\x04\x04\x00\x00"
+    assert sealed[:8] == b"FdLe\x05\x04\x00\x00"
 
 
 @given(st.binary(max_size=80))
@@ -119,6 +125,7 @@ WRONG = [
     (env.TROUBLE, "missing", "everything"),
     (env.TROUBLE, "final", 1),
     (env.TROUBLE, "gave_up", None),
+    (env.TROUBLE, "too_large", 1),
     (env.TROUBLE, "reason", None),
 ]
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from federation import CLIENTS, ENGINE, client_data, dataset, run, same, server
+from federation import CLIENTS, ENGINE, client_data, dataset, first_model, run, same, server
 from loopback import Loopback, kind_of, remote
 
 from fedlean.algorithm import Device, FederatedAlgorithm
+from fedlean.cost.price import cost
 from fedlean.cost.profile import load_profile
 from fedlean.fleet.fleet import Fleet, Member, always
 from fedlean.fleet.quantity import Quantity
 from fedlean.methods.fedavg import fedavg
+from fedlean.methods.heterofl import heterofl
+from fedlean.runtime.ceilings import Ceilings
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.record import StepRecord
@@ -102,6 +105,43 @@ def test_a_node_without_room_for_anything_takes_no_part_and_costs_nothing(post):
     records: list[StepRecord] = []
     run(everybody(1), rounds=1, dispatch=dispatch, watch=lambda p, record: records.append(record))
     assert records[0].answered == [0, 2, 3] and list(records[0].left_out) == [1]
+
+
+def test_a_node_that_refuses_what_it_said_it_had_room_for_is_asked_for_less(post, monkeypatch):
+    """Its message takes some of what it said: less from then on, until it says that it has more."""
+    algorithm = heterofl(server(3), local_steps=2, batch_size=8, widths="1 0.5 0.25")
+    (task,) = algorithm.configure(algorithm.init(first_model()), [Device(1)])
+    needed = cost(task, algorithm.work(task), PROFILE).peak_memory_bytes
+    limited(post, 1, PROCESS + needed)
+    held = room.Room._process_bytes  # as `steady` has it, and the message
+    monkeypatch.setattr(
+        room.Room, "_process_bytes", lambda self: held(self) + (0 if self._emulated else 10)
+    )
+    monkeypatch.setattr(Worker, "_memory_bytes", lambda self: self._limit and self._limit - PROCESS)
+    dispatch, _ = remote(post, method="heterofl")
+    records: list[StepRecord] = []
+    run(algorithm, rounds=3, dispatch=dispatch, watch=lambda p, record: records.append(record))
+    assert [record.answered for record in records] == [[0, 2, 3], *[[0, 1, 2, 3]] * 2]
+    assert "MB are free" in records[0].refused[1] and asked(post).count(101) == 3
+    widths = [{one.client: one.hparams["width"] for one in record.tasks}[1] for record in records]
+    assert widths == ["1.0", "0.5", "0.5"]
+
+
+def test_a_ceiling_holds_until_a_device_says_that_it_has_more():
+    ceilings = Ceilings()
+
+    def left(memory_bytes: int | None) -> int | None:
+        (device,) = ceilings.under([Device(1, memory_bytes=memory_bytes)])
+        return device.memory_bytes
+
+    assert left(100) == 100
+    ceilings.lower(1, 80)
+    assert [left(100), left(90), left(50)] == [79, 79, 50]
+    ceilings.lower(1, 40)
+    assert [left(50), left(51), left(50)] == [39, 51, 50], "it is forgotten"
+    assert left(None) is None
+    ceilings.lower(1, 80)
+    assert [left(None), left(60), left(10**9)] == [79, 60, 79], "it never said a limit"
 
 
 def drawn_fleet(step: int) -> Sequence[Device]:

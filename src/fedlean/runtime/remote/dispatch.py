@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from fedlean import wire
 from fedlean.algorithm import Device
 from fedlean.core import ClientState, ClientTask, ClientUpdate
 from fedlean.data.dataset import Dataset
-from fedlean.printable import printable
+from fedlean.printable import megabytes, printable
+from fedlean.runtime.ceilings import Ceilings
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import Refuse
 from fedlean.runtime.remote import envelope as env
@@ -100,6 +101,8 @@ class RemoteDispatch:
         self._troubles: dict[int, str] = {}
         self._repeated_bytes = 0
         self._unwilling = Unwilling()
+        self._ceilings = Ceilings()
+        self._too_large: set[int] = set()  # clients whose devices said so in the last call
         self._asked: set[int] = set()  # clients to which a task went out in the last call
         self._silent: set[int] = set()  # of those, who gave no answer
         self._refused: set[int] = set()  # of those, whose update the checks refused
@@ -111,12 +114,13 @@ class RemoteDispatch:
         if step != self._step:
             self._early = {}
         self._store, self._step = store, step
-        return self._attendance.gather(self._run, step)
+        return self._ceilings.under(self._attendance.gather(self._run, step))
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         """Updates in the order of `tasks`; none, where fewer than `min_replies` are good."""
         self._seconds, self._troubles, self._repeated_bytes = {}, {}, 0
         self._asked, self._silent, self._refused = set(), set(), set()
+        self._too_large = set()
         began = time.monotonic()
         enough = min(self._terms.min_replies, len(tasks))
         with Waiting("fedlean-replies-") as waiting:
@@ -302,6 +306,8 @@ class RemoteDispatch:
         if fields["gave_up"]:
             self._attendance.patience.missed(client, self._step, slow=True)
             return self._trouble(client, reason)
+        if fields["too_large"]:
+            self._too_large.add(client)
         if fields["final"]:
             self._unwilling.note(task, printable(reason))
         return self._useless(client, reason)
@@ -351,6 +357,13 @@ class RemoteDispatch:
             self._attendance.patience.taken(client)
         for client in refused:
             self._attendance.patience.refused(client, self._step)
+
+    def too_large(self) -> Collection[int]:
+        return self._too_large
+
+    def cannot_hold(self, client: int, needed_bytes: int) -> None:
+        self._ceilings.lower(client, needed_bytes)
+        self._say(f"client {client} is asked for less than {megabytes(needed_bytes)} from now on")
 
     def client_states(self) -> Mapping[int, ClientState]:
         """Devices keep their own; the server remembers after which step each one's counts."""

@@ -20,7 +20,7 @@ from typing import Any
 from fedlean.data.labels import MAX_NAME_CHARACTERS
 
 MAGIC = b"FdLe"
-VERSION = 4
+VERSION = 5
 HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
 MISSING = ("spec", "pattern", "frozen tensors")  # what a device may have lost
@@ -47,7 +47,7 @@ class Envelope:
              std, deadline_seconds (for which the server waits, from sending on)
     UPDATE   step, seconds, lost_state
     TROUBLE  reason, missing (one of `MISSING` or null), final (asking again is of no use), gave_up
-             (the time was over before the work was done)
+             (the time was over before the work was done), too_large (for the device's memory)
     """
 
     kind: int
@@ -175,5 +175,6 @@ _WANTED: dict[int, dict[str, Any]] = {
         "missing": lambda value: value in (None, *MISSING),
         "final": lambda value: isinstance(value, bool),
         "gave_up": lambda value: isinstance(value, bool),
+        "too_large": lambda value: isinstance(value, bool),
     },
 }

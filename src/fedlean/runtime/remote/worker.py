@@ -115,10 +115,13 @@ class Worker:
         except GaveUp as error:
             log.warning("gave up a task: %s", error)
             return trouble(f"gave up: {error}", gave_up=True)
+        except (TooLarge, wire.OverLimit) as error:
+            log.warning("refused a task: %s", error)
+            return trouble(str(error), final=isinstance(error, TooLarge), too_large=True)
         except (EnvelopeError, wire.WireError) as error:
             log.warning("refused a message: %s", error)
             return trouble(str(error))
-        except (TooLarge, TooMuch, Refused) as error:
+        except (TooMuch, Refused) as error:
             log.warning("refused a task: %s", error)
             return trouble(str(error), final=True)
         except Exception as error:  # the round goes on without this device, and says why
@@ -290,8 +293,14 @@ class _Job(NamedTuple):
 
 
 def trouble(
-    reason: str, missing: str | None = None, *, final: bool = False, gave_up: bool = False
+    reason: str,
+    missing: str | None = None,
+    *,
+    final: bool = False,
+    gave_up: bool = False,
+    too_large: bool = False,
 ) -> bytes:
     """The envelope that says why there is no update, and whether asking again helps."""
     fields = {"reason": reason[:1000], "missing": missing, "final": final, "gave_up": gave_up}
+    fields["too_large"] = too_large
     return seal(Envelope(env.TROUBLE, fields))
