@@ -480,6 +480,7 @@ def test_where_nobody_could_hold_what_others_were_asked_for_smaller_tasks_are_fo
 def small_bytes(algorithm: FederatedAlgorithm) -> int:
     """What the task of ROGUE takes."""
     (task,) = algorithm.configure(algorithm.init(first_model()), [Device(ROGUE)])
+    assert algorithm.work is not None
     return cost(task, algorithm.work(task), load_profile("generic")).peak_memory_bytes
 
 

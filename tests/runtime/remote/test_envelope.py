@@ -90,7 +90,7 @@ def test_another_kind_is_named():
 def test_another_version_is_named():
     sealed = bytearray(seal(Envelope(env.HELLO, HELLO)))
     sealed[4] = 9
-    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 4"):
+    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 5"):
         unseal(bytes(sealed), expected=(env.HELLO,))
 
 

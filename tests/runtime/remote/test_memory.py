@@ -111,6 +111,7 @@ def test_a_node_that_refuses_what_it_said_it_had_room_for_is_asked_for_less(post
     """Its message takes some of what it said: less from then on, until it says that it has more."""
     algorithm = heterofl(server(3), local_steps=2, batch_size=8, widths="1 0.5 0.25")
     (task,) = algorithm.configure(algorithm.init(first_model()), [Device(1)])
+    assert algorithm.work is not None
     needed = cost(task, algorithm.work(task), PROFILE).peak_memory_bytes
     limited(post, 1, PROCESS + needed)
     held = room.Room._process_bytes  # as `steady` has it, and the message
