@@ -33,14 +33,18 @@ class Prices:
     def __init__(self, fallback: Profile, devices: Sequence[Device] = ()):
         self._fallback = fallback
         self._devices = {device.id: device for device in devices}
-        self._profiles = {device.id: profile_of(device, fallback) for device in devices}
+        self._profiles: dict[int, Profile] = {}  # of those that were asked for
         self._known: dict[tuple[Any, ...], Cost] = {}
 
     def device(self, client: int) -> Device:
         return self._devices.get(client, Device(client))
 
     def profile(self, client: int) -> Profile:
-        return self._profiles.get(client, self._fallback)
+        if client not in self._devices:
+            return self._fallback
+        if client not in self._profiles:
+            self._profiles[client] = profile_of(self._devices[client], self._fallback)
+        return self._profiles[client]
 
     def of(self, task: ClientTask, works: Sequence[Work]) -> Cost:
         """The price of `works` on the task's device."""
