@@ -15,6 +15,7 @@ from fedlean.cost.split import MemorySplit, memory_split
 from fedlean.cost.time import link_seconds
 from fedlean.layers import Shape
 from fedlean.planning.records import Binds, Phase
+from fedlean.planning.uneven import uneven
 from fedlean.planning.walk import Kind
 from fedlean.pruning.density import density
 from fedlean.runtime.prices import Prices
@@ -89,14 +90,20 @@ def _phase(kind: Kind, about: str, last: str, whole: ModelSpec, pricer: Pricer) 
 def peak_bytes(
     kinds: Sequence[Kind], pricer: Pricer, *, density: float = 1.0, value: float | None = None
 ) -> int:
-    """The most that one of `kinds` takes; with `value`, if masks of `density` had that instead."""
+    """The most that one of `kinds` takes, however its masks are split over the layers.
+
+    With `value`: if masks of `density` had that instead.
+    """
     most = 0
     for kind in kinds:
-        works = kind.works
+        works, spec = kind.works, kind.task.spec
         if value is not None:
-            shapes = kind.task.spec.tensor_shapes
-            works = [moved(work, shapes, density, value) for work in works]
-        most = max(most, pricer.price(kind.task, works)[1].peak_bytes)
+            works = [moved(work, spec.tensor_shapes, density, value) for work in works]
+        ways: list[Sequence[Work]] = [works]
+        if any(work.kept for work in works):
+            ways += zip(*(uneven(work, spec) for work in works), strict=True)
+        for way in ways:
+            most = max(most, pricer.price(kind.task, way)[1].peak_bytes)
     return most
 
 

@@ -57,7 +57,8 @@ class MethodPlan:
     settings: Mapping[str, Scalar | None] = field(default_factory=dict)  # that were changed
     knob: Knob | None = None
     fits: bool = False  # every phase that is not asked of one client only
-    needs_bytes: int = 0  # of those, the most that one takes with what fits, or with the least
+    needs_bytes: int = 0  # of those, the most that one takes with what fits, or with the least,
+    # however its masks are split over the layers: a phase's own memory is that of an even split
     why: str = ""  # why it does not fit, or could not be planned
     bound: bool = False  # figures are the most: what clients hold is found while it runs
     complete: bool = True  # False: the walk through its phases ended early

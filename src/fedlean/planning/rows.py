@@ -88,7 +88,8 @@ def _verdict(one: MethodPlan) -> str:
         least = ", whatever its density" if one.knob and one.knob.largest is None else ""
         said.append(f"does not fit{least}: {one.why}")
     elif one.knob and one.knob.value is not None and one.knob.largest not in (1.0, None):
-        said.append(f"fits up to {one.knob.name}={one.knob.largest:g}")
+        largest = f"{one.knob.name}={one.knob.largest:g}"
+        said.append(f"fits up to {largest}, however uneven the layers are kept")
     for phase in one.phases:
         if phase.one_client and not phase.fits:
             needed = human(phase.memory.peak_bytes, "bytes")

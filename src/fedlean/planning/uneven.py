@@ -1,0 +1,58 @@
+"""Uneven splits of kept weights over layers, for masks whose split is not known beforehand.
+
+A kept weight with its index takes more than one of a layer that is stored densely, and a layer is
+stored so from a density of its own (`engine.native_storage`).  A mask of so many weights thus takes
+the most memory where its layers lie just below that, others at it, and the rest is anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import ceil, prod
+
+from fedlean.core import Work
+from fedlean.engine.native_storage import SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW
+from fedlean.layers import Linear
+from fedlean.spec import ModelSpec
+
+Level = Callable[[ModelSpec, str], int]  # so many weights of a tensor
+
+
+def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
+    """`work` with as many kept weights, split over its masked tensors in 12 other ways.
+
+    Tensors are filled one after another, from the first, the last, the largest or the smallest on:
+    up to just below where they are stored densely, just up to there or wholly; then all of them
+    wholly with what is left.
+    """
+    sizes = {name: prod(spec.tensor_shapes[name]) for name in work.kept}
+    orders = (
+        list(sizes),
+        list(reversed(sizes)),
+        sorted(sizes, key=lambda name: -sizes[name]),
+        sorted(sizes, key=lambda name: sizes[name]),
+    )
+    for order in orders:
+        for level in (_below, _dense_from, _whole):
+            left, kept = sum(work.kept.values()), dict.fromkeys(sizes, 0)
+            for upto in (level, _whole):
+                for name in order:
+                    more = min(left, max(0, upto(spec, name) - kept[name]))
+                    kept[name] += more
+                    left -= more
+            yield replace(work, kept=kept)
+
+
+def _below(spec: ModelSpec, name: str) -> int:
+    return max(0, _dense_from(spec, name) - 1)
+
+
+def _dense_from(spec: ModelSpec, name: str) -> int:
+    layer = spec.by_name[name.rsplit(".", 1)[0]].layer
+    share = SPARSE_LINEAR_BELOW if isinstance(layer, Linear) else SPARSE_CONV_BELOW
+    return ceil(share * prod(spec.tensor_shapes[name]))
+
+
+def _whole(spec: ModelSpec, name: str) -> int:
+    return prod(spec.tensor_shapes[name])
