@@ -40,7 +40,7 @@ def test_a_table_for_each_model_and_device_within_80_columns(capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     out = said(capsys, "--model", "lenet300", "--model", "conv2", "--memory", "1GB", "2MB", *FEW)
     assert out.count("method, phase") == 4 and out.count("-> ") == 4
-    assert "conv2 (598,922 parameters) on raspberry_pi_4 with 2 MB" in out
+    assert "conv2 (598,922 parameters) on raspberry_pi_4 with 2.00 MB, " in out
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -93,6 +93,12 @@ def test_errors(capsys, tmp_path):
     assert "has a setting 'densty'" in fails(capsys, "--set", "densty=1")
     assert "must be a number" in fails(capsys, "--method", "snip", "--set", "density=much")
     assert "whole number" in fails(capsys, "--batch", "2.5")
+    assert "batch_size must be at least 1, got 0" in fails(capsys, "--batch", "0")
+    assert "local_steps must be at least 1, got -1" in fails(capsys, "--local-steps", "-1")
+    assert "lr must be a finite number, got nan" in fails(capsys, "--set", "lr=nan")
+    assert "no method could be planned; fedavg: lr must" in fails(
+        capsys, "--method", "fedavg", "--set", "lr=-1"
+    )
     assert "is a folder" in fails(capsys, "--out", str(tmp_path))
     assert "fleet" in fails(capsys, "--fleet", str(tmp_path / "none.toml"))
 

@@ -82,6 +82,12 @@ def test_initial_pruning_may_be_for_a_larger_device():
     assert one.knob is not None and one.knob.name == "size_limit" and one.knob.value is not None
     said = verdicts(block(limit, ["prunefl"], MLP))
     assert any("needs one client with" in line for line in said)
+    assert any("initial_pruning=false with an importance_budget_bytes" in line for line in said)
+    without = {"initial_pruning": False, "importance_budget_bytes": 10_000}
+    assert method(limit + 50_000, "prunefl", MLP, settings=without).fits
+    said = verdicts(block(limit - 40_000, ["prunefl"], MLP))
+    assert any("whatever its size_limit" in line for line in said)
+    assert any("importance_budget_bytes sums them in pieces" in line for line in said)
 
 
 def test_what_begins_with_full_masks_needs_them():
@@ -212,6 +218,28 @@ def test_shares_of_a_fleet_are_counted():
     assert by_name["heterofl"].choices == pytest.approx({"width 1": 0.3, "width 0.5": 0.7})
     assert by_name["allsmall"].choices == {"width 0.5": 1}
     assert by_name["prunefl"].phases[0].share == 0  # g² of all weights beside the whole model
+
+
+def test_in_a_fleet_what_all_can_do_is_chosen_and_the_share_is_said():
+    dense = method(None, "fedavg", MLP).needs_bytes
+    sizes = [dense] * 6 + [dense * 2 // 3] * 4  # the median device holds the whole model
+    members = [Member(PROFILE, {"memory_bytes": Quantity((float(size),))}) for size in sizes]
+    fleet = Fleet(tuple(map(always, members)), 10)
+
+    def found(*names):
+        return plan(MLP, profile=PROFILE, methods=names, fleet=fleet).devices[0]
+
+    alone = found("fedavg")
+    assert alone.recommended == "fedavg" and "Only 60% of the fleet" in alone.reason
+    both = found("fedavg", "synflow", "allsmall", "heterofl")
+    fedavg, synflow, allsmall, heterofl = both.methods
+    assert both.recommended == "heterofl" and "All devices of the fleet" in both.reason
+    assert "does not fit all devices" in both.reason
+    assert allsmall.phases[0].about == "width 0.5" and heterofl.phases[0].about == "width 1"
+    assert (fedavg.share, synflow.share, allsmall.share, heterofl.share) == (0.6, 1, 1, 1)
+    small = method(dense * 2 // 3, "synflow", MLP)
+    assert small.knob is not None and synflow.knob is not None
+    assert small.knob.value is not None and synflow.knob.value == small.knob.value
 
 
 def test_a_fleet_that_is_never_there_is_refused():

@@ -72,7 +72,7 @@ def plan(
     memory
         what a device may hold, as 128MB, in place of the profile's; of several each is planned
     fleet
-        a file of devices (docs/fleets.md): plans the one of median memory, and who can take part
+        a file of devices (docs/fleets.md): rows are of its median device, choices of all of it
     method
         names from 'fedlean methods', or package.module:function (default: all that start dense)
     set
@@ -102,6 +102,9 @@ def plan(
         seed=seed,
         examples=examples,
     )
+    every = [one for block in found.devices for one in block.methods]
+    if not any(one.planned for one in every):
+        raise ValueError(f"no method could be planned; {every[0].method}: {every[0].why}")
     if out is not None:
         write_page(out, plan_page(found))
     if json:

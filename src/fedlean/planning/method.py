@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from fedlean.algorithm import Device
@@ -23,12 +24,29 @@ TINY = 0.01
 
 
 def plan_method(
-    stage: Stage, method: str, settings: Settings, device: Device, profile: Profile
+    stage: Stage,
+    method: str,
+    settings: Settings,
+    device: Device,
+    profile: Profile,
+    least_bytes: int | None = None,
 ) -> tuple[MethodPlan, Walked | None]:
-    """`profile`: the server's.  What a method refuses is why it is not planned."""
-    planner = _Planner(stage, method, settings, device, profile)
+    """`profile`: the server's.  What a method refuses is why it is not planned.
+
+    least_bytes: memory of the smallest device of a fleet of which `device` is one.  What is kept is
+    then what fits that one, where there is such.
+    """
+
+    def planner(device: Device, settings: Settings) -> _Planner:
+        return _Planner(stage, method, settings, device, profile, least_bytes)
+
     try:
-        return planner.planned()
+        if least_bytes is not None:
+            small, _ = planner(replace(device, memory_bytes=least_bytes), settings).planned()
+            if small.fits and small.settings:
+                one, walked = planner(device, {**settings, **small.settings}).planned()
+                return replace(one, settings=small.settings, knob=small.knob), walked
+        return planner(device, settings).planned()
     except ValueError as error:
         return MethodPlan(method, why=" ".join(str(error).split())), None
     except Exception as error:  # of code of somebody's own, which costs its own lines only
@@ -38,8 +56,15 @@ def plan_method(
 
 class _Planner:
     def __init__(
-        self, stage: Stage, method: str, settings: Settings, device: Device, profile: Profile
+        self,
+        stage: Stage,
+        method: str,
+        settings: Settings,
+        device: Device,
+        profile: Profile,
+        least_bytes: int | None,
     ):
+        self.least_bytes = least_bytes
         self.stage, self.method, self.settings = stage, method, settings
         self.device, self.profile = device, profile
         self.pricer = pricer(device, profile, stage.splits)
@@ -70,7 +95,7 @@ class _Planner:
 
     def _walked(self, changed: Settings) -> Walked:
         settings = {**self.settings, **changed}
-        return self.stage.walked(self.method, settings, self.device, self.profile)
+        return self.stage.walked(self.method, settings, self.device, self.profile, self.least_bytes)
 
     def _need(self, walked: Walked) -> int:
         return peak_bytes(_all_clients(walked.walk.kinds), self.pricer)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from difflib import get_close_matches
+from math import isfinite
 
 from fedlean.algorithm import Device, profile_of
 from fedlean.cost.profile import Profile, other_model
@@ -18,6 +19,7 @@ from fedlean.planning.rehearse import Settings, Stage
 from fedlean.runtime.method import available, find_method, hyperparameters
 from fedlean.spec import ModelSpec
 
+COUNTS = ("batch_size", "local_steps")  # settings without which no method trains
 THREADS = 2  # large models are arrays of many MB, on which NumPy leaves the interpreter free
 # methods that are not planned unless they are named, and why
 LEFT_OUT = {"fixed_mask": "it trains the masks of a finished run, which a plan does not have"}
@@ -66,11 +68,8 @@ def plan(
 
 
 def label(device: Device, profile: Profile) -> str:
-    """A device by its profile's name, and its memory where that is not the profile's."""
-    own = device.profile or profile
-    if device.memory_bytes is None or device.memory_bytes == own.memory_bytes:
-        return own.name
-    return f"{own.name} with {device.memory_bytes / 1e6:.4g} MB"
+    """A device by its profile's name; its memory is said beside it."""
+    return (device.profile or profile).name
 
 
 def _block(
@@ -84,9 +83,10 @@ def _block(
     server = device.profile or profile
     own = profile_of(device, profile)
     device = replace(device, profile=server, memory_bytes=own.memory_bytes)
+    least = min((profile_of(one, server).memory_bytes for one in drawn), default=None)
 
     def planned(method: str) -> MethodPlan:
-        one, walked = plan_method(stage, method, asked[method], device, server)
+        one, walked = plan_method(stage, method, asked[method], device, server, least)
         return with_shares(one, walked, drawn, server) if drawn and walked else one
 
     stage.prepare()
@@ -119,8 +119,13 @@ def _methods(asked: Sequence[str] | None) -> tuple[list[str], Mapping[str, str]]
 
 
 def _settings(names: Sequence[str], settings: Settings) -> dict[str, Settings]:
-    """Of each method those that it has.  Raises ValueError for one that none has."""
+    """Of each method those that it has.  Raises ValueError for one that none has or can have."""
     known = {name: hyperparameters(find_method(name)).keys() for name in names}
+    for key, value in settings.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{key:.60} must be a finite number, got {value}")
+        if key in COUNTS and isinstance(value, int | float) and value < 1:
+            raise ValueError(f"{key} must be at least 1, got {value}")
     for key in settings:
         if not any(key in own for own in known.values()):
             near = get_close_matches(key, sorted(set().union(*known.values())), n=3, cutoff=0.5)

@@ -77,8 +77,23 @@ class MethodPlan:
 
     @property
     def lone_fits(self) -> bool:
-        """Whether what one client is asked for fits this device, too."""
-        return all(phase.fits for phase in self.phases if phase.one_client)
+        """Whether what one client is asked for fits this device, too, or some of the fleet."""
+        return all(
+            phase.fits if phase.share is None else phase.share > 0
+            for phase in self.phases
+            if phase.one_client
+        )
+
+    @property
+    def share(self) -> float | None:
+        """Of a fleet's devices, those that can take part in every phase."""
+        shares = [p.share for p in self.phases if p.share is not None and not p.one_client]
+        return min(shares, default=None)
+
+    @property
+    def able(self) -> bool:
+        """Whether it would run: on this device, or on any of the fleet."""
+        return self.planned and (self.fits if self.share is None else self.share > 0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlean import wire
@@ -44,11 +44,21 @@ class Stage:
     _models: dict[float | None, Model] = field(default_factory=dict)
     _known: dict[Any, list[Walked]] = field(default_factory=dict)
 
-    def walked(self, method: str, settings: Settings, device: Device, profile: Profile) -> Walked:
-        """`profile` is the server's, what it plans by.  Raises what the method raises."""
+    def walked(
+        self,
+        method: str,
+        settings: Settings,
+        device: Device,
+        profile: Profile,
+        least_bytes: int | None = None,
+    ) -> Walked:
+        """`profile` is the server's, what it plans by.  Raises what the method raises.
+
+        least_bytes: memory of the smallest device of a fleet, which is there beside it.
+        """
         key = (method, *sorted(settings.items(), key=str), id(profile))
         known = self._known.setdefault(key, [])
-        pair = _pair(device)
+        pair = _pair(device, least_bytes)
         for one in known:
             if _treats_alike(one, pair):
                 return one
@@ -118,12 +128,13 @@ class Stage:
             raise
 
 
-def _pair(device: Device) -> list[Device]:
-    """Two alike: what only one of them is asked for is asked of one client."""
-    return [
-        Device(client, device.num_examples, device.profile, device.memory_bytes)
-        for client in range(2)
-    ]
+def _pair(device: Device, least_bytes: int | None) -> list[Device]:
+    """Two alike: what only one of them is asked for is asked of one client.
+
+    Of a fleet its smallest comes third, for methods whose every client does as that one can.
+    """
+    pair = [replace(device, id=client) for client in range(2)]
+    return pair if least_bytes is None else [*pair, replace(device, id=2, memory_bytes=least_bytes)]
 
 
 def _treats_alike(walked: Walked, pair: Sequence[Device]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedlean.planning.records import DevicePlan, MethodPlan, Phase
 from fedlean.report.units import human, percent
+from fedlean.runtime.method import find_method, hyperparameters
 
 HEADS = ("method, phase", "memory", "down", "up", "a round", "binds")
 NOTES = (
@@ -21,7 +22,7 @@ def title(block: DevicePlan) -> str:
         for value in (block.memory_bytes, block.uplink_bytes_per_s, block.downlink_bytes_per_s)
     )
     link = f"{up}/s" if up == down else f"{up}/s up, {down}/s down"
-    return f"{block.model} ({parameters}) on {block.device}: {memory}, link {link}"
+    return f"{block.model} ({parameters}) on {block.device} with {memory}, link {link}"
 
 
 def heads(block: DevicePlan) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ def verdicts(block: DevicePlan) -> list[str]:
     """What cannot be seen from the rows: what does not fit, what would, what was not planned."""
     lines = []
     for one in block.methods:
-        if said := _verdict(one):
+        if said := _verdict(one, block.memory_bytes):
             lines.append(f"{one.method}: {said}")
     return lines
 
@@ -80,13 +81,14 @@ def _cells(name: str, phase: Phase, fleet: bool) -> tuple[str, ...]:
     return (*cells, percent(phase.share, 0)) if fleet else cells
 
 
-def _verdict(one: MethodPlan) -> str:
+def _verdict(one: MethodPlan, limit: int) -> str:
     said = []
     if not one.planned:
         return f"not planned: {one.why}"
     if not one.fits:
-        least = ", whatever its density" if one.knob and one.knob.largest is None else ""
-        said.append(f"does not fit{least}: {one.why}")
+        knob = one.knob
+        least = f", whatever its {knob.name}" if knob and knob.largest is None else ""
+        said.append(f"does not fit{least}: {one.why}{_pieces(one)}")
     elif one.knob and one.knob.value is not None and one.knob.largest not in (1.0, None):
         largest = f"{one.knob.name}={one.knob.largest:g}"
         said.append(f"fits up to {largest}, however uneven the layers are kept")
@@ -94,9 +96,40 @@ def _verdict(one: MethodPlan) -> str:
         if phase.one_client and not phase.fits:
             needed = human(phase.memory.peak_bytes, "bytes")
             said.append(f"its phase {phase.name} needs one client with {needed}")
+            said.extend(_without_initial(one, phase, limit))
     if one.choices:
         shares = ", ".join(f"{name} {percent(share, 0)}" for name, share in one.choices.items())
         said.append(f"devices get {shares}")
     if not one.complete:
         said.append("the walk through its phases took too long and ended early")
     return "; ".join(said)
+
+
+def _pieces(one: MethodPlan) -> str:
+    """A setting that makes the sums of squared gradients smaller, where they are what is too much."""
+    summed = [p for p in one.phases if p.memory.importance_bytes and not (p.fits or p.one_client)]
+    if not summed or not _has(one, "importance_budget_bytes") or _in_pieces(one):
+        return ""
+    most = max(phase.memory.importance_bytes for phase in summed)
+    return (
+        f" (its sums of squared gradients alone take up to {human(most, 'bytes')}: "
+        "importance_budget_bytes sums them in pieces)"
+    )
+
+
+def _without_initial(one: MethodPlan, phase: Phase, limit: int) -> list[str]:
+    """What to set instead of initial pruning, where the whole model fits without the sums."""
+    if not _has(one, "initial_pruning"):
+        return []
+    if phase.memory.peak_bytes - phase.memory.importance_bytes > limit:
+        return ["without it (initial_pruning=false) all clients begin with the whole model"]
+    pieces = "" if _in_pieces(one) else " with an importance_budget_bytes"
+    return [f"initial_pruning=false{pieces} would do without that client"]
+
+
+def _has(one: MethodPlan, setting: str) -> bool:
+    return setting in hyperparameters(find_method(one.method))
+
+
+def _in_pieces(one: MethodPlan) -> bool:
+    return any("importance/" in phase.about for phase in one.phases)
