@@ -55,8 +55,8 @@ def _best(able: Sequence[MethodPlan], methods: Sequence[MethodPlan]) -> tuple[st
     if best.method == plain.method:
         return plain.method, f"{plain.method}: the whole model fits, and nothing is quicker."
     return best.method, (
-        f"{_named(best)}: the whole model fits, but sending it takes longer than computing; of what "
-        f"fits, this takes the least time a round, {best.typical.seconds:.3g} s instead of "
+        f"{_named(best)}: the whole model fits, but sending it takes longer than computing; of "
+        f"what fits, this takes the least time a round, {best.typical.seconds:.3g} s instead of "
         f"{plain.typical.seconds:.3g} s."
     )
 

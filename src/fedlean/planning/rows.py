@@ -106,7 +106,7 @@ def _verdict(one: MethodPlan, limit: int) -> str:
 
 
 def _pieces(one: MethodPlan) -> str:
-    """A setting that makes the sums of squared gradients smaller, where they are what is too much."""
+    """A setting that makes the sums of squared gradients smaller, where they are too much."""
     summed = [p for p in one.phases if p.memory.importance_bytes and not (p.fits or p.one_client)]
     if not summed or not _has(one, "importance_budget_bytes") or _in_pieces(one):
         return ""

@@ -1,8 +1,8 @@
 """Uneven splits of kept weights over layers, for masks whose split is not known beforehand.
 
-A kept weight with its index takes more than one of a layer that is stored densely, and a layer is
-stored so from a density of its own (`engine.native_storage`).  A mask of so many weights thus takes
-the most memory where its layers lie just below that, others at it, and the rest is anywhere.
+A layer is stored densely, pruned weights and a byte of mask for each too, from a density of its own
+(`engine.native_storage`); below that a kept weight has an index.  A mask of so many weights takes
+the most memory where its layers lie just below that density or just at it, and none is whole.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
     """`work` with as many kept weights, split over its masked tensors in 12 other ways.
 
     Tensors are filled one after another, from the first, the last, the largest or the smallest on:
-    up to just below where they are stored densely, just up to there or wholly; then all of them
-    wholly with what is left.
+    up to just below where they are stored densely, just up to there or to all but one; then all of
+    them, with what is left, to all but one, and wholly.
     """
     sizes = {name: prod(spec.tensor_shapes[name]) for name in work.kept}
     orders = (
@@ -34,9 +34,9 @@ def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
         sorted(sizes, key=lambda name: sizes[name]),
     )
     for order in orders:
-        for level in (_below, _dense_from, _whole):
+        for level in (_below, _dense_from, _but_one):
             left, kept = sum(work.kept.values()), dict.fromkeys(sizes, 0)
-            for upto in (level, _whole):
+            for upto in (level, _but_one, _whole):
                 for name in order:
                     more = min(left, max(0, upto(spec, name) - kept[name]))
                     kept[name] += more
@@ -52,6 +52,10 @@ def _dense_from(spec: ModelSpec, name: str) -> int:
     layer = spec.by_name[name.rsplit(".", 1)[0]].layer
     share = SPARSE_LINEAR_BELOW if isinstance(layer, Linear) else SPARSE_CONV_BELOW
     return ceil(share * prod(spec.tensor_shapes[name]))
+
+
+def _but_one(spec: ModelSpec, name: str) -> int:
+    return _whole(spec, name) - 1
 
 
 def _whole(spec: ModelSpec, name: str) -> int:
