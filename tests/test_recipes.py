@@ -136,6 +136,7 @@ def test_smoke_is_short_and_beside_the_full_runs(tmp_path, monkeypatch):
         assert config.eval_examples == config.final_eval_examples == recipe.SMOKE_EXAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
     (runs, *_) = groups_of(path).values()

@@ -194,9 +194,9 @@ def test_arrays_at_odd_addresses_are_refused():
         lambda: held.set_gradient(0, 0, odd),
         lambda: held.activation(0, misaligned((2, 3))),
         lambda: held.backward([0], [misaligned((2, 3))], False),
-        lambda: held.descend([0], [misaligned((2, 3))], False),
-        lambda: held.step(misaligned((2, 4)), y, False),
-        lambda: held.step(x, misaligned((2,), np.int64), False),
+        lambda: held.descend([0], [misaligned((2, 3))], []),
+        lambda: held.step(misaligned((2, 4)), y, []),
+        lambda: held.step(x, misaligned((2,), np.int64), []),
     ):
         with pytest.raises(ValueError, match="not aligned in memory"):
             call()
@@ -216,16 +216,16 @@ def test_a_running_mean_is_no_weight_to_step():
             call()
 
 
-@pytest.mark.parametrize("name", ["backward", "descend"])
-def test_backward_follows_a_training_forward(name):
+@pytest.mark.parametrize(("name", "plain"), [("backward", False), ("descend", [])])
+def test_backward_follows_a_training_forward(name, plain):
     held, x = trained(), np.ones((2, 4), np.float32)
     call, gradient = getattr(held, name), np.ones((2, 3), np.float32)
     with pytest.raises(ValueError, match="not for training"):
-        call([], [], False)
+        call([], [], plain)
     held.build(0, NONE)
     held.forward(x, [0], False)
     with pytest.raises(ValueError, match="not for training"):
-        call([0], [gradient], False)
+        call([0], [gradient], plain)
     held.forward(x, [0], True)
     for nodes, gradients, match in (
         ([0], [], "gradients has 0 elements, expected 1"),
@@ -234,12 +234,12 @@ def test_backward_follows_a_training_forward(name):
         ([0], [gradient[:1]], "gradient has 3 elements, expected 6"),
     ):
         with pytest.raises(ValueError, match=match):
-            call(nodes, gradients, True)
-    call([0], [gradient], False)
+            call(nodes, gradients, plain)
+    call([0], [gradient], plain)
     with pytest.raises(ValueError, match="there was no forward"):
-        call([], [], False)
+        call([], [], plain)
     with pytest.raises(ValueError, match="not tapped by the last forward"):
-        call([0], [gradient], False)
+        call([0], [gradient], plain)
 
 
 def test_an_image_of_one_pixel_gives_no_logits():
@@ -248,7 +248,7 @@ def test_an_image_of_one_pixel_gives_no_logits():
     held = session(network, [[True, False, False, False]], [DENSE])
     held.build(0, NONE)
     with pytest.raises(ValueError, match="one logit per class"):
-        held.step(np.ones((2, 2, 1, 1), np.float32), np.array([0, 1]), False)
+        held.step(np.ones((2, 2, 1, 1), np.float32), np.array([0, 1]), [])
 
 
 def test_labels_are_copied_before_they_are_checked():
@@ -267,7 +267,7 @@ def test_labels_are_copied_before_they_are_checked():
     refused = 0
     for _ in range(300):
         try:
-            assert np.isfinite(held.step(x, y, False))
+            assert np.isfinite(held.step(x, y, []))
         except ValueError:
             refused += 1
     stop.set()

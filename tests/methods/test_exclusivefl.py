@@ -75,7 +75,7 @@ def test_it_is_fedavg_without_the_others():
 def test_where_nobody_is_able_the_run_says_what_each_lacks():
     algorithm = exclusivefl(server(), cohort=2, **SGD_SETTINGS)
     records = []
-    with pytest.raises(RunFailed, match=r"4 left out, the smallest task needs \d+\.\d MB"):
+    with pytest.raises(RunFailed, match=r"4 left out, the smallest task needs \d+\.\d+ MB"):
         run(
             algorithm,
             dispatch=dispatch(algorithm, *[WHOLE - 1] * 4),

@@ -32,6 +32,7 @@ from fedlean.methods.fedavg import fedavg
 from fedlean.methods.heterofl import client_update, heterofl
 from fedlean.models.catalog import available, build
 from fedlean.models.initialise import init_params
+from fedlean.printable import megabytes
 from fedlean.runtime.local import LocalDispatch
 from fedlean.spec import sequential
 from fedlean.submodels.width import width
@@ -211,7 +212,7 @@ def test_who_can_hold_nothing_is_left_out_by_name():
     run(algorithm, dispatch=dispatch, watch=lambda progress, record: records.append(record))
     for record in records:
         assert record.answered == [0, 1, 3] and not record.refused
-        said = f"needs {NEEDS[2] / 1e6:.1f} MB, has {(NEEDS[2] - 1) / 1e6:.1f} MB"
+        said = f"needs {megabytes(NEEDS[2])}, has {megabytes(NEEDS[2] - 1)}"
         assert record.left_out == {2: said}
         assert levels_of(record.tasks) == ["1.0", "0.5", "0.25"]
 

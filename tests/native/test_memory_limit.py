@@ -96,7 +96,7 @@ def test_dense_pytorch_needs_more_than_96_mb_to_train():
     [
         (["import_fedlean"], 40),
         (["open_engine", "native", "2"], 40),
-        (["train", "native", "2", "lenet300", "0.1"], 40),
+        (["train", "native", "2", "lenet300", "0.1"], 41),
         (["train", "native", "2", "conv2", "0.1"], 64),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
