@@ -299,8 +299,8 @@ class _Pooled:
 class Fold:
     """One round's reduction: `add` every update, then read the results.
 
-    Rule: each coordinate becomes the mean over the clients that trained it, weighted by
-    their example counts (p_n in the papers); a coordinate nobody trained keeps `base` bit for bit.
+    Rule: each coordinate becomes the mean over the clients that trained it, weighted by their
+    example counts (p_n in the papers).  A coordinate that nobody trained keeps `base` bit for bit.
     `variances` maps a running variance to its mean: those are pooled, with what lies between the
     clients' means.
     """
