@@ -88,7 +88,8 @@ class FederatedAlgorithm(NamedTuple):
     A method whose clients send statistics says in `statistics` which ones a task asks for; `work`
     is the most that a task takes, against which clients' claims are held (None: it is not known).
     `model` says what of a state is evaluated and saved; None: the run's whole model, with the
-    state's `params` and `masks`.
+    state's `params` and `masks`.  `report` gives what the log says of a state beside that, finite
+    numbers by name: what a rule has measured, say.
     """
 
     init: Callable[[Model], Any]  # of the model that the run starts from
@@ -101,3 +102,4 @@ class FederatedAlgorithm(NamedTuple):
     statistics: Callable[[ClientTask], Mapping[str, StatisticForm]] = lambda task: {}
     work: Callable[[ClientTask], tuple[Work, ...]] | None = None
     model: Callable[[Any], Model] | None = None
+    report: Callable[[Any], Mapping[str, float]] | None = None

@@ -240,12 +240,14 @@ def test_a_diverged_loss_is_null(tmp_path):
         score=Score(0.1, float("nan")),
         model=first_model(),
         whole=first_model().spec,
+        reported={"movement": float("nan")},
     )
     with closing(RunLog(tmp_path / "rounds.jsonl")) as log:
         log.append(line)
     (back,) = lines(tmp_path)
     assert (back["accuracy"], back["loss"], back["train_loss"]) == (0.1, None, None)
     assert back["metrics"] == {"train_loss": None, "other": 1.0}
+    assert back["method"] == {"movement": None}
 
 
 def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):

@@ -13,7 +13,7 @@ from fedlean.layers import Add, Conv2d, Linear, ReLU
 from fedlean.models.mlp import mlp
 from fedlean.models.mobilenetv3 import mobilenetv3_small
 from fedlean.models.resnet import resnet8, resnet18, resnet20
-from fedlean.models.vgg11 import vgg11
+from fedlean.models.vgg import vgg11
 from fedlean.spec import INPUT, ModelSpec, Node, sequential
 from fedlean.submodels.choose import random
 from fedlean.submodels.depth import depth, drop_blocks, stages

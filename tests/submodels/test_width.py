@@ -27,7 +27,7 @@ from fedlean.models.lenet300 import lenet300
 from fedlean.models.mlp import mlp
 from fedlean.models.mobilenetv3 import mobilenetv3_small
 from fedlean.models.resnet import resnet8, resnet18, resnet20
-from fedlean.models.vgg11 import vgg11
+from fedlean.models.vgg import vgg11
 from fedlean.spec import INPUT, ModelSpec, Node, sequential
 from fedlean.submodels.choose import prefix, random, rolling
 from fedlean.submodels.width import kept_channels, width

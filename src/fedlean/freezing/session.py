@@ -15,6 +15,7 @@ import numpy as np
 
 from fedlean.core import Params, SubModel
 from fedlean.engine import checks
+from fedlean.engine.pieces import Importance
 from fedlean.engine.protocol import SGD, Engine, ForwardSession, Loss, Session
 from fedlean.freezing.beginning import Split, split
 from fedlean.spec import ModelSpec
@@ -152,7 +153,7 @@ class BeginningSession:
         features_of(self.beginning, self.name, x, out, self.micro_batch)
         return out
 
-    def step(self, x: np.ndarray, y: np.ndarray, *, importance: bool = False) -> float:
+    def step(self, x: np.ndarray, y: np.ndarray, *, importance: Importance = False) -> float:
         checks.check_batch(self._spec, x, y, self._batch_size, self._spec.output_shape[0])
         return self.rest.step(self.features(x), y, importance=importance)
 
@@ -175,7 +176,7 @@ class BeginningSession:
         return self.rest.backward(output_gradients, dense=dense)
 
     def descend(
-        self, output_gradients: Mapping[str, np.ndarray], *, importance: bool = False
+        self, output_gradients: Mapping[str, np.ndarray], *, importance: Importance = False
     ) -> None:
         self.rest.descend(output_gradients, importance=importance)
 

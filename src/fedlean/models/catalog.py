@@ -1,7 +1,8 @@
 """The models that there are, found by looking: a new file in this package is all it takes.
 
 A model is a public function `name(input_shape, classes, ...) -> ModelSpec` of a public module of
-`fedlean.models`.  `fedlean.models.torch` is never imported: listing models must not load PyTorch.
+`fedlean.models`; its further arguments are written after its name, as `resnet18,blocks=unit`.
+`fedlean.models.torch` is never imported: listing models must not load PyTorch.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import fedlean.models
 from fedlean.layers import Shape
+from fedlean.settings import parse, type_of
 from fedlean.spec import ModelSpec
 from fedlean.usercode import call, is_code, load_function
 
@@ -30,20 +32,50 @@ def available() -> dict[str, str]:
     return {name: (inspect.getdoc(model) or "").partition("\n")[0] for name, model in _models()}
 
 
+def options(name: str) -> tuple[str, ...]:
+    """The further arguments of one of `available()`.
+
+    >>> options("resnet20")
+    ('norm', 'blocks')
+    """
+    return tuple(_options(_listed(name)))
+
+
 def build(name: str, input_shape: Shape, classes: int) -> ModelSpec:
     """The model `name` for inputs of `input_shape` (without batch) and so many classes.
 
     `name` is one of `available()` or `package.module:function`, a function of your own with the
-    same two arguments.
+    same two arguments; further arguments follow it, each after a comma.  Raises ValueError naming
+    what is unknown or of another type.
 
     >>> build("lenet300", (1, 8, 8), 10).output_shape
     (10,)
+    >>> len(build("resnet18,blocks=unit", (3, 32, 32), 10).blocks)
+    10
     """
-    model = load_function("model", name) if is_code(name) else _listed(name)
-    spec = call("model", name, model, tuple(input_shape), classes)
+    plain, *texts = name.split(",")
+    model = load_function("model", plain) if is_code(plain) else _listed(plain)
+    arguments = dict(_argument(plain, model, text.strip()) for text in texts)
+    spec = call("model", plain, model, tuple(input_shape), classes, **arguments)
     if not isinstance(spec, ModelSpec):
-        raise ValueError(f"model {name!r} must return a ModelSpec, got {type(spec).__name__}")
+        raise ValueError(f"model {plain!r} must return a ModelSpec, got {type(spec).__name__}")
     return spec
+
+
+def _argument(name: str, model: Callable[..., ModelSpec], text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    known = _options(model)
+    if not separator or key not in known:
+        among = f"one of {', '.join(known)}" if known else "none: the model has no options"
+        raise ValueError(
+            f"model {name!r} has no option {text!r:.60}; expected name=value with {among}"
+        )
+    return key, parse(key, value, type_of(model, known[key]))
+
+
+def _options(model: Callable[..., ModelSpec]) -> dict[str, inspect.Parameter]:
+    """What its user may say beside the input's shape and the classes."""
+    return dict(list(inspect.signature(model).parameters.items())[2:])
 
 
 def _models() -> Iterator[tuple[str, Callable[..., ModelSpec]]]:

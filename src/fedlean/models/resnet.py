@@ -1,15 +1,16 @@
 """Residual networks (He et al. 2016, arXiv 1512.03385) of basic blocks: two 3x3 convolutions each.
 
-resnet8 and resnet20 are the CIFAR ones (Section 4.2: 6n + 2 layers), resnet18 the smallest
-ImageNet one (Table 1), which PruneFL trains (arXiv 1909.12326, Table I).
+resnet8 and resnet20 are the CIFAR ones (Section 4.2: 6n + 2 layers), resnet18 and resnet34 the
+smallest ImageNet ones (Table 1), of which PruneFL trains the first (arXiv 1909.12326, Table I).
 
 Our choices: GroupNorm instead of BatchNorm by default; a 1x1 convolution with norm on the shortcut
-where the shape changes (the paper's option B) in the CIFAR ones too; in resnet18 the CIFAR stem
-for small images.
+where the shape changes (the paper's option B) in the CIFAR ones too; in the ImageNet ones the CIFAR
+stem for small images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from fedlean.layers import (
@@ -28,7 +29,6 @@ from fedlean.models._arguments import check_classes, check_image
 from fedlean.spec import INPUT, ModelSpec, Node
 
 CIFAR_WIDTHS = (16, 32, 64)  # channels of the stages; the image halves between them
-IMAGENET_WIDTHS = (64, 128, 256, 512)
 GROUP_CHANNELS = 4  # per group where the network is thinnest: enough also after width slicing
 SMALL_SIDE = 64  # ours: images up to here lose too much in the ImageNet stem, which quarters them
 
@@ -46,7 +46,7 @@ def resnet8(input_shape: Shape, classes: int, *, norm: Norm = "group") -> ModelS
     >>> resnet8((3, 32, 32), 10).num_params
     78042
     """
-    return _resnet("resnet8", input_shape, classes, CIFAR_WIDTHS, depth=1, norm=norm)
+    return _resnet("resnet8", input_shape, classes, CIFAR_WIDTHS, depth=(1, 1, 1), norm=norm)
 
 
 def resnet20(
@@ -60,19 +60,25 @@ def resnet20(
     ['stem', 'stage1', 'stage2', 'stage3', 'head']
     """
     return _resnet(
-        "resnet20", input_shape, classes, CIFAR_WIDTHS, depth=3, norm=norm, blocks=blocks
+        "resnet20", input_shape, classes, CIFAR_WIDTHS, depth=(3, 3, 3), norm=norm, blocks=blocks
     )
 
 
 def resnet18(
-    input_shape: Shape, classes: int, *, norm: Norm = "group", blocks: Blocks = "stage"
+    input_shape: Shape,
+    classes: int,
+    *,
+    norm: Norm = "group",
+    blocks: Blocks = "stage",
+    width: int = 64,
 ) -> ModelSpec:
     """ResNet-18: two residual blocks per stage, widths 64-128-256-512.
 
     `blocks` divides it for progressive training: between stem and head there is one block per
     "stage" (4) or per residual "unit" (8); names of layers and tensors are the same.  The stem is
     ImageNet's, 7x7 with stride 2 and a max pool, when both sides of the image exceed `SMALL_SIDE`,
-    otherwise the CIFAR networks' 3x3 with stride 1.
+    otherwise the CIFAR networks' 3x3 with stride 1.  `width` is that of the first stage, which each
+    later one doubles: a multiple of 4.
 
     PruneFL's, for ImageNet-100, has 11.23M parameters (Table I) and leaves the 1x1 convolutions on
     the shortcuts unpruned.  Its norms are BatchNorm, `norm="batch"`, and so is its learning rate
@@ -93,12 +99,45 @@ def resnet18(
         "resnet18",
         input_shape,
         classes,
-        IMAGENET_WIDTHS,
-        depth=2,
+        _doubling(width),
+        depth=(2, 2, 2, 2),
         norm=norm,
         blocks=blocks,
         imagenet_stem=True,
     )
+
+
+def resnet34(
+    input_shape: Shape,
+    classes: int,
+    *,
+    norm: Norm = "group",
+    blocks: Blocks = "stage",
+    width: int = 64,
+) -> ModelSpec:
+    """ResNet-34: three, four, six and three residual blocks in the stages of ResNet-18.
+
+    `blocks` ("unit": 16) and `width` as in `resnet18`.
+
+    >>> resnet34((3, 32, 32), 10).num_params
+    21282122
+    """
+    return _resnet(
+        "resnet34",
+        input_shape,
+        classes,
+        _doubling(width),
+        depth=(3, 4, 6, 3),
+        norm=norm,
+        blocks=blocks,
+        imagenet_stem=True,
+    )
+
+
+def _doubling(width: int) -> tuple[int, ...]:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 4 or width % 4:
+        raise ValueError(f"width must be a multiple of 4, got {width!r:.40}")
+    return tuple(width << stage for stage in range(4))
 
 
 def is_small(image: Shape) -> bool:
@@ -118,7 +157,7 @@ def _resnet(
     classes: int,
     widths: tuple[int, ...],
     *,
-    depth: int,
+    depth: Sequence[int],
     norm: Norm,
     blocks: Blocks = "stage",
     imagenet_stem: bool = False,
@@ -131,8 +170,8 @@ def _resnet(
         GroupNorm(groups=widths[0] // GROUP_CHANNELS) if norm == "group" else BatchNorm()
     )
     nodes = _stem(widths[0], normalise, shrink=imagenet_stem and not is_small(input_shape))
-    for number, width in enumerate(widths, start=1):
-        for index in range(1, depth + 1):
+    for number, (width, units) in enumerate(zip(widths, depth, strict=True), start=1):
+        for index in range(1, units + 1):
             stage, unit = f"stage{number}", f"stage{number}_{index}"
             block = unit if blocks == "unit" else stage
             stride = 2 if number > 1 and index == 1 else 1

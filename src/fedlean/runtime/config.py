@@ -55,7 +55,11 @@ class RunConfig:
 
     method: str
     dataset: str = setting("digits", "digits, or a folder (see 'fedlean datasets')")
-    model: str = setting("lenet300", "a name from 'fedlean models', or package.module:function")
+    model: str = setting(
+        "lenet300",
+        "a name from 'fedlean models', with its options as resnet18,norm=batch; or "
+        "package.module:function",
+    )
     inputs: str = setting(
         "standardised",
         "standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)",

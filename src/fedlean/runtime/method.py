@@ -10,15 +10,12 @@ import importlib
 import inspect
 import pkgutil
 import sys
-import types
-import typing
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from typing import Any
 
 import fedlean.methods
 from fedlean.algorithm import FederatedAlgorithm, Server, State
 from fedlean.core import Model, Scalar
+from fedlean.settings import fits, in_words, nearest, parse, type_of
 from fedlean.usercode import call, is_code, load_function
 
 Method = Callable[..., FederatedAlgorithm]
@@ -45,12 +42,6 @@ def find_method(name: str) -> Method:
             f"no method named {name!r}; {nearest(name, names)} (or package.module:function)"
         )
     return getattr(importlib.import_module(f"fedlean.methods.{name}"), name)
-
-
-def nearest(given: str, names: list[str]) -> str:
-    """'nearest: ...' or 'there are: ...' for an error message."""
-    near = get_close_matches(given, names, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(names)}"
 
 
 def hyperparameters(method: Method) -> Mapping[str, inspect.Parameter]:
@@ -130,32 +121,8 @@ def parse_settings(
             )
         if key in out:
             raise ValueError(f"--set {key}=... is given twice: give it once")
-        out[key] = _parse(key, text, _hint(method, known[key]))
+        out[key] = parse(key, text, type_of(method, known[key]))
     return out
-
-
-def _parse(key: str, text: str, hint: Any) -> Scalar | None:
-    options = _options(hint)
-    if types.NoneType in options and text.lower() == "none":
-        return None
-    hint = next(option for option in options if option is not types.NoneType)
-    if typing.get_origin(hint) is typing.Literal:
-        choices = typing.get_args(hint)
-        for choice in choices:
-            if text == str(choice):
-                return choice
-        raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {text!r}")
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{key} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            kind = "an integer" if hint is int else "a number"
-            raise ValueError(f"{key} must be {kind}, got {text!r:.40}") from None
-    return text
 
 
 def build(
@@ -173,9 +140,9 @@ def build(
             raise ValueError(
                 f"{method_name} has no hyper-parameter {key!r}; {nearest(key, sorted(known))}"
             )
-        hint = _hint(method, known[key])
-        if not _fits(value, hint):
-            raise ValueError(f"{key} must be {_named(hint)}, got {value!r:.40}")
+        hint = type_of(method, known[key])
+        if not fits(value, hint):
+            raise ValueError(f"{key} must be {in_words(hint)}, got {value!r:.40}")
     algorithm = call("method", method_name, method, server, **settings)
     if not isinstance(algorithm, FederatedAlgorithm):
         raise ValueError(
@@ -190,49 +157,3 @@ def model_of(algorithm: FederatedAlgorithm, server: Server, state: State) -> Mod
     if algorithm.model is not None:
         return algorithm.model(state)
     return Model(server.spec, state.params, state.masks)
-
-
-def _hint(method: Method, parameter: inspect.Parameter) -> Any:
-    """The type of one parameter; Any where it is not said, or in names for type checkers only."""
-    hint = parameter.annotation
-    if isinstance(hint, str):
-        try:
-            hint = eval(hint, getattr(method, "__globals__", {}))
-        except Exception:  # of an expression in the user's code
-            return Any
-    return Any if hint is inspect.Parameter.empty else hint
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; of any other type itself."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a setting, perhaps out of somebody's file, is of the type that is declared."""
-    for option in _options(hint):
-        if typing.get_origin(option) is typing.Literal:
-            fits = value in typing.get_args(option)
-        elif option is int or option is float:
-            wanted = int if option is int else (int, float)
-            fits = isinstance(value, wanted) and not isinstance(value, bool)
-        elif option in (bool, str, types.NoneType):
-            fits = isinstance(value, option)
-        else:
-            fits = True  # a type of the method's own
-        if fits:
-            return True
-    return False
-
-
-def _named(hint: Any) -> str:
-    """The type in words, for an error message."""
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-    words[types.NoneType] = "none"
-    return " or ".join(
-        f"one of {', '.join(map(str, typing.get_args(option)))}"
-        if typing.get_origin(option) is typing.Literal
-        else words.get(option, str(option))
-        for option in _options(hint)
-    )

@@ -16,12 +16,16 @@ from fedlean.runtime.prices import Lack
 class StepRecord:
     """tasks: of the last attempt, after those of earlier ones whose clients were not asked again.
 
+    present: devices that were there at the last attempt; able: those of them that could hold the
+    smallest of its tasks, None where the method does not say what tasks take.
     answered: clients whose updates are in the model, in cohort order.  asked_round: of the tasks,
     those for clients that were left out among them; None where there was none.
     """
 
     tasks: Sequence[ClientTask] = ()
     cost: StepCost = field(default_factory=StepCost)
+    present: int = 0
+    able: int | None = None
     answered: list[int] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)  # why a client got no task
     not_chosen: list[int] = field(default_factory=list)  # who was left when it stopped looking

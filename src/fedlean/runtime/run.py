@@ -306,6 +306,7 @@ def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str
             score=score,
             model=model,
             whole=run.server.spec,
+            reported=run.algorithm.report(state) if run.algorithm.report else {},
         )
         log.append(entry)
         book.last_entry = entry

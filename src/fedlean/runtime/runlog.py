@@ -130,8 +130,12 @@ def log_entry(
     score: Score | None,
     model: Model,
     whole: ModelSpec,
+    reported: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One line of the log; `whole` is the run's model, of which clients may train a part."""
+    """One line of the log; `whole` is the run's model, of which clients may train a part.
+
+    reported: what the method says of its state.
+    """
     masks = held_masks(model)
     cohort = [task.client for task in record.tasks]
     cost = asdict(record.cost)
@@ -140,6 +144,10 @@ def log_entry(
         "round": round,
         "asked_round": round if record.asked_round is None else record.asked_round,
         "phase": phase,
+        "stage": _stage(record),
+        "method": {key: _finite(value) for key, value in reported.items()},
+        "devices": record.present,
+        "able_devices": record.able,
         "cohort": cohort,
         "server_only": record.server_only,
         "absent": [c for c in cohort if c not in record.answered and c not in record.refused],
@@ -170,6 +178,12 @@ def log_entry(
             "wall_seconds": totals.wall_seconds,
         },
     }
+
+
+def _stage(record: StepRecord) -> str | None:
+    """Of progressive training; None where the tasks name none."""
+    stages = [task.hparams.get("stage") for task in record.tasks]
+    return str(stages[0]) if stages and stages[0] is not None else None
 
 
 def _parts_of(record: StepRecord, whole: ModelSpec) -> dict[str, int]:

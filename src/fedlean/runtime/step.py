@@ -63,6 +63,7 @@ class Step:
             # whoever was away may be back, and is waited for
             devices = self._dispatch.begin(self._store, self._number)
             tasks = self._tasks(state, devices)
+            self._count(devices, tasks)
             if not tasks:
                 if devices and not record.attempts and not record.left_out:
                     after = self._alone(state)
@@ -101,6 +102,16 @@ class Step:
             return []
         tasks = self._algorithm.configure(state, left)
         return [task for task in tasks if task.client not in not_again]
+
+    def _count(self, devices: Sequence[Device], tasks: Sequence[ClientTask]) -> None:
+        """Of the devices that are there, those that could hold the smallest of the tasks."""
+        needs = [
+            self._prices.of(task, work).peak_memory_bytes
+            for task in tasks
+            if (work := self._work(task)) is not None
+        ]
+        self.record.present = len(devices)
+        self.record.able = sum(_has(one, min(needs)) for one in devices) if needs else None
 
     def _fitting(self, tasks: Sequence[ClientTask]) -> list[ClientTask]:
         """Without those that their devices cannot hold, which is noted."""

@@ -8,6 +8,7 @@ from fedlean.layers import Add, GlobalAvgPool, Linear
 from fedlean.spans import crossing, upto
 from fedlean.spec import ModelSpec, Node
 from fedlean.submodels.cut import Cut, whole_index
+from fedlean.submodels.parts import block_ends
 from fedlean.submodels.stages import graft
 
 PREFIX, ENSEMBLE = "exit_", "ensemble"
@@ -34,7 +35,7 @@ def with_exits(spec: ModelSpec) -> Exits:
     >>> with_exits(resnet18((3, 32, 32), 10)).names
     ('exit_stage1', 'exit_stage2', 'exit_stage3', 'fc')
     """
-    ends = _ends(spec)
+    ends = block_ends(spec)
     output = spec.nodes[-1].name
     found = {
         block: end
@@ -75,22 +76,6 @@ def _exit(spec: ModelSpec, block: str, end: str) -> list[Node]:
     source = pool.name if image else "input"
     logits = Node(name, Linear(spec.output_shape[0]), (source,), of, prunable=False)
     return [pool, logits] if image else [logits]
-
-
-def _ends(spec: ModelSpec) -> dict[str, str]:
-    """The last layer of each block that holds weights, by block.
-
-    A model of one block is taken layer by layer: each with what follows it up to the next weights.
-    """
-    if len(spec.blocks) > 1:
-        weighted = {node.block for node in spec.weighted}
-        return {b: nodes[-1].name for b, nodes in spec.blocks.items() if b in weighted}
-    ends, owner = {}, ""
-    for node in spec.nodes:
-        owner = node.name if node in spec.weighted else owner
-        if owner:
-            ends[owner] = node.name
-    return ends
 
 
 def _is_last_before(spec: ModelSpec, end: str) -> bool:

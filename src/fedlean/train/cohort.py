@@ -38,9 +38,14 @@ def cohort_tasks(
     phase: str,
     model: Model,
     hparams: Mapping[str, Scalar],
+    frozen: frozenset[str] = frozenset(),
 ) -> list[ClientTask]:
-    """One task for each of `clients`, all of the same model; each draws with a seed of its own."""
-    sub_model = SubModel(masks=model.masks)  # one for all, so that it is hashed and sent once
+    """One task for each of `clients`, all of the same model; each draws with a seed of its own.
+
+    frozen: tensors that none of them moves.
+    """
+    # one for all, so that it is hashed and sent once
+    sub_model = SubModel(masks=model.masks, frozen=frozen)
     return [
         ClientTask(
             round,

@@ -1,0 +1,133 @@
+"""When a part has learnt enough to be frozen: rules as pairs of pure functions.
+
+`movement` is how far a part gets for how much it moves: 1 where every round goes the same way, 0
+where each undoes the one before, 1/√H in a random walk of H rounds.  SmartFreeze calls it block
+perturbation (arXiv 2408.09101), ProFL effective movement (arXiv 2404.13349).  A part that has
+converged does a random walk, so its movement stops to fall.
+"""
+
+# n scalars of a part, H rounds of a window, W values of a slope
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from math import sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedlean.core import Params, generator
+from fedlean.train.hyperparameters import at_least, in_range
+
+RuleState = Mapping[str, Any]  # arrays, tuples and numbers, as checkpoints hold them
+
+
+class FreezingRule(NamedTuple):
+    """`update(init(values), values)`, with the scalars of a part after each round, float32 (n,).
+
+    A state has "frozen", whether the part may be frozen, and "measured", numbers for the log.
+    """
+
+    init: Callable[[np.ndarray], RuleState]
+    update: Callable[[RuleState, np.ndarray], RuleState]
+
+
+def scalars(params: Params, names: Iterable[str], *, at_most: int, seed: int) -> np.ndarray:
+    """The values of these tensors, or so many of them, the same at every call: float32 (n,).
+
+    ProFL samples 10,000 of a part; the seed and the shapes decide which.
+    """
+    every = np.concatenate([params[name].reshape(-1) for name in sorted(names)])
+    if every.size <= at_most:
+        return every
+    at = generator(seed, 0, 0, "movement").choice(every.size, at_most, replace=False)
+    return every[np.sort(at)]
+
+
+def movement(moves: np.ndarray) -> float:
+    """Σ_s |Σ_i Δ_s^i| / Σ_s Σ_i |Δ_s^i| of moves (H, n), in [0, 1]; 0 where nothing moved.
+
+    SmartFreeze's P_b, over the last H aggregated updates of a block; ProFL's EM_r.
+    """
+    total = float(np.abs(moves, dtype=np.float64).sum())
+    return float(np.abs(moves.sum(0, dtype=np.float64)).sum()) / total if total else 0.0
+
+
+def slope(values: Iterable[float]) -> float:
+    """Of the least-squares line through values one round apart.
+
+    >>> slope([1.0, 3.0, 5.0])
+    2.0
+    """
+    y = np.asarray(tuple(values), np.float64)
+    x = np.arange(y.size) - (y.size - 1) / 2
+    return float((x * y).sum() / (x * x).sum())
+
+
+def slope_of_movement(
+    *, window: int, smoothing: float, values: int, threshold: float, patience: int
+) -> FreezingRule:
+    """A part is frozen once its movement stops to change.
+
+    The movement over the last `window` rounds H, times √H so that a random walk has 1, is smoothed
+    as s <- smoothing·s + (1 - smoothing)·v.  The part is frozen when the slope of the line through
+    the last `values` W of these stays below `threshold` in size `patience` times in a row.  What
+    H, W, the threshold and the patience are is not known of SmartFreeze.  ProFL's configuration
+    names a window, a number of evaluations and a threshold of the slope, its code leaves the
+    decision to a person.  The scale is ours.
+
+    measured: "movement" (of SmartFreeze and ProFL, not scaled), "floor" 1/√H of a random walk of
+    as many rounds, "smoothed" and "slope" on the scale where that is 1; each as soon as it is
+    there.  Raises ValueError naming the setting that is out of range.
+    """
+    at_least("window", window, 2)
+    in_range("smoothing", smoothing, 0.0, 0.999)
+    at_least("values", values, 2)
+    in_range("threshold", threshold, 0.0, 1e3, open_low=True)
+    at_least("patience", patience, 1)
+
+    def init(held: np.ndarray) -> RuleState:
+        return {
+            "last": np.array(held, np.float32),
+            "moves": np.zeros((0, held.size), np.float32),
+            "smoothed": (),
+            "quiet": 0,
+            "frozen": False,
+            "measured": {},
+        }
+
+    def update(state: RuleState, held: np.ndarray) -> RuleState:
+        moves = np.concatenate([state["moves"], (held - state["last"])[None]])[-window:]
+        rounds, value = len(moves), movement(moves)
+        measured = {"movement": value, "floor": 1 / sqrt(rounds)}
+        smoothed, quiet = tuple(state["smoothed"]), int(state["quiet"])
+        if rounds == window:
+            scaled = value * sqrt(window)
+            before = smoothed[-1] if smoothed else scaled
+            smoothed = (*smoothed, smoothing * before + (1 - smoothing) * scaled)[-values:]
+            measured["smoothed"] = smoothed[-1]
+            if len(smoothed) == values:
+                measured["slope"] = slope(smoothed)
+                quiet = quiet + 1 if abs(measured["slope"]) < threshold else 0
+        return {
+            "last": np.array(held, np.float32),
+            "moves": moves,
+            "smoothed": smoothed,
+            "quiet": quiet,
+            "frozen": quiet >= patience,
+            "measured": measured,
+        }
+
+    return FreezingRule(init, update)
+
+
+def never() -> FreezingRule:
+    """No part is frozen before its share of the rounds is over."""
+
+    def init(held: np.ndarray) -> RuleState:
+        return {"frozen": False, "measured": {}}
+
+    def update(state: RuleState, held: np.ndarray) -> RuleState:
+        return state
+
+    return FreezingRule(init, update)

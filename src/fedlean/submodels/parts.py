@@ -1,0 +1,150 @@
+"""A model divided into consecutive parts, for training one at a time and for early exits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlean.spans import crossing, upto
+from fedlean.spec import ModelSpec
+
+HEAD = "head"  # of a last part that is not one block of images
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers; all that comes after reads the model through the activation of `end`."""
+
+    name: str  # of its last block, or of the layer after which it ends
+    end: str
+    layers: tuple[str, ...]
+    tensors: frozenset[str]  # parameters and buffers of its layers
+
+
+def parts(spec: ModelSpec, ends: str = "") -> tuple[Part, ...]:
+    """The parts of a model, the first of which has the input and the last the output.
+
+    ends: blocks or layers after which it is divided, as "stage1 stage3"; "" divides it after each
+    of its blocks that later layers read through one activation.  Then a block without weights
+    belongs to the part before it, and a first block of one layer before a block of several (a stem)
+    to the part after it.  What follows the last image is one part, and belongs to the part before
+    it unless it has more than half of the model's parameters; without images that is so of a lone
+    classifier.  A model of one block counts each layer with weights as a block.
+
+    Raises ValueError naming an end that the model lacks or cannot be divided at, and for a model
+    that cannot be divided at all.
+
+    >>> from fedlean.models.resnet import resnet18
+    >>> [part.name for part in parts(resnet18((3, 32, 32), 10))]
+    ['stage1', 'stage2', 'stage3', 'stage4']
+    >>> [part.name for part in parts(resnet18((3, 32, 32), 10), "stage1 stage3")]
+    ['stage1', 'stage3', 'head']
+    """
+    found = _named(spec, ends) if ends.strip() else _own(spec)
+    made, before = [], set[str]()
+    for name, end in found.items():
+        needed = upto(spec, end).by_name
+        layers = tuple(
+            node.name for node in spec.nodes if node.name in needed and node.name not in before
+        )
+        made.append(_part(spec, name, end, layers))
+        before |= needed.keys()
+    rest = _in_order(spec, spec.by_name.keys() - before)
+    return (*made, _part(spec, _last_name(spec, rest), spec.nodes[-1].name, rest))
+
+
+def _in_order(spec: ModelSpec, layers: set[str]) -> tuple[str, ...]:
+    return tuple(name for name in spec.by_name if name in layers)
+
+
+def _part(spec: ModelSpec, name: str, end: str, layers: tuple[str, ...]) -> Part:
+    own = frozenset(tensor for tensor in spec.tensor_shapes if tensor.rsplit(".", 1)[0] in layers)
+    return Part(name, end, layers, own)
+
+
+def _last_name(spec: ModelSpec, layers: tuple[str, ...]) -> str:
+    """Of its only block with images and weights, or HEAD."""
+    weighted = [node for node in spec.weighted if node.name in layers]
+    blocks = {node.block for node in weighted if len(spec.shapes[node.name]) == 3}
+    return blocks.pop() if len(blocks) == 1 and len(spec.blocks) > 1 else HEAD
+
+
+def _named(spec: ModelSpec, ends: str) -> dict[str, str]:
+    found = {}
+    for name in ends.replace(",", " ").split():
+        if name in spec.blocks:
+            end = spec.blocks[name][-1].name
+        elif name in spec.by_name:
+            end = name
+        else:
+            raise ValueError(
+                f"the model has no block or layer {name!r} to be divided after; its blocks are "
+                f"{', '.join(spec.blocks)}"
+            )
+        if end == spec.nodes[-1].name or not _alone(spec, end):
+            others = [f"{one!r}" for one in _own(spec)]
+            raise ValueError(
+                f"the model cannot be divided after {name!r}: what follows must read it through "
+                f"one activation; it can be divided after {', '.join(others)}"
+            )
+        found[name] = end
+    order = [node.name for node in spec.nodes]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1])))
+
+
+def _alone(spec: ModelSpec, end: str) -> bool:
+    return crossing(spec, upto(spec, end).by_name) == (end,)
+
+
+def _own(spec: ModelSpec) -> dict[str, str]:
+    """Where the model's own blocks end, but for the last part."""
+    output = spec.nodes[-1].name
+    found = {
+        name: end for name, end in block_ends(spec).items() if end != output and _alone(spec, end)
+    }
+    images = {name: end for name, end in found.items() if len(spec.shapes[end]) == 3}
+    found = images or found
+    after = spec.num_params - _num_params(spec, list(found.values())[-1]) if found else 0
+    small = 2 * after <= spec.num_params if images else _num_weighted(spec, found) == 1
+    if len(found) > 1 and small:
+        found.popitem()
+    if len(found) > 1 and _begins_with_stem(spec, *list(found.values())[:2]):
+        del found[next(iter(found))]
+    if not found:
+        raise ValueError(
+            "the model cannot be divided into parts: it needs two blocks or more, each read "
+            "through its last layer only"
+        )
+    return found
+
+
+def _num_params(spec: ModelSpec, end: str) -> int:
+    return upto(spec, end).num_params
+
+
+def _num_weighted(spec: ModelSpec, found: dict[str, str]) -> int:
+    """Layers with weights after the last end."""
+    if not found:
+        return 0
+    return len(spec.weighted) - len(upto(spec, list(found.values())[-1]).weighted)
+
+
+def _begins_with_stem(spec: ModelSpec, first: str, second: str) -> bool:
+    """Whether the first part is one layer and the second several."""
+    counts = [len(upto(spec, end).weighted) for end in (first, second)]
+    return counts[0] == 1 and counts[1] > 2
+
+
+def block_ends(spec: ModelSpec) -> dict[str, str]:
+    """The last layer of each block that holds weights, by block.
+
+    A model of one block is taken layer by layer: each with what follows it up to the next weights.
+    """
+    if len(spec.blocks) > 1:
+        weighted = {node.block for node in spec.weighted}
+        return {b: nodes[-1].name for b, nodes in spec.blocks.items() if b in weighted}
+    ends, owner = {}, ""
+    for node in spec.nodes:
+        owner = node.name if node in spec.weighted else owner
+        if owner:
+            ends[owner] = node.name
+    return ends
