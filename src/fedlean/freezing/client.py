@@ -1,53 +1,19 @@
-"""A client's half of a stage: the frozen beginning in one of four ways, with the same result."""
+"""A client's half of a stage: what is frozen runs in one of the ways of `staging`."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
-from fedlean.algorithm import Device
-from fedlean.core import Batches, ClientTask, ClientUpdate, Scalar, Work
+from fedlean.core import Batches, ClientTask, ClientUpdate, Work
 from fedlean.engine.protocol import SGD, Engine, Session
 from fedlean.freezing.beginning import frozen_beginning, split
 from fedlean.freezing.cached import cache
-from fedlean.freezing.session import BeginningSession, check_micro_batch, open_rest
-from fedlean.train.hyperparameters import one_of
+from fedlean.freezing.session import BeginningSession, open_rest
 from fedlean.train.local_sgd import loss_of
 from fedlean.train.sgd import local_sgd
 from fedlean.train.work import behind_cached, behind_frozen, sgd_work
-
-Way = Literal["together", "pieces", "memory", "disk"]
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """How clients run what is frozen.  It changes memory and time, and no bit on the native engine.
-
-    way: "together": in one session with what trains, which the native engine gives 32 examples at a
-    time.  "pieces": `micro_batch` examples at a time in a session of its own.  "memory", "disk":
-    once a round over all of a client's examples, whose activations stay in memory or in an unnamed
-    file; it pays where a round goes over the examples several times.  A client whose number of
-    examples the server does not know takes "pieces" instead.
-    """
-
-    way: Way = "together"
-    micro_batch: int = 8
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting that is out of range."""
-        one_of("beginning", self.way, get_args(Way))
-        check_micro_batch(self.micro_batch)
-
-    def hparams(self, device: Device | None = None) -> dict[str, Scalar]:
-        """What a client is told; `device` says how many examples it has."""
-        told: dict[str, Scalar] = {"beginning": self.way, "micro_batch": self.micro_batch}
-        if self.way in ("memory", "disk"):
-            examples = device.num_examples if device is not None else None
-            told |= {"held": examples} if examples else {"beginning": "pieces"}
-        return told
 
 
 def stage_work(task: ClientTask, *, taps: tuple[str, ...] = ()) -> tuple[Work, ...]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
@@ -83,37 +83,57 @@ class LocalSGD:
         }
 
 
-def with_local_sgd(
-    method: Callable[..., FederatedAlgorithm],
-) -> Callable[..., FederatedAlgorithm]:
-    """`method(server, sgd, *, ...)` as `method(server, *, lr=0.1, ..., ...)`.
+class SettingsRecord(Protocol):
+    """A frozen dataclass of settings that several methods share."""
 
-    The settings of `LocalSGD` become keyword arguments of the method, before its own, and are
-    checked before it is called.
+    def check(self, server: Server) -> None: ...
+
+
+def with_settings(
+    *records: type[SettingsRecord],
+) -> Callable[[Callable[..., FederatedAlgorithm]], Callable[..., FederatedAlgorithm]]:
+    """`method(server, record, ..., *, own=1, ...)` as `method(server, *, lr=0.1, ..., own=1, ...)`.
+
+    The fields of the records become keyword arguments of the method, before its own; each record is
+    checked before the method is called with it.
     """
-    names = [field.name for field in fields(LocalSGD)]
 
-    @functools.wraps(method)
-    def built(server: Server, **settings: Any) -> FederatedAlgorithm:
-        given = {name: settings.pop(name) for name in names if name in settings}
-        sgd = LocalSGD(**given)
-        sgd.check(server)
-        return method(server, sgd, **settings)
+    def changed(method: Callable[..., FederatedAlgorithm]) -> Callable[..., FederatedAlgorithm]:
+        @functools.wraps(method)
+        def built(server: Server, **settings: Any) -> FederatedAlgorithm:
+            made = []
+            for record in records:
+                names = [field.name for field in fields(record)]  # type: ignore[arg-type]
+                given = {name: settings.pop(name) for name in names if name in settings}
+                made.append(record(**given))
+                made[-1].check(server)
+            return method(server, *made, **settings)
 
-    signature = inspect.signature(method, eval_str=True)
-    first, _, *own = signature.parameters.values()
-    types = get_type_hints(LocalSGD)
-    shared = [
+        signature = inspect.signature(method, eval_str=True)
+        first, *others = signature.parameters.values()
+        shared = [parameter for record in records for parameter in _keywords(record)]
+        built.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[first, *shared, *others[len(records) :]]
+        )
+        return built
+
+    return changed
+
+
+def _keywords(record: type[SettingsRecord]) -> list[inspect.Parameter]:
+    types = get_type_hints(record)
+    return [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
             annotation=types[field.name],
         )
-        for field in fields(LocalSGD)
+        for field in fields(record)  # type: ignore[arg-type]
     ]
-    built.__signature__ = signature.replace(parameters=[first, *shared, *own])  # type: ignore[attr-defined]
-    return built
+
+
+with_local_sgd = with_settings(LocalSGD)
 
 
 def open_session(
