@@ -78,7 +78,7 @@ def resnet18(
     "stage" (4) or per residual "unit" (8); names of layers and tensors are the same.  The stem is
     ImageNet's, 7x7 with stride 2 and a max pool, when both sides of the image exceed `SMALL_SIDE`,
     otherwise the CIFAR networks' 3x3 with stride 1.  `width` is that of the first stage, which each
-    later one doubles: a multiple of 4.
+    later one doubles: a multiple of 4, or from 1 to 7.
 
     PruneFL's, for ImageNet-100, has 11.23M parameters (Table I) and leaves the 1x1 convolutions on
     the shortcuts unpruned.  Its norms are BatchNorm, `norm="batch"`, and so is its learning rate
@@ -135,8 +135,9 @@ def resnet34(
 
 
 def _doubling(width: int) -> tuple[int, ...]:
-    if isinstance(width, bool) or not isinstance(width, int) or width < 4 or width % 4:
-        raise ValueError(f"width must be a multiple of 4, got {width!r:.40}")
+    whole = isinstance(width, int) and not isinstance(width, bool)
+    if not whole or width < 1 or (width % GROUP_CHANNELS and width >= 2 * GROUP_CHANNELS):
+        raise ValueError(f"width must be a multiple of 4, or from 1 to 7, got {width!r:.40}")
     return tuple(width << stage for stage in range(4))
 
 
@@ -167,7 +168,7 @@ def _resnet(
     check_choice("norm", norm, get_args(Norm))
     check_choice("blocks", blocks, get_args(Blocks))
     normalise: Layer = (
-        GroupNorm(groups=widths[0] // GROUP_CHANNELS) if norm == "group" else BatchNorm()
+        GroupNorm(groups=max(1, widths[0] // GROUP_CHANNELS)) if norm == "group" else BatchNorm()
     )
     nodes = _stem(widths[0], normalise, shrink=imagenet_stem and not is_small(input_shape))
     for number, (width, units) in enumerate(zip(widths, depth, strict=True), start=1):
