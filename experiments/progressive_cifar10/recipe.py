@@ -1,0 +1,83 @@
+"""Progressive training and its controls, ResNet-18 on CIFAR-10, on devices of little memory.
+
+100 clients of whom 7 or 8 can hold the full model (`fleet.toml`).  `short` is sized for an hour on
+two cores, `paper` has ProFL's released length and the full width.  README.md is the card.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from fedlean.recipe import main
+from fedlean.runtime.config import RunConfig
+
+HERE = Path(__file__).parent
+TARGETS = (0.4, 0.5, 0.6)
+SHORT = {
+    "lr": 0.05,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "local_steps": 10,
+    "batch_size": 32,
+    "cohort": 10,
+}
+# 5 epochs over 500 examples are 39 steps of 64
+PAPER = {
+    "lr": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "local_steps": 39,
+    "batch_size": 64,
+    "cohort": 20,
+}
+
+
+def config(
+    method: str,
+    settings: dict,
+    *,
+    width: int = 16,
+    rounds: int = 200,
+    partition: str = "dirichlet:0.5",
+    fleet: str | None = "fleet.toml",
+) -> RunConfig:
+    return RunConfig(
+        method=method,
+        model=f"resnet18,width={width}",
+        partition=partition,
+        clients=100,
+        rounds=rounds,
+        device="raspberry_pi_4",
+        fleet=None if fleet is None else str(HERE / fleet),
+        target_accuracy=TARGETS,
+        eval_every=10,
+        eval_examples=2000,
+        settings=settings,
+    )
+
+
+def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
+    """All of a group; `narrow` is the width that every device can hold."""
+    return {
+        "fedavg_without_limits": make("fedavg", settings, fleet=None),
+        "exclusivefl": make("exclusivefl", settings),
+        "allsmall": make("fedavg", settings, width=narrow),  # its own model: as narrow as must be
+        "allsmall_quarter": make("allsmall", {**settings, "width": 0.25}),
+        "heterofl": make("heterofl", settings),
+        "depthfl": make("depthfl", settings),
+        "smartfreeze": make("smartfreeze", settings),
+        "profl": make("profl", settings),
+        "neulite": make("neulite", settings),
+        "slt": make("slt", settings),
+    }
+
+
+short = partial(config)
+paper = partial(config, width=64, rounds=1600, fleet="fleet_paper.toml")
+GROUPS = {
+    "short": runs(short, SHORT, narrow=2),
+    "iid": runs(partial(short, partition="iid"), SHORT, narrow=2),
+    "paper": runs(paper, PAPER, narrow=8),
+}
+
+if __name__ == "__main__":
+    main(GROUPS, default_out="runs/progressive_cifar10")
