@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlean import slices, tree
+from fedlean import sums, tree
 from fedlean.core import ClientUpdate, Statistic, SubModel
 from fedlean.tree import (
     Fold,
@@ -366,8 +366,8 @@ def test_slices_of_everything_fold_to_the_bits_of_whole_tensors(seed, clients, s
 @pytest.mark.parametrize("piece", [1, 7, 1 << 15])
 def test_slices_of_many_runs_fold_the_same_in_pieces_of_any_size(monkeypatch, piece):
     """Scattered rows beside columns in threes: moved in chunks of three, and one by one."""
-    monkeypatch.setattr(slices, "PIECE", piece)
-    monkeypatch.setattr(tree, "_PIECE", piece)
+    monkeypatch.setattr(sums, "_native", None)
+    monkeypatch.setattr(sums, "PIECE", piece)
     rng = np.random.default_rng(0)
     base = {"w": rng.standard_normal((80, 90)).astype(np.float32)}
     total, weights = np.zeros((80, 90)), np.zeros((80, 90))

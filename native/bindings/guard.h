@@ -98,5 +98,6 @@ private:
 };
 
 void bind_forward(nb::module_& m);
+void bind_merge(nb::module_& m);
 
 }  // namespace fedlean

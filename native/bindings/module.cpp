@@ -236,7 +236,7 @@ private:
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() = "FedLean's sparse training engine; see fedlean.engine.native.";
+  m.doc() = "FedLean's engine and the server's sums; see fedlean.engine.native and fedlean.sums.";
 
   nb::class_<Engine>(m, "Engine")
       .def(
@@ -322,4 +322,5 @@ NB_MODULE(_native, m) {
       .def("apply", &Bound::apply, nb::arg("nodes"), nb::arg("slots"));
 
   bind_forward(m);
+  bind_merge(m);
 }

@@ -1,4 +1,4 @@
-"""FedLean's sparse training engine; see fedlean.engine.native."""
+"""FedLean's engine and the server's sums; see fedlean.engine.native and fedlean.sums."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -80,3 +80,7 @@ class ForwardSession:
     def losses(self, x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], y: Annotated[NDArray[numpy.int64], dict(order='C', device='cpu', writable=False)], kind: str, sigma: float, normals: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], keys: Annotated[NDArray[numpy.uint64], dict(order='C', device='cpu', writable=False)], losses: Annotated[NDArray[numpy.float64], dict(order='C', device='cpu')]) -> None: ...
 
     def forward(self, x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], nodes: Sequence[int], values: Sequence[Annotated[NDArray[numpy.float32], dict(order='C', device='cpu')]]) -> None: ...
+
+def add_scaled(total: Annotated[NDArray[numpy.float64], dict(order='C', device='cpu')], values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], weight: float, rows: Annotated[NDArray[numpy.int64], dict(order='C', device='cpu', writable=False)], row_size: int, firsts: Annotated[NDArray[numpy.int64], dict(order='C', device='cpu', writable=False)], sizes: Annotated[NDArray[numpy.int64], dict(order='C', device='cpu', writable=False)]) -> None: ...
+
+def mean(total: Annotated[NDArray[numpy.float64], dict(order='C', device='cpu', writable=False)], base: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(order='C', device='cpu', writable=False)], merged: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu')]) -> None: ...

@@ -1,8 +1,8 @@
 """Where the coordinates of a slice lie in the tensor that it was cut from, for the merge.
 
-A slice keeps some ids of every axis.  Ids that follow one another are moved as NumPy's basic
-slices, other ones in chunks as long as the ids allow; an index array of the tensor's size is the
-last resort, for it costs several times as much as the addition.
+A slice keeps some ids of every axis.  Its coordinates are named as runs of neighbours in memory
+(`fedlean.sums`); an index array of the tensor's size is the last resort, for it costs several times
+as much as the addition.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
 from math import prod
 
 import numpy as np
 
+from fedlean.sums import Runs, add_scaled
+
 Axis = slice | np.ndarray  # of one axis: a slice, or the kept ids (K,)
 Index = tuple[Axis, ...]  # one entry per axis
-PIECE = 1 << 15  # coordinates that are gone through at once: what they take stays in the cache
-_LONG = 500  # coordinates of a row that outweigh a call for it
-_FEW = 16  # blocks of consecutive ids into which a slice may fall to be moved block by block
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Place:
     @cached_property
     def where(self) -> tuple[np.ndarray, ...] | tuple[slice, ...]:
         """What NumPy is indexed with: tensor[where] has the slice's shape."""
-        if self._num_runs == 1:
-            return tuple(there for _, there in self._blocks()[0])
+        if self._num_runs == 1 and all(self.shape):
+            return tuple(slice(int(ids[0]), int(ids[0]) + ids.size) for ids in self.ids)
         return np.ix_(*self.ids)
 
     @cached_property
@@ -67,59 +65,25 @@ class Place:
     def _num_runs(self) -> int:
         return prod(runs.size - 1 for runs in self._runs)
 
-    def _blocks(self) -> list[tuple[tuple[slice, slice], ...]]:
-        """Per block of consecutive ids and axis, where it lies in the slice and in the whole."""
-        axes = [
-            [
-                (slice(first, end), slice(int(ids[first]), int(ids[first]) + end - first))
-                for first, end in pairwise(runs.tolist())
-            ]
-            if ids.size
-            else [(slice(0, 0), slice(0, 0))]
-            for ids, runs in zip(self.ids, self._runs, strict=True)
-        ]
-        return list(product(*axes))
-
     def add(self, total: np.ndarray, values: np.ndarray, weight: float) -> None:
         """total[where] += weight * values.  total: float64, C-contiguous, of shape `whole`."""
-        if not values.size:
-            return
-        if self._num_runs <= _FEW:
-            for block in self._blocks():
-                here, there = zip(*block, strict=True)
-                _add_scaled(total[there], values[here], weight)
-        else:
-            self._add_in_chunks(total, values, weight)
-
-    def _add_in_chunks(self, total: np.ndarray, values: np.ndarray, weight: float) -> None:
-        starts, length = self._chunks
-        total, values = total.reshape(-1, length), values.reshape(-1, length)
-        step = max(1, PIECE // length)
-        scaled, sums = np.empty((step, length)), np.empty((step, length))
-        if length == 1:  # NumPy moves numbers faster than rows of one
-            total, values = total.reshape(-1), values.reshape(-1)
-            scaled, sums = scaled.reshape(-1), sums.reshape(-1)
-        for first in range(0, starts.size, step):
-            at = starts[first : first + step]
-            term, now = scaled[: at.size], sums[: at.size]
-            np.multiply(values[first : first + step], weight, out=term, dtype=np.float64)
-            # ids are in their axes, and "clip" is the mode in which NumPy writes to `out` at once
-            np.take(total, at, axis=0, out=now, mode="clip")
-            now += term
-            total[at] = now
+        if values.size:
+            add_scaled(total, values, weight, self._in_memory)
 
     @cached_property
-    def _chunks(self) -> tuple[np.ndarray, int]:
-        """Numbers of the chunks into which `whole` falls, (n,), and how long one is."""
-        last, length = self._last_cut, prod(self.whole[self._last_cut + 1 :])
-        ids, side, runs = self.ids[last], self.whole[last], self._runs[last]
-        held = int(np.gcd.reduce([*runs, *ids[runs[:-1]]], initial=side))
-        parts = [*self.ids[:last], ids[::held] // held]
-        sides = [*self.whole[:last], side // held]
-        starts = np.zeros((), np.int64)
-        for part, number in zip(parts, sides, strict=True):
-            starts = starts[..., None] * number + part
-        return starts.reshape(-1), length * held
+    def _in_memory(self) -> Runs:
+        """The runs of the last axis that is cut, with all of the axes after it."""
+        last, inner = self._last_cut, prod(self.whole[self._last_cut + 1 :])
+        rows = np.zeros((), np.int64)
+        for ids, side in zip(self.ids[:last], self.whole[:last], strict=True):
+            rows = rows[..., None] * side + ids
+        runs = self._runs[last]
+        return Runs(
+            rows=rows.reshape(-1),
+            row_size=self.whole[last] * inner,
+            firsts=self.ids[last][runs[:-1]] * inner,
+            sizes=np.diff(runs) * inner,
+        )
 
     @cached_property
     def _last_cut(self) -> int:
@@ -128,7 +92,7 @@ class Place:
             runs.size == 2 and ids.size == side
             for runs, ids, side in zip(self._runs, self.ids, self.whole, strict=True)
         ]
-        return max(axis for axis, same in enumerate(kept) if not same)
+        return max((axis for axis, same in enumerate(kept) if not same), default=0)
 
 
 def place(index: Sequence[Axis], whole: tuple[int, ...]) -> Place:
@@ -140,11 +104,6 @@ def place(index: Sequence[Axis], whole: tuple[int, ...]) -> Place:
     if len(index) != len(whole):
         raise ValueError(f"the index has {len(index)} axes, expected {len(whole)}")
     return Place(tuple(map(_ids, index, whole)), whole)
-
-
-def add_scaled(total: np.ndarray, values: np.ndarray, weight: float) -> None:
-    """total += weight * values, of one shape, in float64.  total: C-contiguous."""
-    _add_scaled(total.reshape(-1), values.reshape(-1), weight)
 
 
 class Weights:
@@ -197,17 +156,3 @@ def _marked(ids: np.ndarray, side: int) -> np.ndarray:
 
 def _runs(ids: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(np.diff(ids) != 1) + 1, [ids.size]])
-
-
-def _add_scaled(total: np.ndarray, values: np.ndarray, weight: float) -> None:
-    """total += weight * values, in pieces that stay in the cache."""
-    step = max(1, PIECE * len(total) // max(total.size, 1))
-    scaled = np.empty((min(step, len(total)), *total.shape[1:]))
-    # NumPy adds to rows with gaps between them at half its speed, unless they come one by one.
-    by_row = total.ndim == 2 and total.shape[1] >= _LONG
-    for start in range(0, len(total), step):
-        piece, sums = values[start : start + step], total[start : start + step]
-        term = scaled[: len(piece)]
-        np.multiply(piece, weight, out=term, dtype=np.float64)
-        for now, more in zip(sums, term, strict=True) if by_row else ((sums, term),):
-            now += more

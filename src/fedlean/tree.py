@@ -17,7 +17,8 @@ from operator import call, is_
 import numpy as np
 
 from fedlean.core import ClientUpdate, Masks, Params
-from fedlean.slices import PIECE, Index, Place, Weights, add_scaled, place
+from fedlean.slices import Index, Place, Weights, place
+from fedlean.sums import PIECE, add_scaled, mean_onto
 
 NO_PATTERN = "0" * 32  # the hash of no masks
 _PIECE = PIECE
@@ -238,7 +239,8 @@ class _Coverage:
             return self._onto_by_coordinate(base)
         if self.weight == 0.0:
             return base
-        mean = (self.total / self.weight).astype(base.dtype)
+        mean = np.empty(self.total.shape, base.dtype)
+        np.divide(self.total, self.weight, out=mean, casting="unsafe")
         if self.mask is None:
             return mean
         merged = base.copy()
@@ -252,16 +254,7 @@ class _Coverage:
         if self.apart is not None:
             chunks = len(weights)
             weights = (weights + self.apart.reshape(chunks, -1)).reshape(-1, 1)
-        weights += self.weight
-        merged = np.empty(base.shape, base.dtype)
-        chunks = [array.reshape(len(weights), -1) for array in (self.total, base, merged)]
-        step = max(1, _PIECE // chunks[0].shape[1])
-        for start in range(0, len(weights), step):
-            total, old, new = (array[start : start + step] for array in chunks)
-            weight = weights[start : start + step]
-            mean = np.divide(total, np.where(weight > 0, weight, 1.0))
-            np.copyto(new, np.where(weight > 0, mean.astype(base.dtype), old))
-        return merged
+        return mean_onto(base, self.total, weights.reshape(-1) + self.weight)
 
 
 class _Pooled:

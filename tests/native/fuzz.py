@@ -58,7 +58,7 @@ def main() -> None:
     native = load(sys.argv[1])
     count = int(sys.argv[2])
     first = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    from native.fuzz_calls import raw_case
+    from native.fuzz_calls import merge_case, raw_case
     from native.fuzz_models import engine_case
 
     from fedlean.engine.native import NativeEngine
@@ -73,6 +73,7 @@ def main() -> None:
             raw_case(draw, native, raw_engine)
         else:
             engine_case(draw, engines[number // 2 % 2])
+        merge_case(draw, native)
     os.write(1, b"labels that change\n")
     labels_that_change(engines[0])
     for threads in EDGES:

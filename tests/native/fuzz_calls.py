@@ -139,6 +139,25 @@ def call_all(draw: Draw, session: Any, shapes: Any, kept: Any, examples: int) ->
         attempt(f"raw {name}", lambda n=name, a=arguments: getattr(session, n)(*a))
 
 
+def merge_case(draw: Draw, native: Any) -> None:
+    """Sums and means of a small tensor, mostly as they must be."""
+    rows, side = draw.between(1, 9), draw.between(1, 40)
+    total = array(draw, (rows, side), np.float64)
+    chosen = draw.some(range(rows), draw.between(0, rows))
+    cuts = sorted(draw.some(range(side + 1), 2 * draw.between(0, (side + 1) // 2)))
+    firsts, ends = cuts[::2], cuts[1::2]
+    sizes = [end - first for first, end in zip(firsts, ends, strict=True)]
+    values = array(draw, (len(chosen), sum(sizes)))
+    numbers = [[draw.wild(n, 0.01) for n in these] for these in (chosen, firsts, sizes)]
+    chosen, firsts, sizes = (np.array(these, np.int64) for these in numbers)
+    row_size = draw.wild(side, 0.02)
+    arguments = (total, values, 2.0, chosen, row_size, firsts, sizes)
+    attempt("raw add_scaled", lambda: native.add_scaled(*arguments))
+    base, merged = array(draw, total.shape), array(draw, total.shape)
+    weights = array(draw, (draw.one([1, rows, rows * side]),), np.float64)
+    attempt("raw mean", lambda: native.mean(total, base, weights, merged))
+
+
 def size_of(session: Any, node: int, slot: int) -> int:
     """Of a tensor, from the error that a wrong size gets."""
     try:

@@ -18,6 +18,7 @@ CASES = 8000
 # What cases must get to, often: a fuzz that only ever meets refusals finds nothing.
 REACHED = ["step", "backward", "descend", "forward loss", "rank1"]
 REACHED += ["raw step", "raw descend", "raw losses", "raw read_mask"]
+REACHED += ["raw add_scaled", "raw mean"]
 # The same for both that use it, so that it is compiled once.
 SANITIZED = ["-DFEDLEAN_SANITIZE=ON"]
 SANITIZED += ["-DCMAKE_CXX_COMPILER=g++"] if shutil.which("g++") else []

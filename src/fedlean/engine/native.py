@@ -1,9 +1,9 @@
 """The native engine: sparse training in C++, without PyTorch.
 
-Only the native* modules here import `fedlean._native`.  A pruned layer stores and computes its kept
-weights only (`native/include/fedlean/pattern.h`), a whole step is one native call, and what it
-needs of memory is known before it is allocated.  Results are bit-equal for any number of threads
-on one `instruction_set`.
+Of the engine, only the native* modules here import `fedlean._native`.  A pruned layer stores and
+computes its kept weights only (`native/include/fedlean/pattern.h`), a whole step is one native
+call, and what it needs of memory is known before it is allocated.  Results are bit-equal for any
+number of threads on one `instruction_set`.
 """
 
 from __future__ import annotations
