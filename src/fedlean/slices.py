@@ -82,7 +82,7 @@ class Place:
             rows=rows.reshape(-1),
             row_size=self.whole[last] * inner,
             firsts=self.ids[last][runs[:-1]] * inner,
-            sizes=np.diff(runs) * inner,
+            sizes=(runs[1:] - runs[:-1]) * inner,
         )
 
     @cached_property
@@ -155,4 +155,4 @@ def _marked(ids: np.ndarray, side: int) -> np.ndarray:
 
 
 def _runs(ids: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.flatnonzero(np.diff(ids) != 1) + 1, [ids.size]])
+    return np.concatenate([[0], np.flatnonzero(ids[1:] - ids[:-1] != 1) + 1, [ids.size]])
