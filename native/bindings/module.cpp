@@ -262,18 +262,18 @@ NB_MODULE(_native, m) {
           "add",
           [](Network& self, const std::string& name, const std::string& kind,
              const std::vector<int>& inputs, const std::vector<int>& shape, int kernel, int stride,
-             int padding, int groups, bool bias, float eps, float momentum,
-             float factor) {
+             int padding, int groups, bool bias, float eps, float momentum, float factor,
+             bool slower) {
             const Node node = {name,   kind_of(kind), inputs,  shape_of(shape),
                                kernel, stride,        padding, groups,
-                               bias,   eps,           momentum, factor};
+                               bias,   eps,           momentum, factor,           slower};
             check_node(self, node);
             self.nodes.push_back(node);
           },
           nb::arg("name"), nb::arg("kind"), nb::arg("inputs"), nb::arg("shape"), nb::kw_only(),
           nb::arg("kernel") = 1, nb::arg("stride") = 1, nb::arg("padding") = 0,
           nb::arg("groups") = 1, nb::arg("bias") = false, nb::arg("eps") = 1e-5f,
-          nb::arg("momentum") = 0.1f, nb::arg("factor") = 1.0f);
+          nb::arg("momentum") = 0.1f, nb::arg("factor") = 1.0f, nb::arg("slower") = false);
 
   nb::class_<Bound>(m, "Session")
       .def(

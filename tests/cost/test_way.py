@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlean.core import SubModel, Work
 from fedlean.cost import way
-from fedlean.cost.price import Model, cost
+from fedlean.cost.price import Model, cost, round_seconds
 from fedlean.cost.profile import load_profile
 from fedlean.cost.time import work_seconds
 from fedlean.cost.way import Done, as_done, work_memory_bytes
@@ -71,9 +71,48 @@ def test_a_sparse_way_that_takes_more_memory_than_the_dense_one():
     work, dense = Work(3, 1, kept=kept), Work(3, 1)
     needs, needs_dense = (work_memory_bytes(spec, one) for one in (work, dense))
     assert needs > needs_dense
-    tight = replace(FAST_SPARSE, memory_bytes=needs - 1)
+    least = as_done(spec, work, replace(FAST_SPARSE, memory_bytes=1)).slower
+    needs_slower = work_memory_bytes(spec, work, slower=least)
+    assert needs > needs_slower > needs_dense  # masked layers have bytes of mask
+    tight = replace(FAST_SPARSE, memory_bytes=needs_slower - 1)
     assert as_done(spec, work, tight).work == dense
-    assert as_done(spec, work, replace(tight, memory_bytes=needs)).work == work
+    slower = as_done(spec, work, replace(tight, memory_bytes=needs - 1))
+    assert slower.work == work and slower.slower
+    assert as_done(spec, work, replace(tight, memory_bytes=needs)) == Done(work, slower.seconds)
+
+
+MLP = sequential((400,), [("fc1", Linear(300)), ("fc2", Linear(10))])
+
+
+@pytest.mark.parametrize("steps", [3, 0])
+def test_layers_in_their_slower_form_take_less_memory_and_the_longer_time(steps):
+    """60% of fc1: the device decides layer by layer, and takes it sparsely where it must."""
+    device = replace(FAST_DENSE, dense_way=False)
+    work = Work(steps, 8, kept={"fc1.weight": 72_000}, forward_examples=8 * (not steps))
+    needs = work_memory_bytes(MLP, work)
+    ample, tight = (
+        as_done(MLP, work, replace(device, memory_bytes=memory)) for memory in (needs, needs - 1)
+    )
+    assert ample.slower == frozenset() and tight.slower == {"fc1"}
+    smaller = work_memory_bytes(MLP, work, slower=tight.slower)
+    assert smaller < 0.8 * needs
+    price = cost(Model(MLP, SubModel()), (work,), replace(device, memory_bytes=needs - 1))
+    assert price.peak_memory_bytes == smaller
+    passes = 2 * steps if steps else 1  # nothing runs backward to the input
+    seconds = 72_000 * device.sparse_linear_seconds_per_flop - 120_000 / device.dense_flops_per_s
+    assert tight.seconds - ample.seconds == pytest.approx(2 * 8 * passes * seconds, rel=1e-9)
+
+
+def test_time_that_plans_masks_never_falls_as_a_count_rises_on_a_device_of_little_memory():
+    """Half of a convolution takes more than 70%, and then its layers their slower forms."""
+    conv = Conv2d(64, 3, padding=1)
+    spec = sequential((64, 4, 4), [("a", conv), ("b", conv), ("flat", Flatten()), ("c", Linear(3))])
+    device = replace(load_profile("raspberry_pi_4"), dense_way=False, memory_bytes=600_000)
+    seconds = [
+        round_seconds(spec, {"b.weight": count}, device, batch_size=4, local_steps=2)
+        for count in range(0, 64 * 64 * 9, 1024)
+    ]
+    assert seconds == sorted(seconds)
 
 
 def test_frozen_tensors_make_a_way_fit():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from federation import CLIENTS, ENGINE, SPEC, client_data, params, run, same, server
 
@@ -183,9 +184,11 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_is_priced_at_is_what_the_engine_of_its_devices_lets_it_have(name):
-    """With the memory of the dearest task all goes on as without a limit.  With a byte less, a
-    device that can compute in another way does, and in the end the server leaves clients out;
-    never does a device have to refuse what it was sent."""
+    """With the memory of the dearest task all goes on as without a limit, to rounding.
+
+    With a byte less, a device that can compute in another way does, and in the end the server
+    leaves clients out; never does a device have to refuse what it was sent.
+    """
     algorithm = METHODS[name](server(4))
     free, records = taken(algorithm, fleet(None, None, None, None), rounds=4)
     limits = [peak_of(records)]
@@ -206,7 +209,11 @@ def test_what_a_method_is_priced_at_is_what_the_engine_of_its_devices_lets_it_ha
         assert all(not record.refused for record in records)
         if state is None:
             break
-        assert same(state, free)
+        if name == "ntk_zo":  # layers that keep half take their other form, with other last bits
+            for tensor, value in state.params.items():
+                np.testing.assert_allclose(value, free.params[tensor], rtol=1e-3, atol=1e-4)
+        else:
+            assert same(state, free)
         assert all(not record.left_out for record in records)
         assert max(record.cost.memory_utilisation or 0.0 for record in records) <= 1.0
         limits.append(peak_of(records) - 1)

@@ -35,6 +35,7 @@ struct Node {
   bool bias = false;
   float eps = 1e-5f, momentum = 0.1f;  // of norms
   float factor = 1;  // of a scaler
+  bool slower = false;  // a pruned weight takes the slower of its two forms, which is smaller
 };
 
 constexpr int kModelInput = -1;

@@ -20,7 +20,8 @@ std::unique_ptr<Layer> make_conv(const Node& node, const Shape& in, int in_halo,
   if (node.groups > 1 && !addressable)
     throw std::invalid_argument("layer '" + node.name + "' (Conv2d): images of more than 65536 " +
                                 "pixels are not supported with groups");
-  if (node.groups > 1 || (addressable && double(nonzeros) < kSparseConvBelow * double(size)))
+  const bool sparse_is_faster = double(nonzeros) < kSparseConvBelow * double(size);
+  if (node.groups > 1 || (addressable && sparse_is_faster != node.slower))
     return make_sparse_conv(node, in, in_halo, grad_halo, nonzeros, needs_grad_in);
   return make_dense_conv(node, in, in_halo, grad_halo);
 }

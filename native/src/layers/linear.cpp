@@ -465,7 +465,8 @@ private:
 std::unique_ptr<Layer> make_linear(const Node& node, const Shape& in, std::size_t nonzeros,
                                    bool needs_grad_in) {
   const double size = double(node.shape.channels) * in.channels;
-  if (double(nonzeros) < kSparseLinearBelow * size)
+  const bool sparse_is_faster = double(nonzeros) < kSparseLinearBelow * size;
+  if (sparse_is_faster != node.slower)
     return std::make_unique<SparseLinear>(node, in, nonzeros, needs_grad_in);
   return std::make_unique<DenseLinear>(node, in);
 }

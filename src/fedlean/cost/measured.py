@@ -8,7 +8,7 @@ the fit is of the range below.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from sys import float_info
 from typing import Any, TypeGuard
@@ -41,19 +41,26 @@ class OperationTime:
     dense_seconds: float | None  # of the model without masks; None: not measured
     layers: Mapping[str, LayerTime]
 
-    def seconds(self, kept: Mapping[str, int], sizes: Mapping[str, int]) -> float:
-        """`kept` maps masked tensors to kept weights, empty: the dense model; `sizes`: to all."""
+    def seconds(
+        self, kept: Mapping[str, int], sizes: Mapping[str, int], slower: Collection[str] = ()
+    ) -> float:
+        """`kept` maps masked tensors to kept weights, empty: the dense model; `sizes`: to all.
+
+        Of tensors in `slower` it is the longer of the two.
+        """
         if not kept and self.dense_seconds is not None:
             return self.dense_seconds
         total = self.constant_seconds
         for name in self.layers:
-            total += self.layer_seconds(name, kept.get(name, sizes[name]))
+            total += self.layer_seconds(name, kept.get(name, sizes[name]), name in slower)
         return total
 
-    def layer_seconds(self, name: str, kept: int) -> float:
+    def layer_seconds(self, name: str, kept: int, slower: bool = False) -> float:
         layer = self.layers[name]
         linear = layer.seconds_per_weight * kept
-        return linear if layer.full_seconds is None else min(linear, layer.full_seconds)
+        if layer.full_seconds is None:
+            return linear
+        return (max if slower else min)(linear, layer.full_seconds)
 
     def times(self, factor: float) -> OperationTime:
         dense = None if self.dense_seconds is None else self.dense_seconds * factor
@@ -105,16 +112,18 @@ class MeasuredTime:
         *,
         left: BackwardLeft | None = None,
         dense_too: bool = True,
+        slower: Collection[str] = (),
     ) -> float:
         """One training step.  Ours: time grows with the batch, as what was measured does.
 
         importance: share of the dense gradients that it takes, 0: none.
         `left` is what frozen tensors leave of its backward pass.  Without `dense_too`, the sparse
-        way is taken even where the dense one is shorter.
+        way is taken even where the dense one is shorter.  Tensors in `slower` take the longer of
+        what they take by the line and in full.
         """
         share = (left.importance if left else 1.0) * importance
         extra = self.importance_seconds if kept else self.dense_importance_seconds
-        least = self._step(kept, sizes, left) + share * extra
+        least = self._step(kept, sizes, left, slower) + share * extra
         if kept and dense_too:
             dense = self._step({}, sizes, left)
             dense += share * self.dense_importance_seconds
@@ -122,16 +131,20 @@ class MeasuredTime:
         return least * batch_size / self.batch_size
 
     def _step(
-        self, kept: Mapping[str, int], sizes: Mapping[str, int], left: BackwardLeft | None
+        self,
+        kept: Mapping[str, int],
+        sizes: Mapping[str, int],
+        left: BackwardLeft | None,
+        slower: Collection[str] = (),
     ) -> float:
         if left is None:
-            return self.step.seconds(kept, sizes)
+            return self.step.seconds(kept, sizes, slower)
         step, forward = self.step, self.forward
         if not kept and step.dense_seconds is not None:
             return with_backward(left.operations, forward.seconds({}, sizes), step.dense_seconds)
         total = with_backward(left.activations, forward.constant_seconds, step.constant_seconds)
         for name in step.layers:
-            counts = name, kept.get(name, sizes[name])
+            counts = name, kept.get(name, sizes[name]), name in slower
             part = step.layer_seconds(*counts)
             total += with_backward(left.layers[name], forward.layer_seconds(*counts), part)
         return total
@@ -157,9 +170,10 @@ class MeasuredTime:
         examples: int,
         *,
         dense_too: bool = True,
+        slower: Collection[str] = (),
     ) -> float:
         """Of `examples` examples; as a step, in proportion to the batch."""
-        least = self.forward.seconds(kept, sizes)
+        least = self.forward.seconds(kept, sizes, slower)
         if dense_too:
             least = min(least, self.forward.seconds({}, sizes))
         return least * examples / self.batch_size

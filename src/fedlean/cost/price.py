@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from fedlean.core import SubModel, Work
 from fedlean.cost.flops import work_flops
 from fedlean.cost.profile import Profile
-from fedlean.cost.time import VALUE_BYTES, link_seconds
+from fedlean.cost.time import VALUE_BYTES, link_seconds, work_seconds
 from fedlean.cost.way import Done, as_done, peak_memory_bytes
 from fedlean.spec import ModelSpec
 
@@ -59,7 +59,8 @@ class Cost:
     @cached_property
     def peak_memory_bytes(self) -> int:
         """Of the neediest stretch, with those that stay in memory beside it."""
-        return peak_memory_bytes(self.spec, [one.work for one in self.done], frozen=self.frozen)
+        works, slower = [one.work for one in self.done], [one.slower for one in self.done]
+        return peak_memory_bytes(self.spec, works, frozen=self.frozen, slower=slower)
 
 
 def cost(task: Priced, works: Sequence[Work], device: Profile) -> Cost:
@@ -85,10 +86,15 @@ def round_seconds(
 ) -> float:
     """PruneFL's T(M) of a values-only round, as it is charged: monotone in every count, not linear.
 
-    `kept` maps masked tensors to kept coordinates; the link is included.
+    `kept` maps masked tensors to kept coordinates; the link is included.  Ours: on a profile
+    without `dense_way` layers take their faster forms here, whatever the memory.  A layer that
+    keeps more may be back in its faster form, and T would fall.
     """
     work = Work(local_steps, batch_size, kept=kept)
-    compute = cost(Model(spec, SubModel(frozen=frozen)), (work,), profile).seconds
+    if profile.dense_way:
+        compute = cost(Model(spec, SubModel(frozen=frozen)), (work,), profile).seconds
+    else:
+        compute = work_seconds(spec, work, profile, frozen=frozen)
     values = sum(
         kept.get(name, prod(shape)) * VALUE_BYTES for name, shape in spec.tensor_shapes.items()
     )

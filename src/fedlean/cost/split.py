@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fedlean.core import Work
 from fedlean.cost.stretch import Stretch, held_bytes, stretch
 from fedlean.cost.way import stretch_memory
+from fedlean.engine.forms import NONE
 from fedlean.engine.memory import ForwardMemory, StepMemory
 from fedlean.spec import ModelSpec
 
@@ -34,14 +35,19 @@ class MemorySplit:
 
 
 def memory_split(
-    spec: ModelSpec, works: Sequence[Work], *, frozen: frozenset[str] = frozenset()
+    spec: ModelSpec,
+    works: Sequence[Work],
+    *,
+    frozen: frozenset[str] = frozenset(),
+    slower: Sequence[frozenset[str]] | None = None,
 ) -> MemorySplit:
     """Of `works` as a device does them (`Cost.done`): the sum is `Cost.peak_memory_bytes`.
 
     It is the split of the neediest stretch; what others hold beside that one is `beside_bytes`.
     """
     own = [stretch(spec, work, frozen) for work in works]
-    held = [stretch_memory(*one) for one in own]
+    forms = slower or [NONE] * len(works)
+    held = [stretch_memory(*one, slower=f) for one, f in zip(own, forms, strict=True)]
     alone = [one.peak_bytes + held_bytes(spec, w) for one, w in zip(held, works, strict=True)]
     together = [sum(alone[max(0, i - work.beside) : i + 1]) for i, work in enumerate(works)]
     if not together:
@@ -49,10 +55,12 @@ def memory_split(
     ends = together.index(max(together))
     group = range(max(0, ends - works[ends].beside), ends + 1)
     neediest = max(group, key=lambda at: alone[at])
-    return _split(own[neediest], held[neediest], together[ends])
+    return _split(own[neediest], held[neediest], forms[neediest], together[ends])
 
 
-def _split(own: Stretch, held: StepMemory | ForwardMemory, peak: int) -> MemorySplit:
+def _split(
+    own: Stretch, held: StepMemory | ForwardMemory, slower: frozenset[str], peak: int
+) -> MemorySplit:
     """Of one stretch, where all that is in memory takes `peak`."""
     beside = peak - held.peak_bytes
     if not isinstance(held, StepMemory):
@@ -60,7 +68,7 @@ def _split(own: Stretch, held: StepMemory | ForwardMemory, peak: int) -> MemoryS
     weights = held.parameter_bytes
     if own.work.optimizer_floats:
         work = replace(own.work, optimizer_floats=0)
-        weights = stretch_memory(own.spec, work, own.frozen).parameter_bytes
+        weights = stretch_memory(own.spec, work, own.frozen, slower=slower).parameter_bytes
     return MemorySplit(
         weights,
         held.parameter_bytes - weights,

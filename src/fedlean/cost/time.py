@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -71,21 +71,29 @@ def step_seconds(
     importance: Importance = False,
     frozen: frozenset[str] = frozenset(),
     dense_too: bool = True,
+    slower: Collection[str] = (),
 ) -> float:
     """One training step, the shorter of the sparse and the dense way where the profile has both.
 
     A model without masks runs densely.  With `importance` the sparse way takes the weight gradient
     densely, at the dense rate, or those rows of it; the dense way has it already.  What is `frozen`
     takes no gradient, and nothing runs backward below what trains.  Without `dense_too` the way is
-    the sparse one.  A profile that was measured on this model gives what was measured, here and
-    below.
+    the sparse one.  Where the engine decides layer by layer (no `dense_way`), those in `slower`
+    take the longer of what their two forms take.  A profile that was measured on this model gives
+    what was measured, here and below.
     """
     dense_too = dense_too and profile.dense_way
     if measured := _measured(spec, profile):
         left = backward_left(spec, frozen)
         share = importance_share(spec, importance, frozen) if importance else 0.0
         return measured.step_seconds(
-            kept, _sizes(spec), batch_size, share, left=left, dense_too=dense_too
+            kept,
+            _sizes(spec),
+            batch_size,
+            share,
+            left=left,
+            dense_too=dense_too,
+            slower=_weights_of(slower, profile),
         )
     dense = step_flops(spec, {}, batch_size, frozen=frozen) / profile.dense_flops_per_s
     if not kept:
@@ -99,14 +107,21 @@ def step_seconds(
         dense_gradient = share * flops.dense_grad_weight / profile.dense_flops_per_s
         if not profile.dense_way:
             full = layer_flops(spec, node, {}, batch_size, frozen).step
-            layer, dense_gradient = _at_most(full, layer + dense_gradient, profile), 0.0
+            form = _form_seconds(node, slower)
+            layer = form(layer + dense_gradient, full / profile.dense_flops_per_s)
+            dense_gradient = 0.0
         sparse = sparse + layer + dense_gradient
     return min(sparse, dense) if dense_too else sparse
 
 
-def _at_most(full_flops: int, sparse: float, profile: Profile) -> float:
-    """Ours: where the model has no dense way, each of its layers has one."""
-    return min(sparse, full_flops / profile.dense_flops_per_s)
+def _form_seconds(node: Node, slower: Collection[str]) -> Callable[[float, float], float]:
+    """Ours: where the model has no dense way, each of its layers has one, and takes the shorter."""
+    return max if node.name in slower else min
+
+
+def _weights_of(slower: Collection[str], profile: Profile) -> frozenset[str]:
+    """None, where a device's sparse way has one form for all layers."""
+    return frozenset() if profile.dense_way else frozenset(f"{name}.weight" for name in slower)
 
 
 def _activation_seconds(
@@ -124,11 +139,15 @@ def forward_seconds(
     profile: Profile,
     *,
     dense_too: bool = True,
+    slower: Collection[str] = (),
 ) -> float:
     """Of so many examples, the shorter of the two ways as in `step_seconds`."""
     dense_too = dense_too and profile.dense_way
     if measured := _measured(spec, profile):
-        return measured.forward_seconds(kept, _sizes(spec), examples, dense_too=dense_too)
+        forms = _weights_of(slower, profile)
+        return measured.forward_seconds(
+            kept, _sizes(spec), examples, dense_too=dense_too, slower=forms
+        )
     dense = forward_flops(spec, {}, examples) / profile.dense_flops_per_s
     if not kept:
         return dense
@@ -136,7 +155,8 @@ def forward_seconds(
     for node, flops in flops_by_layer(spec, kept, examples):
         layer = flops.forward * _seconds_per_flop(profile, node)
         if not profile.dense_way:
-            layer = _at_most(layer_flops(spec, node, {}, examples).forward, layer, profile)
+            full = layer_flops(spec, node, {}, examples).forward / profile.dense_flops_per_s
+            layer = _form_seconds(node, slower)(layer, full)
         sparse += layer
     return min(sparse, dense) if dense_too else sparse
 
@@ -148,6 +168,7 @@ def work_seconds(
     *,
     frozen: frozenset[str] = frozenset(),
     dense_too: bool = True,
+    slower: Collection[str] = (),
 ) -> float:
     """Computation of one stretch of work, without the link; it opens one session of the engine."""
     own = stretch(spec, work, frozen)
@@ -163,6 +184,7 @@ def work_seconds(
             importance=importance,
             frozen=frozen,
             dense_too=dense_too,
+            slower=slower,
         )
 
     plain = work.steps - work.importance_steps
@@ -171,7 +193,9 @@ def work_seconds(
         seconds += count * step(pieces)
     if work.forward_examples:
         examples = work.forward_examples
-        seconds += forward_seconds(spec, work.kept, examples, profile, dense_too=dense_too)
+        seconds += forward_seconds(
+            spec, work.kept, examples, profile, dense_too=dense_too, slower=slower
+        )
     opens = work.steps > 0 or work.forward_examples > 0
     return seconds + (_session_seconds(spec, work.kept, profile) if opens else 0.0)
 

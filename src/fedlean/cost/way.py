@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,15 +12,15 @@ from fedlean.cost.flops import importance_parts
 from fedlean.cost.profile import Profile
 from fedlean.cost.stretch import held_bytes, is_span, stretch
 from fedlean.cost.time import work_seconds
+from fedlean.engine.forms import NONE, enough_bytes, forward_forms, step_forms
 from fedlean.engine.memory import ForwardMemory, StepMemory, forward_memory, step_memory
 from fedlean.spec import ModelSpec
-
-MB = 10**6
 
 
 class Done(NamedTuple):
     work: Work  # without masks where it was done densely
     seconds: float
+    slower: frozenset[str] = NONE  # layers in the slower of their two forms (`engine.forms`)
 
 
 def as_done(
@@ -31,35 +31,71 @@ def as_done(
     Its seconds, too, but for sparse steps with the dense weight gradient: those take the shorter
     way each.  It is the shorter of the sparse and the dense way where both fit the device's memory,
     and otherwise the one that fits; where neither does, the sparse one, which so never takes less
-    time for keeping more.  A profile without `dense_way` has the sparse one only.
+    time for keeping more.  A profile without `dense_way` has the sparse one only, whose layers take
+    their slower forms where the device's memory asks for it, as they do in the engine.
     """
-    if not work.kept or not profile.dense_way:
+    if not work.kept:
         return Done(work, work_seconds(spec, work, profile, frozen=frozen))
+    if not profile.dense_way:
+        return _sparse_way(spec, work, profile, frozen)
     dense = replace(work, kept={})
     own = stretch(spec, work, frozen)
     held = _dense_memory(own.spec, *_of(own.work), own.frozen)
     room = profile.memory_bytes - held_bytes(spec, work)
     if held.peak_bytes > room:
-        return Done(work, work_seconds(spec, work, profile, frozen=frozen, dense_too=False))
-    sparse_seconds, dense_seconds = (
-        work_seconds(spec, one, profile, frozen=frozen) for one in (work, dense)
-    )
-    if sparse_seconds < dense_seconds and _sparse_fits(*own, room, held):
-        return Done(work, sparse_seconds)
+        return _sparse_way(spec, work, profile, frozen, dense_too=False)
+    dense_seconds = work_seconds(spec, dense, profile, frozen=frozen)
+    sparse = _sparse_way(spec, work, profile, frozen)
+    if sparse.seconds < dense_seconds and _sparse_fits(*own, room, held, sparse.slower):
+        return sparse
     return Done(dense, dense_seconds)
 
 
+def _sparse_way(
+    spec: ModelSpec,
+    work: Work,
+    profile: Profile,
+    frozen: frozenset[str],
+    *,
+    dense_too: bool = True,
+) -> Done:
+    slower = _forms(*stretch(spec, work, frozen), profile.memory_bytes)
+    seconds = work_seconds(spec, work, profile, frozen=frozen, dense_too=dense_too, slower=slower)
+    return Done(work, seconds, slower)
+
+
+def _forms(
+    spec: ModelSpec, work: Work, frozen: frozenset[str], memory_bytes: int
+) -> frozenset[str]:
+    """Of the span that the work ran, as the session that it opens takes them."""
+    if not work.steps:
+        return forward_forms(spec, work.kept, memory_bytes, batch_size=work.batch_size)
+    return step_forms(
+        spec,
+        work.kept,
+        memory_bytes,
+        batch_size=work.batch_size,
+        optimizer_floats=work.optimizer_floats,
+        frozen=frozen,
+    )
+
+
 def work_memory_bytes(
-    spec: ModelSpec, work: Work, *, frozen: frozenset[str] = frozenset(), sparse: bool = True
+    spec: ModelSpec,
+    work: Work,
+    *,
+    frozen: frozenset[str] = frozenset(),
+    sparse: bool = True,
+    slower: frozenset[str] = NONE,
 ) -> int:
     """Modelled peak of a device that stores only what it trains (see `engine.memory`).
 
     It is that of the stretch alone, with what it holds outside the engine.  Work of
     forward passes alone needs no more than those: what is frozen may be perturbed in them, unless
-    they are of a span.
+    they are of a span.  `slower`: as of `Done`.
     """
     own = stretch(spec, work, frozen)
-    return stretch_memory(*own, sparse).peak_bytes + held_bytes(spec, work)
+    return stretch_memory(*own, sparse, slower).peak_bytes + held_bytes(spec, work)
 
 
 def peak_memory_bytes(
@@ -68,15 +104,26 @@ def peak_memory_bytes(
     *,
     frozen: frozenset[str] = frozenset(),
     sparse: bool = True,
+    slower: Sequence[frozenset[str]] | None = None,
 ) -> int:
-    """Of the neediest stretch, with those before it that stay in memory beside it."""
-    alone = [work_memory_bytes(spec, work, frozen=frozen, sparse=sparse) for work in works]
+    """Of the neediest stretch, with those before it that stay in memory beside it.
+
+    slower: as of `Done`, for each of the works; None: the faster forms.
+    """
+    alone = [
+        work_memory_bytes(spec, work, frozen=frozen, sparse=sparse, slower=forms)
+        for work, forms in zip(works, slower or [NONE] * len(works), strict=True)
+    ]
     together = (sum(alone[max(0, i - work.beside) : i + 1]) for i, work in enumerate(works))
     return max(together, default=0)
 
 
 def stretch_memory(
-    spec: ModelSpec, work: Work, frozen: frozenset[str], sparse: bool = True
+    spec: ModelSpec,
+    work: Work,
+    frozen: frozenset[str],
+    sparse: bool = True,
+    slower: frozenset[str] = NONE,
 ) -> StepMemory | ForwardMemory:
     """`spec` and `frozen` are of the span that the work ran."""
     if not work.steps:
@@ -87,6 +134,7 @@ def stretch_memory(
             frozen=frozen if is_span(work) else frozenset(),
             taps=work.taps,
             sparse=sparse,
+            slower=slower,
         )
     return step_memory(
         spec,
@@ -98,6 +146,7 @@ def stretch_memory(
         taps=work.taps,
         pieces=[one.pieces for one in importance_parts(spec, work, frozen)],
         sparse=sparse,
+        slower=slower,
     )
 
 
@@ -148,18 +197,8 @@ def _sparse_fits(
     frozen: frozenset[str],
     room: int,
     dense: StepMemory | ForwardMemory,
+    slower: frozenset[str],
 ) -> bool:
-    if enough_bytes(dense, work.kept) <= room:  # most devices need no plan
+    if not slower and enough_bytes(dense, work.kept) <= room:  # most devices need no plan
         return True
-    return stretch_memory(spec, work, frozen).peak_bytes <= room
-
-
-def enough_bytes(dense: StepMemory | ForwardMemory, kept: Mapping[str, int]) -> int:
-    """For the sparse way of what takes `dense`, where that keeps `kept`.
-
-    Each kept weight has two offsets, its place in the other order and its copy there, 12 bytes.
-    Rows of up to one kernel start in both orders, at most 10 bytes for each weight.  Beside that
-    layers want less than 1 MB of sums, and arrays of other sizes leave other gaps.
-    """
-    more = 12 * sum(kept.values()) + 3 * dense.parameter_bytes + dense.activation_bytes // 2
-    return dense.peak_bytes + more + MB
+    return stretch_memory(spec, work, frozen, slower=slower).peak_bytes <= room

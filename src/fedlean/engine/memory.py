@@ -47,6 +47,7 @@ def step_memory(
     pieces: Sequence[Pieces] = (),
     sparse: bool = True,
     threads: int = 1,
+    slower: frozenset[str] = frozenset(),
 ) -> StepMemory:
     """Memory of one forward, backward and update on `batch_size` examples.
 
@@ -54,13 +55,14 @@ def step_memory(
 
     `kept` maps masked tensors to their kept coordinates (absent: dense); `optimizer_floats` is what
     the optimiser holds per trained weight (`optimizer_floats`).  With `taps` the session also runs
-    forward to them and descends from there, which natively takes more scratch.
+    forward to them and descends from there, which natively takes more scratch.  `slower` names the
+    layers that the native engine holds in the slower of their two forms (`engine.forms`).
     """
     sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
     summed = (pieces or (whole(spec, frozen),)) if importance else ()
     sums = max((sum_bytes(spec, each) for each in summed), default=0)
     if sparse:
-        plan = SessionPlan(spec, kept, batch_size, frozen, threads)
+        plan = SessionPlan(spec, kept, batch_size, frozen, threads, slower)
         stored = plan.stored_bytes(optimizer_floats)
         arena = plan.step_bytes(summed)
         if taps:
@@ -103,11 +105,12 @@ def forward_memory(
     taps: Collection[str] = (),
     sparse: bool = True,
     directions_at_once: int = 1,
+    slower: frozenset[str] = frozenset(),
 ) -> ForwardMemory:
     """Memory of a `ForwardSession` for `batch_size` examples, on as many threads as directions.
 
-    `kept` maps masked tensors to their kept coordinates (absent: dense).  Not counted is the table
-    of normal values, 256 KiB, which a process has once.
+    `kept` and `slower` as in `step_memory`.  Not counted is the table of normal values, 256 KiB,
+    which a process has once.
     """
     if sparse:
         stored, live = forward_bytes(
@@ -116,9 +119,11 @@ def forward_memory(
             batch_size=batch_size,
             frozen=frozen,
             directions_at_once=directions_at_once,
+            slower=slower,
         )
         if taps:
-            live = max(live, tapped_bytes(spec, kept, examples=batch_size, taps=taps))
+            tapped = tapped_bytes(spec, kept, examples=batch_size, taps=taps, slower=slower)
+            live = max(live, tapped)
         return ForwardMemory(stored, live, stored + live)
     sizes = {name: prod(s) for name, s in spec.param_shapes.items() if name not in frozen}
     stored = sum(FLOAT_BYTES * prod(shape) for shape in spec.tensor_shapes.values())

@@ -69,13 +69,14 @@ class NativeEngine:
         batch_size: int,
         optimizer: SGD,
         loss: Loss = "ce",
+        slower: frozenset[str] = frozenset(),
     ) -> NativeSession:
         """Raises ValueError naming the argument or the layer that cannot be trained."""
         checks.check_settings(batch_size, loss)
         checks.check_sub_model(spec, sub_model)
         pattern = pattern_hash(sub_model.masks)
-        key = (spec.hash, pattern, sub_model.frozen, batch_size, optimizer, loss)
-        network = network_of(spec)
+        key = (spec.hash, pattern, sub_model.frozen, batch_size, optimizer, loss, slower)
+        network = network_of(spec, slower)
         session = NativeSession(
             self._native,
             network,
@@ -99,6 +100,7 @@ class NativeEngine:
         batch_size: int,
         loss: Loss = "ce",
         directions_at_once: int = 1,
+        slower: frozenset[str] = frozenset(),
     ) -> NativeForwardSession:
         """Raises ValueError naming the argument or the layer that cannot be evaluated.
 
@@ -108,8 +110,8 @@ class NativeEngine:
         checks.check_directions_at_once(directions_at_once)
         checks.check_sub_model(spec, sub_model)
         pattern = pattern_hash(sub_model.masks)
-        key = (spec.hash, pattern, sub_model.frozen, batch_size, loss, directions_at_once)
-        network = network_of(spec)
+        key = (spec.hash, pattern, sub_model.frozen, batch_size, loss, directions_at_once, slower)
+        network = network_of(spec, slower)
         session = NativeForwardSession(
             self._native,
             network,

@@ -36,11 +36,12 @@ def forward_bytes(
     batch_size: int,
     frozen: frozenset[str],
     directions_at_once: int,
+    slower: Collection[str] = (),
 ) -> tuple[int, int]:
     """(of the tensors and their patterns, of everything else)."""
     everything = frozenset(spec.tensor_shapes)
     held = structure(spec, everything)
-    where = geometries(spec, held)
+    where = geometries(spec, held, slower)
     stored = stored_bytes(spec, kept, 0, everything, where)
     moved = partial(_moved, spec, kept, frozen, where)
 
@@ -62,13 +63,19 @@ def forward_bytes(
 
 
 def tapped_bytes(
-    spec: ModelSpec, kept: Mapping[str, int], *, examples: int, taps: Collection[str]
+    spec: ModelSpec,
+    kept: Mapping[str, int],
+    *,
+    examples: int,
+    taps: Collection[str],
+    slower: Collection[str] = (),
 ) -> int:
     """Of a forward whose taps are kept, beside the tensors and their patterns."""
     everything = frozenset(spec.tensor_shapes)
     held = structure(spec, everything)
     mode = Mode(examples, taps=frozenset(taps), group_panels=1)
-    program = Program(spec, kept, everything, held, geometries(spec, held), mode)
+    where = geometries(spec, held, slower)
+    program = Program(spec, kept, everything, held, where, mode)
     return FLOAT_BYTES * program.floats
 
 

@@ -19,13 +19,17 @@ from fedlean.spec import ModelSpec
 
 @dataclass(frozen=True)
 class SessionPlan:
-    """`kept` maps masked tensors to their kept coordinates (absent: dense)."""
+    """`kept` maps masked tensors to their kept coordinates (absent: dense).
+
+    slower: layers that take the slower of their two forms (`engine.forms`).
+    """
 
     spec: ModelSpec
     kept: Mapping[str, int]
     batch_size: int
     frozen: frozenset[str] = frozenset()
     threads: int = 1
+    slower: frozenset[str] = frozenset()
 
     @cached_property
     def structure(self) -> Structure:
@@ -33,7 +37,7 @@ class SessionPlan:
 
     @cached_property
     def where(self) -> Mapping[str, Geometry]:
-        return geometries(self.spec, self.structure)
+        return geometries(self.spec, self.structure, self.slower)
 
     def stored_bytes(self, optimizer_floats: int = 0) -> int:
         """Values, patterns, masks, and so many floats for each trained value."""

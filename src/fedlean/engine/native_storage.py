@@ -7,7 +7,7 @@ extension; tests hold it against the engine's own plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from fedlean import layers as L
@@ -29,11 +29,12 @@ CONV_GRAD_ROWS, LINEAR_GRAD_ROWS = 4, 8  # rows of a dense gradient at once
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a layer reads and writes, in pixels with their halos."""
+    """What a layer reads and writes, in pixels with their halos, and the form of its weight."""
 
     needs_grad_in: bool
     in_halo: int = 0
     grad_halo: int = 0
+    slower: bool = False  # it takes the slower of its two forms
 
 
 @dataclass(frozen=True)
@@ -80,30 +81,54 @@ def stored_bytes(
     """Values, optimiser state, masks and patterns of all tensors."""
     total = 0
     for name, shape in spec.tensor_shapes.items():
-        size, copies = prod(shape), 1
-        if name in spec.param_shapes and name not in frozen:
-            copies += optimizer_floats
-        values = kept.get(name, size)
-        node = spec.by_name[name.rsplit(".", 1)[0]]
-        if name.endswith(".weight") and is_sparse(spec, node, values, geometries):
-            total += FLOAT_BYTES * values * copies
-            total += _index_bytes(spec, node, values, geometries[node.name])
-        else:
-            total += FLOAT_BYTES * size * copies + (size if values < size else 0)  # a byte of mask
+        trained = name in spec.param_shapes and name not in frozen
+        copies = 1 + (optimizer_floats if trained else 0)
+        total += _tensor_bytes(spec, name, kept.get(name, prod(shape)), copies, geometries)
     return total
 
 
+def _tensor_bytes(
+    spec: ModelSpec, name: str, values: int, copies: int, geometries: Mapping[str, Geometry]
+) -> int:
+    node, size = spec.by_name[name.rsplit(".", 1)[0]], prod(spec.tensor_shapes[name])
+    if name.endswith(".weight") and is_sparse(spec, node, values, geometries):
+        index = _index_bytes(spec, node, values, geometries[node.name])
+        return FLOAT_BYTES * values * copies + index
+    return FLOAT_BYTES * size * copies + (size if values < size else 0)  # a byte of mask
+
+
+def saved_bytes(
+    spec: ModelSpec, node: Node, values: int, copies: int, geometries: Mapping[str, Geometry]
+) -> int:
+    """What a weight of `values` kept, each stored in `copies`, takes less in its slower form.
+
+    0 for a layer that has one form only.
+    """
+    if not _has_two_forms(spec, node, values, geometries):
+        return 0
+    forms = ({node.name: replace(geometries[node.name], slower=slower)} for slower in (False, True))
+    name = f"{node.name}.weight"
+    faster, slower = (_tensor_bytes(spec, name, values, copies, form) for form in forms)
+    return faster - slower
+
+
 def is_sparse(spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry]) -> bool:
-    if not isinstance(node.layer, Linear | Conv2d):
-        return False
-    size = prod(spec.param_shapes[f"{node.name}.weight"])
-    if isinstance(node.layer, Linear):
-        return values < SPARSE_LINEAR_BELOW * size
-    if node.layer.groups > 1:
-        return True
+    """The faster form, unless the layer's geometry says that it takes the slower one."""
+    if not _has_two_forms(spec, node, values, geometries):
+        return isinstance(node.layer, Conv2d) and node.layer.groups > 1
+    share = SPARSE_LINEAR_BELOW if isinstance(node.layer, Linear) else SPARSE_CONV_BELOW
+    sparse_is_faster = values < share * prod(spec.param_shapes[f"{node.name}.weight"])
+    return sparse_is_faster != geometries[node.name].slower
+
+
+def _has_two_forms(
+    spec: ModelSpec, node: Node, values: int, geometries: Mapping[str, Geometry]
+) -> bool:
+    """A grouped convolution is always sparse, one of large images always dense."""
+    if not isinstance(node.layer, Conv2d):
+        return isinstance(node.layer, Linear)
     window = _window(spec, node, values, geometries[node.name])
-    addressable = max(window.in_pixels, window.grad_pixels) <= MOST_PIXELS
-    return addressable and values < SPARSE_CONV_BELOW * size
+    return node.layer.groups == 1 and max(window.in_pixels, window.grad_pixels) <= MOST_PIXELS
 
 
 def scratch(

@@ -7,7 +7,7 @@ never asks whether a pixel is inside.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fedlean import layers as L
@@ -51,11 +51,14 @@ def structure(spec: ModelSpec, frozen: frozenset[str]) -> Structure:
     return s
 
 
-def geometries(spec: ModelSpec, s: Structure) -> dict[str, Geometry]:
-    """Of the layers with weights, by name."""
+def geometries(spec: ModelSpec, s: Structure, slower: Collection[str] = ()) -> dict[str, Geometry]:
+    """Of the layers with weights, by name; those in `slower` take the slower of two forms."""
     return {
         node.name: Geometry(
-            s.needs_grad[node.inputs[0]], s.value_halo[node.inputs[0]], s.grad_halo[node.name]
+            s.needs_grad[node.inputs[0]],
+            s.value_halo[node.inputs[0]],
+            s.grad_halo[node.name],
+            node.name in slower,
         )
         for node in spec.weighted
     }

@@ -96,8 +96,11 @@ class NativeTensors:
         return mask
 
 
-def network_of(spec: ModelSpec) -> _native.Network:
-    """Raises ValueError naming a layer that the engine lacks."""
+def network_of(spec: ModelSpec, slower: frozenset[str] = frozenset()) -> _native.Network:
+    """Layers in `slower` take the slower of their two forms.
+
+    Raises ValueError naming a layer that the engine lacks.
+    """
     network = _native.Network(list(spec.input_shape))
     index = {INPUT: -1} | {node.name: i for i, node in enumerate(spec.nodes)}
     for node in spec.nodes:
@@ -109,7 +112,8 @@ def network_of(spec: ModelSpec) -> _native.Network:
             )
         inputs = [index[source] for source in node.inputs]
         kind = type(node.layer).__name__
-        network.add(node.name, kind, inputs, list(shapes[-1]), **_settings(node))
+        form = node.name in slower
+        network.add(node.name, kind, inputs, list(shapes[-1]), slower=form, **_settings(node))
     return network
 
 

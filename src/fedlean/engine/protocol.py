@@ -201,12 +201,14 @@ class Engine(Protocol):
         batch_size: int,
         optimizer: SGD,
         loss: Loss = "ce",
+        slower: frozenset[str] = frozenset(),
     ) -> Session:
         """`params` holds every tensor of the spec.
 
         A masked one is dense, and its pruned coordinates are ignored, or packed: its kept values
-        (K,) in the row-major order of its mask, as they travel.  Raises ValueError, also for what
-        this engine does not support.
+        (K,) in the row-major order of its mask, as they travel.  `slower` names the layers that an
+        engine of two forms holds in the slower one (`engine.forms`); others take no notice.  Raises
+        ValueError, also for what this engine does not support.
         """
         ...
 
@@ -219,8 +221,9 @@ class Engine(Protocol):
         batch_size: int,
         loss: Loss = "ce",
         directions_at_once: int = 1,
+        slower: frozenset[str] = frozenset(),
     ) -> ForwardSession:
-        """`params` as `open` takes them.
+        """`params` and `slower` as `open` takes them.
 
         With `directions_at_once`, an engine of several threads may evaluate so many perturbed
         models at the same time, each in memory of its own; results do not depend on it.  Raises

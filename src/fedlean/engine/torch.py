@@ -45,6 +45,7 @@ class TorchEngine:
         batch_size: int,
         optimizer: SGD,
         loss: Loss = "ce",
+        slower: frozenset[str] = frozenset(),
     ) -> TorchSession:
         """Raises ValueError when the parameters or the sub-model do not fit the spec."""
         checks.check_settings(batch_size, loss)
@@ -60,6 +61,7 @@ class TorchEngine:
         batch_size: int,
         loss: Loss = "ce",
         directions_at_once: int = 1,
+        slower: frozenset[str] = frozenset(),
     ) -> TorchForwardSession:
         """As `open`.  Directions come one after the other: torch's threads share each layer."""
         checks.check_directions_at_once(directions_at_once)

@@ -43,6 +43,7 @@ class DryEngine:
         batch_size: int,
         optimizer: SGD,
         loss: Loss = "ce",
+        slower: frozenset[str] = frozenset(),
     ) -> DrySession:
         """Raises ValueError naming the setting, mask or frozen tensor that does not fit."""
         checks.check_settings(batch_size, loss)
@@ -58,6 +59,7 @@ class DryEngine:
         batch_size: int,
         loss: Loss = "ce",
         directions_at_once: int = 1,
+        slower: frozenset[str] = frozenset(),
     ) -> DryForwardSession:
         """Raises ValueError as `open`."""
         checks.check_settings(batch_size, loss)

@@ -40,9 +40,10 @@ class Pricer:
     def price(self, task: ClientTask, works: Sequence[Work]) -> tuple[Cost, MemorySplit]:
         cost = self.prices.of(task, works)
         done, frozen = [one.work for one in cost.done], task.sub_model.frozen
-        key = (task.spec.hash, frozen, *map(repr, done))
+        slower = [one.slower for one in cost.done]
+        key = (task.spec.hash, frozen, *map(repr, done), *slower)
         if key not in self.splits:
-            self.splits[key] = memory_split(task.spec, done, frozen=frozen)
+            self.splits[key] = memory_split(task.spec, done, frozen=frozen, slower=slower)
         return cost, self.splits[key]
 
 

@@ -3,16 +3,24 @@
 A layer is stored densely, pruned weights and a byte of mask for each too, from a density of its own
 (`engine.native_storage`); below that a kept weight has an index.  A mask of so many weights takes
 the most memory where its layers lie just below that density or just at it, and none is whole.
+Where memory asks for the smaller of the two forms, it is where both take about as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from math import ceil, prod
 
 from fedlean.core import Work
-from fedlean.engine.native_storage import SPARSE_CONV_BELOW, SPARSE_LINEAR_BELOW
+from fedlean.engine.native_storage import (
+    FLOAT_BYTES,
+    OFFSET_BYTES,
+    SPARSE_CONV_BELOW,
+    SPARSE_LINEAR_BELOW,
+    START_BYTES,
+)
 from fedlean.layers import Linear
 from fedlean.spec import ModelSpec
 
@@ -20,11 +28,11 @@ Level = Callable[[ModelSpec, str], int]  # so many weights of a tensor
 
 
 def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
-    """`work` with as many kept weights, split over its masked tensors in 12 other ways.
+    """`work` with as many kept weights, split over its masked tensors in 16 other ways.
 
     Tensors are filled one after another, from the first, the last, the largest or the smallest on:
-    up to just below where they are stored densely, just up to there or to all but one; then all of
-    them, with what is left, to all but one, and wholly.
+    up to just below where they are stored densely, just up to there, to all but one, or to where
+    both forms take as much; then all of them, with what is left, to all but one, and wholly.
     """
     sizes = {name: prod(spec.tensor_shapes[name]) for name in work.kept}
     orders = (
@@ -34,7 +42,7 @@ def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
         sorted(sizes, key=lambda name: sizes[name]),
     )
     for order in orders:
-        for level in (_below, _dense_from, _but_one):
+        for level in (_below, _dense_from, _but_one, partial(_either, work.optimizer_floats)):
             left, kept = sum(work.kept.values()), dict.fromkeys(sizes, 0)
             for upto in (level, _but_one, _whole):
                 for name in order:
@@ -52,6 +60,14 @@ def _dense_from(spec: ModelSpec, name: str) -> int:
     layer = spec.by_name[name.rsplit(".", 1)[0]].layer
     share = SPARSE_LINEAR_BELOW if isinstance(layer, Linear) else SPARSE_CONV_BELOW
     return ceil(share * prod(spec.tensor_shapes[name]))
+
+
+def _either(optimizer_floats: int, spec: ModelSpec, name: str) -> int:
+    """A mask against offsets, and for a convolution's second order another and a place."""
+    layer = spec.by_name[name.rsplit(".", 1)[0]].layer
+    values = FLOAT_BYTES * (1 + optimizer_floats)
+    index = OFFSET_BYTES if isinstance(layer, Linear) else 2 * OFFSET_BYTES + START_BYTES
+    return ceil((values + 1) / (values + index) * prod(spec.tensor_shapes[name]))
 
 
 def _but_one(spec: ModelSpec, name: str) -> int:

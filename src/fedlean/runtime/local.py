@@ -19,6 +19,7 @@ from fedlean.runtime.ceilings import Ceilings
 from fedlean.runtime.checks import diverged, remedy
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.outofmemory import OutOfMemory, memory_for
+from fedlean.runtime.remote.fitting import FittingEngine
 from fedlean.runtime.remote.limit import LimitedEngine
 from fedlean.runtime.remote.room import TooLarge
 from fedlean.tree import kept_counts
@@ -106,6 +107,7 @@ class LocalDispatch:
         self._present = present
         self._step = 0
         self._here: dict[int, Device] = {}  # by client, in this step
+        self._said: dict[int, int | None] = {}  # memory of those, as `begin` gave it
         self._unable: set[int] = set()  # who had too little memory in it, and would have again
         self._too_large: set[int] = set()  # of those, who were asked in the last call
         self._ceilings = Ceilings()
@@ -121,7 +123,9 @@ class LocalDispatch:
             self._step, self._unable = step, set()
         devices = [device for device in self._present(step) if device.id not in self._unable]
         self._here = {device.id: device for device in devices}
-        return self._ceilings.under(devices)
+        under = self._ceilings.under(devices)
+        self._said = {device.id: device.memory_bytes for device in under}
+        return under
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         self._pending, self._seconds, self._troubles = {}, {}, {}
@@ -158,7 +162,11 @@ class LocalDispatch:
         if device is None or device.memory_bytes is None:
             return self._engine
         dense_way = device.profile is None or device.profile.dense_way
-        return LimitedEngine(self._engine, device.memory_bytes, emulated=True, dense_way=dense_way)
+        limited = LimitedEngine(
+            self._engine, device.memory_bytes, emulated=True, dense_way=dense_way
+        )
+        said = self._said[client]
+        return limited if said is None else FittingEngine(limited, said)
 
     def _planned_bytes(self, task: ClientTask) -> int:
         """Of a plain step of the task, as the engine plans it."""

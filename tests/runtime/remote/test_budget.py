@@ -36,6 +36,7 @@ FIELDS = {
     "mean": HELD.dataset.mean.tolist(),
     "std": HELD.dataset.std.tolist(),
     "deadline_seconds": 600.0,
+    "memory_bytes": None,
 }
 
 

@@ -33,6 +33,7 @@ RIGHT = {
         "mean": [0.5],
         "std": [0.25],
         "deadline_seconds": 600.0,
+        "memory_bytes": None,
     },
     env.UPDATE: {"step": 3, "seconds": 0.5, "lost_state": False},
     env.TROUBLE: {
@@ -58,7 +59,7 @@ def test_size_by_hand():
     fields = {"step": 3, "seconds": 0.5, "lost_state": False}
     sealed = seal(Envelope(env.UPDATE, fields, b"xyz"))
     assert len(sealed) == 12 + 16 + len('{"step":3,"seconds":0.5,"lost_state":false}') + 3
-    assert sealed[:8] == b"FdLe\x05\x04\x00\x00"
+    assert sealed[:8] == b"FdLe\x06\x04\x00\x00"
 
 
 @given(st.binary(max_size=80))
@@ -90,7 +91,7 @@ def test_another_kind_is_named():
 def test_another_version_is_named():
     sealed = bytearray(seal(Envelope(env.HELLO, HELLO)))
     sealed[4] = 9
-    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 5"):
+    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 6"):
         unseal(bytes(sealed), expected=(env.HELLO,))
 
 
@@ -120,6 +121,7 @@ WRONG = [
     (env.TASK, "std", [1e31]),
     (env.TASK, "deadline_seconds", 0),
     (env.TASK, "deadline_seconds", True),
+    (env.TASK, "memory_bytes", -1),
     (env.UPDATE, "seconds", "1"),
     (env.UPDATE, "lost_state", 0),
     (env.TROUBLE, "missing", "everything"),

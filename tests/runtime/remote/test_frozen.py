@@ -233,6 +233,7 @@ def test_held_values_count_under_the_memory_limit(tmp_path, monkeypatch):
         "mean": dataset().mean.tolist(),
         "std": dataset().std.tolist(),
         "deadline_seconds": 600.0,
+        "memory_bytes": None,
     }
     held = frozenset({wire.frozen_hash(wire.frozen_params(task), {})})
     for known in (wire.Known(), wire.Known(frozen=held)):

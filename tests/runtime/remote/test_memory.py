@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from federation import CLIENTS, ENGINE, client_data, dataset, first_model, run, same, server
+from federation import CLIENTS, ENGINE, SPEC, client_data, dataset, first_model, run, same, server
 from loopback import Loopback, kind_of, remote
 
 from fedlean.algorithm import Device, FederatedAlgorithm
+from fedlean.core import ClientTask, SubModel
 from fedlean.cost.price import cost
 from fedlean.cost.profile import load_profile
+from fedlean.engine.memory import step_memory
 from fedlean.fleet.fleet import Fleet, Member, always
 from fedlean.fleet.quantity import Quantity
 from fedlean.methods.fedavg import fedavg
@@ -26,6 +30,7 @@ from fedlean.runtime.remote.dispatch import RemoteDispatch, Terms
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
 from fedlean.runtime.remote.holding import expected_by
 from fedlean.runtime.remote.worker import Worker
+from fedlean.tree import kept_counts
 
 pytestmark = pytest.mark.usefixtures("clock")
 
@@ -155,20 +160,24 @@ def drawn_fleet(step: int) -> Sequence[Device]:
     return Fleet((always(Member(PROFILE, own)),), None).present(7, step, CLIENTS)
 
 
-def test_a_fleet_over_a_post_ends_as_in_one_process(post):
-    logs: tuple[list[StepRecord], list[StepRecord]] = ([], [])
-    algorithm = everybody(6)
-    here = LocalDispatch(algorithm.client_update, ENGINE, client_data(), drawn_fleet)
+def over(post: Loopback, present: Callable[[int], Sequence[Device]]) -> RemoteDispatch:
     terms = Terms(deadline_seconds=0.3, join_seconds=0.3, poll_seconds=0.005, min_clients=CLIENTS)
-    there = RemoteDispatch(
+    return RemoteDispatch(
         post,
         method="fedavg",
         dataset=dataset(),
         clients=CLIENTS,
         terms=terms,
         say=lambda line: None,
-        present=drawn_fleet,
+        present=present,
     )
+
+
+def test_a_fleet_over_a_post_ends_as_in_one_process(post):
+    logs: tuple[list[StepRecord], list[StepRecord]] = ([], [])
+    algorithm = everybody(6)
+    here = LocalDispatch(algorithm.client_update, ENGINE, client_data(), drawn_fleet)
+    there = over(post, drawn_fleet)
     states = [
         run(algorithm, rounds=6, dispatch=each, watch=lambda p, record, log=log: log.append(record))
         for each, log in ((here, logs[0]), (there, logs[1]))
@@ -183,6 +192,49 @@ def test_a_fleet_over_a_post_ends_as_in_one_process(post):
             other.notes,
         )
         assert one.cost == other.cost
+
+
+def masked_tasks() -> list[ClientTask]:
+    """For each client one of 60% of the weights of both Linear layers."""
+    algorithm, rng = everybody(1), np.random.default_rng(0)
+    shapes = {name: SPEC.param_shapes[name] for name in ("fc1.weight", "fc2.weight")}
+    masks = {}
+    for name, shape in shapes.items():
+        size = shape[0] * shape[1]
+        masks[name] = (rng.permutation(size) < 0.6 * size).reshape(shape)
+    here = [Device(client) for client in range(CLIENTS)]
+    tasks = algorithm.configure(algorithm.init(first_model()), here)
+    pruned = {n: v * masks[n] if n in masks else v for n, v in tasks[0].params.items()}
+    return [replace(task, params=pruned, sub_model=SubModel(masks=masks)) for task in tasks]
+
+
+def test_devices_of_little_memory_take_the_same_forms_over_a_post_as_in_one_process(post):
+    """A byte decides, and a node without a limit of its own takes them for a device of a fleet."""
+    tasks = masked_tasks()
+    kept = kept_counts(tasks[0].sub_model.masks)
+    faster, smaller = (
+        step_memory(SPEC, kept, batch_size=8, slower=slower).peak_bytes
+        for slower in (frozenset(), frozenset({"fc1"}))
+    )
+    assert smaller < faster
+    profile = replace(PROFILE, dense_way=False)
+    devices = [
+        Device(client, profile=profile, memory_bytes=memory_bytes)
+        for client, memory_bytes in enumerate([faster, faster - 1, smaller, smaller - 1])
+    ]
+    there = over(post, lambda step: devices)
+    client_update = everybody(1).client_update
+    here = LocalDispatch(client_update, ENGINE, client_data(), lambda step: devices)
+    ample = LocalDispatch(client_update, ENGINE, client_data())
+    answers = []
+    for dispatch in (here, there, ample):
+        dispatch.begin(ClientStore(), 1)
+        answers.append({u.client: u for u in dispatch(tasks, lambda update, task: None)})
+    assert list(answers[0]) == [0, 1, 2] and "free under its" in here.troubles()[3]
+    for client, update in answers[0].items():
+        assert same(update.params, answers[1][client].params)
+        moved = ENGINE.arithmetic == "sparse" and client > 0
+        assert same(update.params, answers[2][client].params) != moved
 
 
 def test_of_two_limits_the_smaller_counts_and_the_emulated_profile():

@@ -37,6 +37,7 @@ FIELDS = {
     "mean": client_data()[0].dataset.mean.tolist(),
     "std": client_data()[0].dataset.std.tolist(),
     "deadline_seconds": 600.0,
+    "memory_bytes": None,
 }
 
 

@@ -96,6 +96,7 @@ class RemoteDispatch:
         self._exchange.late = self._late
         self._store = ClientStore()  # the runtime's own, set by `begin`
         self._step = 0
+        self._said: dict[int, int | None] = {}  # by client: memory, as `begin` gave it
         self._committed: dict[int, int] = {}  # client -> step after which its state counts
         self._seconds: dict[int, float] = {}
         self._troubles: dict[int, str] = {}
@@ -114,7 +115,9 @@ class RemoteDispatch:
         if step != self._step:
             self._early = {}
         self._store, self._step = store, step
-        return self._ceilings.under(self._attendance.gather(self._run, step))
+        devices = self._ceilings.under(self._attendance.gather(self._run, step))
+        self._said = {device.id: device.memory_bytes for device in devices}
+        return devices
 
     def __call__(self, tasks: Sequence[ClientTask], refuse: Refuse) -> Iterator[ClientUpdate]:
         """Updates in the order of `tasks`; none, where fewer than `min_replies` are good."""
@@ -269,6 +272,7 @@ class RemoteDispatch:
             "mean": self._dataset.mean.tolist(),
             "std": self._dataset.std.tolist(),
             "deadline_seconds": max(1.0, ends - time.monotonic()),
+            "memory_bytes": self._said.get(task.client),
         }
         body = wire.encode_task(task, known)
         if whole:

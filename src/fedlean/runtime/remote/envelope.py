@@ -20,7 +20,7 @@ from typing import Any
 from fedlean.data.labels import MAX_NAME_CHARACTERS
 
 MAGIC = b"FdLe"
-VERSION = 5
+VERSION = 6
 HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
 MISSING = ("spec", "pattern", "frozen tensors")  # what a device may have lost
@@ -44,7 +44,8 @@ class Envelope:
              device (who it is, across restarts: a secret of its own, and before a space what may be
              shown); what it holds: input_shape, classes, value_range
     TASK     run, method, step, committed (step whose client state counts, or null), classes, mean,
-             std, deadline_seconds (for which the server waits, from sending on)
+             std, deadline_seconds (for which the server waits, from sending on), memory_bytes (that
+             the server takes the device to have, by which layers take their forms, or null)
     UPDATE   step, seconds, lost_state
     TROUBLE  reason, missing (one of `MISSING` or null), final (asking again is of no use), gave_up
              (the time was over before the work was done), too_large (for the device's memory)
@@ -168,6 +169,7 @@ _WANTED: dict[int, dict[str, Any]] = {
         "mean": _list_of(_number),
         "std": _list_of(_number),
         "deadline_seconds": _seconds,
+        "memory_bytes": _maybe(_count),
     },
     UPDATE: {"step": _count, "seconds": _number, "lost_state": lambda v: isinstance(v, bool)},
     TROUBLE: {

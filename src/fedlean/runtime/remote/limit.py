@@ -67,16 +67,23 @@ class LimitedEngine:
         batch_size: int,
         optimizer: SGD,
         loss: Loss = "ce",
+        slower: frozenset[str] = frozenset(),
     ) -> Session:
         """Raises TooLarge before anything is allocated; else as the engine's own."""
         checks.check_settings(batch_size, loss)
         ways = tuple(
-            _Way(step_needs(self._planned, spec, way, batch_size, optimizer))
+            _Way(step_needs(self._planned, spec, way, batch_size, optimizer, slower))
             for way in self._ways(sub_model)
         )
         self._room.check(_least(ways), "a training step")
         session = self._engine.open(
-            spec, params, sub_model, batch_size=batch_size, optimizer=optimizer, loss=loss
+            spec,
+            params,
+            sub_model,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            loss=loss,
+            slower=slower,
         )
         return _Guarded(session, ways, self._room)  # type: ignore[return-value]
 
@@ -89,6 +96,7 @@ class LimitedEngine:
         batch_size: int,
         loss: Loss = "ce",
         directions_at_once: int = 1,
+        slower: frozenset[str] = frozenset(),
     ) -> ForwardSession:
         """Raises TooLarge before anything is allocated; else as the engine's own.
 
@@ -102,7 +110,7 @@ class LimitedEngine:
 
         def needs_of(at_once: int) -> ForwardNeeds:
             ways = [
-                forward_needs(self._planned, spec, way, batch_size, at_once)
+                forward_needs(self._planned, spec, way, batch_size, at_once, slower)
                 for way in self._ways(sub_model)
             ]
             return min(ways, key=lambda way: way.loss_bytes)
@@ -118,6 +126,7 @@ class LimitedEngine:
             loss=loss,
             # an emulated device has one thread, and this machine may take its time with more
             directions_at_once=directions_at_once if self._emulated else at_once,
+            slower=slower,
         )
         return _GuardedForward(session, needs, self._room)  # type: ignore[return-value]
 

@@ -39,12 +39,17 @@ class StepNeeds(Protocol):
 
 
 def step_needs(
-    engine: Engine, spec: ModelSpec, sub_model: SubModel, batch_size: int, optimizer: SGD
+    engine: Engine,
+    spec: ModelSpec,
+    sub_model: SubModel,
+    batch_size: int,
+    optimizer: SGD,
+    slower: frozenset[str] = frozenset(),
 ) -> StepNeeds:
     kept = kept_counts(sub_model.masks)
     if engine.arithmetic == "sparse":
         threads = getattr(engine, "threads", 1)
-        plan = SessionPlan(spec, kept, batch_size, sub_model.frozen, threads)
+        plan = SessionPlan(spec, kept, batch_size, sub_model.frozen, threads, slower)
         return _SparseStep(plan, optimizer)
     return _DenseStep(spec, kept, batch_size, sub_model.frozen, optimizer)
 
@@ -128,6 +133,7 @@ class ForwardNeeds:
     stored_bytes: int
     loss_bytes: int
     sparse: bool
+    slower: frozenset[str] = frozenset()
 
     def forward_bytes(self, examples: int, taps: Sequence[str]) -> int:
         if not self.sparse:
@@ -138,7 +144,7 @@ class ForwardNeeds:
 
     @cached_property
     def _forward(self) -> Callable[..., int]:
-        return lru_cache(partial(tapped_bytes, self.spec, self.kept))
+        return lru_cache(partial(tapped_bytes, self.spec, self.kept, slower=self.slower))
 
 
 def forward_needs(
@@ -147,6 +153,7 @@ def forward_needs(
     sub_model: SubModel,
     batch_size: int,
     directions_at_once: int,
+    slower: frozenset[str] = frozenset(),
 ) -> ForwardNeeds:
     kept, sparse = kept_counts(sub_model.masks), engine.arithmetic == "sparse"
     memory = forward_memory(
@@ -156,8 +163,11 @@ def forward_needs(
         frozen=sub_model.frozen,
         sparse=sparse,
         directions_at_once=directions_at_once,
+        slower=slower,
     )
-    return ForwardNeeds(spec, kept, batch_size, memory.parameter_bytes, memory.peak_bytes, sparse)
+    return ForwardNeeds(
+        spec, kept, batch_size, memory.parameter_bytes, memory.peak_bytes, sparse, slower
+    )
 
 
 def _known(spec: ModelSpec, taps: Sequence[str]) -> tuple[str, ...]:

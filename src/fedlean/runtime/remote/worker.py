@@ -27,6 +27,7 @@ from fedlean.printable import printable
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.budget import Budget, GaveUp, TimedBatches, TimedEngine, TooMuch
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
+from fedlean.runtime.remote.fitting import FittingEngine
 from fedlean.runtime.remote.frozen import HeldFrozen
 from fedlean.runtime.remote.held import (
     HeldPatterns,
@@ -171,7 +172,10 @@ class Worker:
         state, lost = states.read(fields["committed"])
         began = time.perf_counter()
         batches = TimedBatches(self._as_the_run_has_it(fields), budget)
-        engine = TimedEngine(self._engine(task.spec), budget)
+        engine = self._engine(task.spec)
+        if fields["memory_bytes"] is not None:
+            engine = FittingEngine(engine, fields["memory_bytes"])
+        engine = TimedEngine(engine, budget)
         update, state = client_update(task, batches, engine, state)
         seconds = time.perf_counter() - began
         run.patterns.keep(update.sub_model.masks)
