@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ def make_run(
     initial: int = 0,
     layers: int = 4,
     summary: bool = True,
+    change: Callable[[dict[str, Any]], Any] | None = None,
     **facts: Any,
 ) -> Path:
     """A run in which every step costs the same; `accuracies` says in which rounds it was evaluated.
 
     `initial` steps of phase "initial" precede round 1.  Each step moves `megabytes` down and as
-    much up.
+    much up.  `change` alters the finished row of each step.
     """
     folder.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
@@ -51,6 +53,8 @@ def make_run(
         shares = (None, None) if seconds is None else (0.75 * seconds, 0.25 * seconds)
         rows[-1] |= part | dict(zip(("compute_seconds", "link_seconds"), shares, strict=True))
         rows[-1]["total"] = {k: None if v is None else step * v for k, v in part.items()}
+        if change:
+            change(rows[-1])
     info = {
         "method": "prunefl" if density < 1 else "fedavg",
         "dataset": "digits",
@@ -125,3 +129,34 @@ def curve(rounds: int, *, every: int = 1, top: float = 0.97, tau: float = 12.0) 
 
 def _dump(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value))
+
+
+def staged(
+    ends: Sequence[int],
+    names: Sequence[str],
+    *,
+    phases: Sequence[str] = ("train",),
+    devices: int = 10,
+) -> Callable[[dict[str, Any]], None]:
+    """A `change` of `make_run`: stage i lasts until round ends[i], in every phase once.
+
+    It takes 10 (i + 1) MB, which as many devices fewer than all can hold as it has stages before
+    it; its movement falls from 1 to its floor of 1/2, and in its last round it is frozen.
+    """
+    stages = [(phase, name) for phase in phases for name in names]
+
+    def change(row: dict[str, Any]) -> None:
+        at = next((i for i, end in enumerate(ends) if row["round"] <= end), len(ends) - 1)
+        begin = ends[at - 1] if at else 0
+        share = (row["round"] - begin) / max(1, ends[at] - begin)
+        row["phase"], row["stage"] = stages[at]
+        row["peak_memory_bytes"] = 10 * MB * (at + 1)
+        row["devices"], row["able_devices"] = devices, max(0, devices - at)
+        row["method"] = {
+            "movement": 1 - share / 2,
+            "floor": 0.5,
+            "slope": -0.02 * (1 - share),
+            "frozen": float(row["round"] == ends[at]),
+        }
+
+    return change

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedlean.report.borders import borders
 from fedlean.report.console import cost_table
 from fedlean.report.notices import notices_section
 from fedlean.report.outcome import comparison_outcome, run_outcome
 from fedlean.report.page import comparison_page, run_page
 from fedlean.report.run_folder import read_run, targets_of
+from fedlean.report.stage_table import stages_section
+from fedlean.report.stages import stages_notes
 from fedlean.report.tables import costs, differences, summary_rows
 
 ODD = [None, True, -1, 2.5, 1e308, float("nan"), 10**400, "", "x", [], [[]], {}, {"a": 1}, [None]]
@@ -45,7 +48,13 @@ def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
 @pytest.mark.parametrize("name", ["config.json", "rounds.jsonl", "summary.json"])
 def test_any_value_by_any_other(tmp_path: Path, synthetic, name: str):
     """Each is read, or refused in one line that names the file."""
-    folder = synthetic.make_run(tmp_path / "a", {1: 0.5, 2: 0.95}, rounds=2, initial=1)
+    folder = synthetic.make_run(
+        tmp_path / "a",
+        {1: 0.5, 2: 0.95},
+        rounds=2,
+        initial=1,
+        change=synthetic.staged((1, 2), "ab"),
+    )
     path, beside = folder / name, read_run(folder)
     lines = path.read_text().splitlines()
     whole = json.loads(lines[-1])
@@ -66,6 +75,7 @@ def test_any_value_by_any_other(tmp_path: Path, synthetic, name: str):
                 runs = [beside, run]
                 run_outcome(run, targets), comparison_outcome(runs, targets)
                 costs(runs, targets), differences(runs), summary_rows(runs), notices_section(run)
+                stages_section(run), stages_notes(["beside", "run"], runs), borders([run])
                 Console(file=nowhere).print(cost_table(runs))
     assert refused >= len(ODD) - 2  # at least the whole by anything but an object
 
@@ -88,6 +98,8 @@ EXTREMES = [
     {"layer_density": {SCRIPT + str(i): 0.5 for i in range(9)}},
     {"compute_seconds": 1e100, "link_seconds": -3},
     {"peak_memory_bytes": 1e100},
+    {"stage": SCRIPT, "method": {SCRIPT: 1e100, "frozen": 1}, "devices": 1e100, "able_devices": 1},
+    {"stage": "a", "round": 1 << 50, "method": {"": -1e100}, "able_devices": 0, "devices": 3},
 ]
 
 

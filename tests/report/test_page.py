@@ -15,7 +15,7 @@ from fedlean.report.curves import layer_grid, thin
 
 PLOTS = {
     "accuracy-rounds", "accuracy-time", "accuracy-bytes", "accuracy-flops",
-    "loss", "density", "layers", "split",
+    "loss", "density", "layers", "memory", "split",
 }  # fmt: skip
 VOID = {"meta", "br", "path", "use", "image", "rect"}
 LOADS = {"script", "link", "img", "iframe", "object", "embed", "audio", "video", "source", "base"}
@@ -58,16 +58,16 @@ class Checker(HTMLParser):
             assert self.open.pop() == tag
 
 
-def check(page):
-    """Parse a page and assert what holds for every page."""
+def check(page, more=()):
+    """Parse a page and assert what holds for every page; it has the figures PLOTS and `more`."""
     assert "http:" not in page and "https:" not in page and "@import" not in page
     assert "#fe0" not in page and "nan" not in re.findall(r' d="[^"]*"', page)
     checker = Checker()
     checker.feed(page)
     assert checker.open == [] and len(set(checker.ids)) == len(checker.ids)
     assert set(checker.references) <= set(checker.ids)
-    assert set(checker.figures) == PLOTS and len(checker.figures) == len(PLOTS)
-    assert len(checker.svgs) == len(PLOTS)
+    assert sorted(checker.figures) == sorted(PLOTS.union(more))
+    assert len(checker.svgs) == len(checker.figures)
     assert all(svg["aria-label"] and svg["viewbox"] for svg in checker.svgs)
     return checker
 
@@ -148,6 +148,110 @@ def test_everything_from_files_is_escaped(tmp_path, synthetic):
     for page in (run_page(run), comparison_page([run, run])):
         check(page)
         assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+
+
+STAGED = {"participation", "method-0", "method-1"}
+
+
+def figure(page, key):
+    return page[page.index(f'<figure id="{key}">') :].partition("</figure>")[0]
+
+
+def test_a_run_in_stages(tmp_path, synthetic):
+    """stem until round 10, body 20, head 40: 10, 20 and 30 MB."""
+    change = synthetic.staged((10, 20, 40), ("stem", "body", "head"))
+    folder = synthetic.make_run(tmp_path / "a", {40: 0.9}, rounds=40, change=change)
+    run = read_run(folder)
+    page = run_page(run)
+    check(page, STAGED)
+    for key in ("accuracy-rounds", "loss", "density", "layers", "memory", *STAGED):
+        drawn = figure(page, key)
+        assert [f">{name}</text>" in drawn for name in ("stem", "body", "head")] == [True] * 3, key
+    assert ">stem</text>" not in figure(page, "accuracy-time")
+    assert ">mean</text>" in figure(page, "memory")
+    # movement and floor are within ten of each other, slope is not
+    first, second = (re.findall(r"</svg>(\w+)</li>", figure(page, f"method-{i}")) for i in (0, 1))
+    assert (first, second) == (["movement", "floor"], ["slope"])
+    assert "★" in figure(page, "method-0")
+    assert "Dotted lines are where the next stage of training begins." in page
+    # 10 rounds of 10 MB, 10 of 20, 20 of 30: 22.5 in the mean, and their median between 20 and 30
+    assert (
+        "It trained 3 stages; the neediest client&#x27;s modelled peak was 30.0 MB at most and "
+        "22.5 MB in the mean over rounds." in page
+    )
+    assert page.index("<h2>Curves") < page.index("<h2>Stages") < page.index("<h2>The run")
+    compared = comparison_page([run, run])
+    check(compared, {"participation"})
+    assert ">stem</text>" not in compared and "Ticks above a plot are" in compared
+    assert compared.count("<summary>Stages of a (") == 2
+
+
+def test_a_stage_after_the_last_evaluation_is_not_drawn_beside_the_plot(tmp_path, synthetic):
+    change = synthetic.staged((10, 60), ("stem", "head"))
+    folder = synthetic.make_run(tmp_path / "a", {5: 0.2, 20: 0.9}, rounds=60, change=change)
+    page = run_page(read_run(folder))
+    for key, drawn in (("accuracy-rounds", False), ("loss", False), ("memory", True)):
+        assert (">head</text>" in figure(page, key)) == drawn
+        assert ">stem</text>" in figure(page, key)
+
+
+def test_stages_that_take_turns_have_no_borders(tmp_path, synthetic):
+    def change(row):
+        row["stage"] = f"part{row['round'] % 3}"
+
+    run = read_run(synthetic.make_run(tmp_path / "a", {9: 0.5}, rounds=12, change=change))
+    page = run_page(run)
+    check(page)
+    assert "In a stages take turns, 11 changes in 12 rounds: the plots show no borders." in page
+    assert ">part1</text>" not in page and ">part1</th>" in page
+
+
+def test_a_run_without_stages_has_its_memory_and_no_more(tmp_path, synthetic):
+    def change(row):
+        row |= {"stage": None, "method": {}, "devices": 10, "able_devices": 10}
+
+    page = run_page(read_run(synthetic.make_run(tmp_path / "a", {3: 0.5}, rounds=3, change=change)))
+    check(page)
+    assert "<h2>Stages" not in page and "Dotted lines" not in page
+    assert ">mean</text>" not in figure(page, "memory")  # it would lie on the line itself
+
+
+def test_names_of_stages_and_measures_are_escaped_and_bounded(tmp_path, synthetic):
+    closed = EVIL.replace("\\", "/")
+
+    def change(row):
+        row["stage"] = f"{closed} {row['round'] // 2} " + 300 * "long"
+        row["phase"] = closed if row["round"] % 4 else "train"
+        row["method"] = {f"{closed} {i}": (-1) ** i * 10.0**i for i in range(40)}
+        row["method"] |= {"text": "x", "none": None, "huge": 1e300, "frozen": "1"}
+
+    run = read_run(synthetic.make_run(tmp_path / "a", {30: 0.5}, rounds=30, change=change))
+    page = run_page(run)
+    check(page, {f"method-{i}" for i in range(3)})  # of 40 names the first six, two in each
+    assert "What the method measured (first 6 of 40)" in page
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    check(comparison_page([run, run]))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"devices": 3, "able_devices": 4},
+        {"devices": 0, "able_devices": 0},
+        {"devices": -2, "able_devices": -1},
+        {"devices": "3", "able_devices": [1]},
+        {"devices": 3, "able_devices": None},
+        {"peak_memory_bytes": -1, "method": {"slope": float("nan")}, "cohort": 3},
+        {"peak_memory_bytes": 1e99, "method": {"slope": 1e99}},
+    ],
+)
+def test_odd_values_of_the_newer_keys(tmp_path, synthetic, keys):
+    def change(row):
+        row |= {"stage": "a" if row["round"] < 3 else "b", **keys}
+
+    run = read_run(synthetic.make_run(tmp_path / "a", {4: 0.5}, rounds=5, change=change))
+    page = run_page(run)
+    check(page, {"method-0"} if keys.get("method", {}).get("slope") == 1e99 else set())
 
 
 def test_long_runs_stay_small(tmp_path, synthetic):

@@ -64,6 +64,8 @@ GOOD = '"downlink_bytes":1,"uplink_bytes":1,"flops_per_client":1,"wall_seconds":
         (_break("rounds.jsonl", "3\n"), "line 1 is not a step of a run"),
         (_break("rounds.jsonl", '{"round": 1}\n'), "line 1 has no 'total'"),
         (_break("rounds.jsonl", '{"round":1,"total":{' + GOOD + "}}\n"), "'simulated_seconds'"),
+        (_break("rounds.jsonl", '{"round":1,"stage":[1]}\n'), r"'stage' is \[1\], expected a str"),
+        (_break("rounds.jsonl", '{"round":1,"method":3}\n'), "'method' is 3, expected a dict"),
         (_break("rounds.jsonl", '{"round":1,"total":{"downlink_bytes":"1"}}\n'), "got '1'"),
     ],
 )

@@ -203,3 +203,22 @@ def test_every_step_that_asks_nobody_is_said_in_colour_and_the_servers_own_is_no
     lines = shown(nobody, {"cohort": [], "server_only": True}, nobody)
     assert len(lines) == 2 and all("\x1b[" in line for line in lines)
     assert "round 3: nobody was asked: no device is there" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "phase", "said"),
+    [
+        (None, "train", "fedavg round 10/10  accuracy"),
+        ("stage2", "train", "fedavg round 10/10  stage2  accuracy"),
+        ("stage2", "shrink", "fedavg round 10/10  shrink stage2  accuracy"),
+        ("[red]\x1b[31m", "train", r"fedavg round 10/10  [red]\x1b[31m  accuracy"),
+    ],
+)
+def test_lines_name_the_stage(stage: str | None, phase: str, said: str):
+    text = StringIO()
+    console = Console(file=text, width=500)
+    entry = {"round": 10, "stage": stage, "phase": phase, "accuracy": 0.5, "density": 1.0}
+    total = {"downlink_bytes": 1, "uplink_bytes": 1, "simulated_seconds": 2.0}
+    show = progress._plain(RunConfig(method="fedavg", rounds=10), console)
+    show({**entry, "metrics": {}, "total": total})
+    assert text.getvalue().startswith(said)

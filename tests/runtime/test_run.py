@@ -110,7 +110,9 @@ def test_totals_are_the_sums(folder):
             total += entry[key]
             assert entry["total"][key] == pytest.approx(total, rel=1e-12)
         assert summary[key] == entries[-1]["total"][key]
-    assert summary["peak_memory_bytes"] == max(entry["peak_memory_bytes"] for entry in entries)
+    memory = [entry["peak_memory_bytes"] for entry in entries]
+    assert summary["peak_memory_bytes"] == max(memory)
+    assert summary["mean_memory_bytes"] == pytest.approx(sum(memory) / len(memory))
     for entry in entries:
         parts = entry["compute_seconds"] + entry["link_seconds"]
         assert entry["simulated_seconds"] == pytest.approx(parts)

@@ -73,6 +73,18 @@ def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return _scroll(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table>")
 
 
+def named_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts whose first column has names, which may be long."""
+    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
+    lines = "\n".join(
+        f'<tr><th scope="row" class="name">{escape(name)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
+    )
+    return _scroll(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table>")
+
+
 def summary_table(names: Sequence[str], rows: Iterable[tuple[str, list[str]]]) -> str:
     """Quantities downwards, runs sideways."""
     head = "".join(

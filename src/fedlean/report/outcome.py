@@ -18,7 +18,8 @@ from fedlean.report.run_folder import (
     run_total,
     total,
 )
-from fedlean.report.tables import density, labels
+from fedlean.report.stages import stretches
+from fedlean.report.tables import density, labels, mean_memory, peak_memory
 
 
 def run_outcome(run: Run, targets: Sequence[float]) -> list[str]:
@@ -32,7 +33,20 @@ def run_outcome(run: Run, targets: Sequence[float]) -> list[str]:
         first = _targets_sentence(run, targets)
         last = _end_sentence("It" if first else run.name, run, final)
         sentences = [first, last] if first else [last]
-    return sentences + unfinished([run])
+    return sentences + _stages_sentence(run) + unfinished([run])
+
+
+def _stages_sentence(run: Run) -> list[str]:
+    """What training part by part took; nothing for a run without stages."""
+    names = {one.stage for one in stretches(run) if one.stage is not None}
+    peak, mean = peak_memory(run), mean_memory(run.rounds)
+    if not names or peak is None:
+        return []
+    return [
+        f"It trained {len(names)} stage{'' if len(names) == 1 else 's'}; the neediest client's "
+        f"modelled peak was {units.human(peak, 'bytes')} at most and "
+        f"{units.human(mean, 'bytes')} in the mean over rounds."
+    ]
 
 
 def _targets_sentence(run: Run, targets: Sequence[float]) -> str:

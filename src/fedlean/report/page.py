@@ -29,8 +29,18 @@ from fedlean.report.run_folder import (
     targets_of,
     total,
 )
+from fedlean.report.stage_table import stages_section
+from fedlean.report.stages import stages_notes
 from fedlean.report.style import CSS
-from fedlean.report.tables import costs, density, differences, labels, peak_memory, summary_rows
+from fedlean.report.tables import (
+    costs,
+    density,
+    differences,
+    labels,
+    mean_memory,
+    peak_memory,
+    summary_rows,
+)
 
 MAX_TABLE_ROWS = 60
 MAX_FLEET_CHARACTERS = 20_000  # a trace may have megabytes
@@ -48,6 +58,7 @@ def run_page(run: Run) -> str:
         markup.tiles(_tiles(run)),
         section("Cost to each target", _costs([run], targets)),
         _plots([run], targets),
+        *(section("Stages", content) for content in [stages_section(run)] if content),
         section("The run", markup.summary_table(labels([run]), summary_rows([run]))),
         section("How these figures were made", _method_note([run])),
         _evaluations(run),
@@ -71,6 +82,11 @@ def comparison_page(runs: Sequence[Run], targets: Sequence[float] | None = None)
         section("Cost to each target", _costs(runs, wanted)),
         _plots(runs, wanted),
         section("The runs", markup.summary_table(names, summary_rows(runs))),
+        *(
+            markup.details(f"Stages of {name}", content)
+            for name, run in zip(names, runs, strict=True)
+            if (content := stages_section(run))
+        ),
         section("How these figures were made", _method_note(runs)),
         *(_config(f"Configuration of {name}", run) for name, run in zip(names, runs, strict=True)),
     ]
@@ -149,6 +165,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         ("bytes, both ways", units.human(run_total(run, "bytes"), "bytes")),
         ("FLOPs per client", units.human(run_total(run, "flops_per_client"), "flops")),
         ("peak memory, modelled", units.human(peak_memory(run), "bytes")),
+        ("mean memory over rounds", units.human(mean_memory(run.rounds), "bytes")),
     ]
 
 
@@ -159,7 +176,8 @@ def _plots(runs: Sequence[Run], targets: Sequence[float]) -> str:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise ValueError("a report needs matplotlib: pip install 'fedlean[sim]'") from None
-    return section("Curves", markup.plot_grid(plots.all_plots(runs, targets)))
+    notes = "".join(f"<p>{escape(note)}</p>\n" for note in stages_notes(labels(runs), runs))
+    return section("Curves", notes + markup.plot_grid(plots.all_plots(runs, targets)))
 
 
 def _costs(runs: Sequence[Run], targets: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a page, each as a `Plot`; with `figure` and `time_plots` the only matplotlib.
+"""The plots of a page, each as a `Plot`, in reading order.
 
 Run names never enter a drawing (the page writes the legends), so no name can break a layout; layer
 names do, shortened.  A plot for which the runs hold no data says so instead of vanishing.
@@ -6,23 +6,17 @@ names do, shortened.  A plot for which the runs hold no data says so instead of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlean.report import units
-from fedlean.report.curves import (
-    layer_density,
-    layer_grid,
-    layer_names,
-    series,
-    thin,
-)
+from fedlean.report.borders import Borders, borders
+from fedlean.report.curves import layer_density, layer_grid, layer_names, series, thin
 from fedlean.report.figure import (
     HEIGHT,
     MUTED,
@@ -36,13 +30,24 @@ from fedlean.report.figure import (
     plain,
     series_style,
 )
-from fedlean.report.run_folder import Row, Run, first_reaching, has_clock, number, total
+from fedlean.report.lines import (
+    Curve,
+    Value,
+    cost_axis,
+    curves_of,
+    furthest,
+    in_round,
+    lines,
+    named,
+    round_axis,
+)
+from fedlean.report.run_folder import Row, Run, first_reaching, has_clock, total
+from fedlean.report.stage_plots import measured, memory_of_rounds, participation
 from fedlean.report.tables import labels, legend
 from fedlean.report.time_plots import split_compared, split_of_run
 
-Value = Callable[[Row], float | None]
-Curve = tuple[int, np.ndarray, np.ndarray]  # series, x, y
 MAX_LINES = NUM_COLOURS  # more layers than this are a heat map
+HEAT_MAP_POINTS = 170.0  # width of its axes beside the names of layers
 MAX_LAYERS = 60  # rows of a heat map or dot plot that a page can still label
 
 
@@ -57,15 +62,11 @@ class _Axis:
     kind: units.Kind | None = None
 
 
-def _number(key: str) -> Value:
-    return lambda row: number(row.get(key))
-
-
 def _total(key: str) -> Value:
     return lambda row: total(row, key)
 
 
-_ROUNDS = _Axis("rounds", "rounds", "round", lambda row: float(row["round"]))
+_ROUNDS = _Axis("rounds", "rounds", "round", in_round)
 AXES = (
     _ROUNDS,
     _Axis("time", "simulated time", "simulated time ({})", _total("simulated_seconds"), "seconds"),
@@ -79,6 +80,8 @@ def all_plots(runs: Sequence[Run], targets: Sequence[float]) -> list[Plot]:
     plots = [accuracy(runs, targets, axis) for axis in AXES]
     plots += [loss(runs), density(runs)]
     plots.append(layers_of_run(runs[0]) if len(runs) == 1 else layers_compared(runs))
+    plots += [memory_of_rounds(runs), *participation(runs)]
+    plots += measured(runs[0]) if len(runs) == 1 else []
     plots.append(split_of_run(runs[0]) if len(runs) == 1 else split_compared(runs))
     return plots
 
@@ -92,7 +95,7 @@ def accuracy(runs: Sequence[Run], targets: Sequence[float], axis: _Axis) -> Plot
     if not curves:
         why = "no simulated clock: no device profile" if not any(clocked) else "no evaluation yet"
         return empty(key, title, why)
-    largest = max(float(x.max()) for _, x, _ in curves)
+    largest = furthest(curves)
     by, unit = units.scale(largest, axis.kind) if axis.kind else (1.0, "")
     curves = [(i, x / by, y) for i, x, y in curves]
 
@@ -100,32 +103,21 @@ def accuracy(runs: Sequence[Run], targets: Sequence[float], axis: _Axis) -> Plot
         value = axis.value(row)
         return None if value is None else value / by
 
+    shown = borders(runs) if axis is _ROUNDS else Borders()
+
     def fill(axes: Axes) -> None:
-        _lines(axes, curves)
+        lines(axes, curves)
         _accuracy_axis(axes, curves, targets)
         _targets(axes, targets)
         _first_reached(axes, {i: runs[i] for i, _, _ in curves}, targets, scaled)
-        _cost_axis(axes, axis.label.format(unit), largest / by, whole=axis.kind is None)
+        cost_axis(axes, axis.label.format(unit), largest / by, whole=axis.kind is None)
+        shown.draw(axes)
 
     names = labels(runs)
     ends = [f"{names[i]} goes from {y[0]:.1f}% to {y[-1]:.1f}%" for i, _, y in curves]
     alt = f"{title}: {'; '.join(ends)}."
-    return Plot(key, title, draw(key, fill, alt), alt, legend(runs))
-
-
-def _lines(axes: Axes, curves: Sequence[Curve], drawstyle: str = "default") -> None:
-    for i, x, y in curves:
-        # One marker, at the end: it tells runs apart without colour and shows where each stops.
-        axes.plot(
-            x,
-            y,
-            drawstyle=drawstyle,
-            zorder=3,  # above the axes' own lines
-            marker=marker(i),
-            markevery=[len(x) - 1],
-            clip_on=False,
-            **series_style(i),
-        )
+    svg = draw(key, fill, alt, HEIGHT + shown.inches)
+    return Plot(key, title, svg, alt, legend(runs))
 
 
 def _accuracy_axis(axes: Axes, curves: Sequence[Curve], targets: Sequence[float]) -> None:
@@ -178,64 +170,64 @@ def _first_reached(axes: Axes, runs: Mapping[int, Run], targets: Sequence[float]
             axes.plot(*zip(*rings, strict=True), color=colour, markeredgewidth=1.2, **style)
 
 
-def _cost_axis(axes: Axes, label: str, largest: float, *, whole: bool) -> None:
-    axes.set_xlim(0, largest * 1.02 if largest > 0 else 1)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=whole))
-    axes.set_xlabel(label)
-
-
 def loss(runs: Sequence[Run]) -> Plot:
     """Held-out loss against rounds, or the training loss where no run was evaluated."""
     for name, word in (("loss", "test loss"), ("train_loss", "training loss")):
-        raw = [series(run.rounds, _ROUNDS.value, _number(name)) for run in runs]
-        curves = [(i, *thin(*xy)) for i, xy in enumerate(raw) if len(xy[0])]
+        curves = curves_of(runs, named(name))
         if curves:
             return _loss(runs, curves, word)
     return empty("loss", "Loss", "no loss was reported")
 
 
 def _loss(runs: Sequence[Run], curves: Sequence[Curve], word: str) -> Plot:
+    shown = borders(runs)
+
     def fill(axes: Axes) -> None:
-        _lines(axes, curves)
+        lines(axes, curves)
         top = max(float(y.max()) for _, _, y in curves)
         low = min(float(y.min()) for _, _, y in curves)  # a method's own loss may be negative
         axes.set_ylim(min(0.0, low * 1.05), top * 1.05 if top > 0 else 1)
         axes.set_ylabel(word)
-        _cost_axis(axes, "round", max(float(x.max()) for _, x, _ in curves), whole=True)
+        round_axis(axes, furthest(curves))
+        shown.draw(axes)
 
     names = labels(runs)
     ends = [f"{names[i]} goes from {y[0]:.3g} to {y[-1]:.3g}" for i, _, y in curves]
     alt = f"{word.capitalize()} against rounds: {'; '.join(ends)}."
-    return Plot("loss", "Loss against rounds", draw("loss", fill, alt), alt, legend(runs))
+    svg = draw("loss", fill, alt, HEIGHT + shown.inches)
+    return Plot("loss", "Loss against rounds", svg, alt, legend(runs))
 
 
 def density(runs: Sequence[Run]) -> Plot:
     """Kept fraction of the prunable weights over rounds."""
     title = "Density over rounds"
-    curves = _density_curves(runs, _number("density"))
+    curves = _density_curves(runs, named("density"))
     if not curves:
         return empty("density", title, "no density was reported")
 
+    shown = borders(runs)
+
     def fill(axes: Axes) -> None:
         _density_axes(axes, curves)
+        shown.draw(axes)
 
     names = labels(runs)
     ends = [f"{names[i]} ends at {y[-1]:.3g}% after {y[0]:.3g}%" for i, _, y in curves]
     alt = f"{title}: {'; '.join(ends)}."
-    return Plot("density", title, draw("density", fill, alt), alt, legend(runs))
+    svg = draw("density", fill, alt, HEIGHT + shown.inches)
+    return Plot("density", title, svg, alt, legend(runs))
 
 
 def _density_curves(runs: Sequence[Run], value: Value) -> list[Curve]:
-    raw = [series(run.rounds, _ROUNDS.value, value) for run in runs]
-    return [(i, *thin(x, 100 * y)) for i, (x, y) in enumerate(raw) if len(x)]
+    return [(i, x, 100 * y) for i, x, y in curves_of(runs, value)]
 
 
 def _density_axes(axes: Axes, curves: Sequence[Curve]) -> None:
-    _lines(axes, curves, drawstyle="steps-post")
+    lines(axes, curves, drawstyle="steps-post")
     axes.set_ylim(0, 100)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}%"))
     axes.set_ylabel("weights kept")
-    _cost_axis(axes, "round", max(float(x.max()) for _, x, _ in curves), whole=True)
+    round_axis(axes, furthest(curves))
 
 
 def _some(layers: list[str]) -> tuple[list[str], str]:
@@ -260,7 +252,13 @@ def layers_of_run(run: Run) -> Plot:
     ]
     if not curves:
         return empty("layers", title, "no density was reported")
-    svg = draw("layers", lambda axes: _density_axes(axes, curves), alt)
+    shown = borders([run])
+
+    def fill(axes: Axes) -> None:
+        _density_axes(axes, curves)
+        shown.draw(axes)
+
+    svg = draw("layers", fill, alt, HEIGHT + shown.inches)
     return Plot("layers", title, svg, alt, tuple(enumerate(layers)))
 
 
@@ -280,6 +278,7 @@ def _layers_height(count: int) -> float:
 def _heat_map(run: Run, layers: Sequence[str], alt: str) -> str:
     grid, last = layer_grid(run, layers)
     first = run.rounds[0]["round"]
+    shown = borders([run], HEAT_MAP_POINTS)
 
     def fill(axes: Axes) -> None:
         box = (first - 0.5, last + 0.5, len(layers) - 0.5, -0.5)
@@ -293,13 +292,14 @@ def _heat_map(run: Run, layers: Sequence[str], alt: str) -> str:
         axes.set_yticks(range(len(layers)), [plain(name) for name in layers], size=8)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=True))
         axes.set_xlabel("round")
+        shown.draw(axes, shift=0.5)
         figure = axes.get_figure()
         assert figure is not None
         ticks = [0, 2, 10, 25, 50, 100]
         bar = figure.colorbar(image, ax=axes, ticks=ticks, format="%d%%", fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
-    return draw("layers", fill, alt, _layers_height(len(layers)))
+    return draw("layers", fill, alt, _layers_height(len(layers)) + shown.inches)
 
 
 def layers_compared(runs: Sequence[Run]) -> Plot:

@@ -6,7 +6,7 @@ exactly like a finished one; `summary.json` adds what only the end of a run know
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief  # of whatever a file holds
@@ -22,6 +22,8 @@ _PARTS = {  # of a row, each of which may be missing: early runs lack the newer 
     "refused": dict,
     "left_out": dict,
     "parameters": dict,
+    "method": dict,
+    "stage": str,
     "rejected": list,
     "notes": list,
     "asked_round": int,
@@ -63,6 +65,30 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) <= LARGEST else None  # a NaN is not
+
+
+def memory(row: Row) -> float | None:
+    """Modelled peak of a step's neediest client in bytes; None where no client did anything."""
+    value = number(row.get("peak_memory_bytes"))
+    return value if value is not None and value > 0 else None
+
+
+def memories(rows: Iterable[Row]) -> list[float]:
+    """`memory` of the steps that have one."""
+    return [value for row in rows if (value := memory(row)) is not None]
+
+
+def able_share(row: Row) -> float | None:
+    """Of the devices that were there, those that could hold the step's smallest task."""
+    able, devices = number(row.get("able_devices")), number(row.get("devices"))
+    if able is None or devices is None or not 0 <= able <= devices or not devices:
+        return None
+    return able / devices
+
+
+def able_shares(rows: Iterable[Row]) -> list[float]:
+    """`able_share` of the steps that have one."""
+    return [share for row in rows if (share := able_share(row)) is not None]
 
 
 def total(row: Row, key: str) -> float | None:

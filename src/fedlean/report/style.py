@@ -21,7 +21,7 @@ p{max-width:46rem;margin:.5rem 0}
 .kicker{color:var(--muted);font-size:.9rem;margin:0}
 .lead p{font-size:1.12rem;overflow-wrap:anywhere}
 .note{border-left:3px solid var(--s1);padding-left:.8rem;list-style:none}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(135px,1fr));gap:.6rem;
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:.6rem;
 margin:1.3rem 0 0}
 .tiles div{background:var(--panel);border-radius:6px;padding:.55rem .8rem}
 .tiles dt{color:var(--muted);font-size:.82rem}

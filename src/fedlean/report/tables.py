@@ -10,15 +10,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from statistics import median
 from typing import Any, NamedTuple
 
 from fedlean.report import units
 from fedlean.report.run_folder import (
+    Row,
     Run,
+    able_shares,
     best,
     final_accuracy,
     first_reaching,
     has_clock,
+    memories,
     number,
     run_total,
     total,
@@ -147,8 +151,27 @@ def density(run: Run) -> float | None:
 
 def peak_memory(run: Run) -> float | None:
     """Modelled peak of the neediest client over all steps."""
-    found = [number(row.get("peak_memory_bytes")) for row in run.rounds]
-    return max((value for value in found if value is not None), default=None)
+    return max(memories(run.rounds), default=None)
+
+
+def mean_memory(rows: Sequence[Row]) -> float | None:
+    """Of the steps' peaks, each step once, however long it took."""
+    found = memories(rows)
+    return sum(found) / len(found) if found else None
+
+
+def median_memory(rows: Sequence[Row]) -> float | None:
+    found = memories(rows)
+    return median(found) if found else None
+
+
+def participation(rows: Sequence[Row]) -> str:
+    """Mean and least share of the devices that could hold the smallest task."""
+    found = able_shares(rows)
+    if not found:
+        return "–"
+    mean, least = units.percent(sum(found) / len(found)), units.percent(min(found))
+    return mean if mean == least else f"{mean} (least {least})"
 
 
 def mean_share(run: Run, key: str) -> float | None:
@@ -176,6 +199,9 @@ _MEASURES = (
     ("simulated time", _clock),
     ("wall time here", lambda run: units.human(run_total(run, "wall_seconds"), "seconds")),
     ("peak memory, modelled", lambda run: units.human(peak_memory(run), "bytes")),
+    ("mean memory over rounds", lambda run: units.human(mean_memory(run.rounds), "bytes")),
+    ("memory of the median round", lambda run: units.human(median_memory(run.rounds), "bytes")),
+    ("devices that could take part", lambda run: participation(run.rounds)),
     ("memory used, of what devices have", lambda run: _share(run, "memory_utilisation")),
     ("links busy, of a round's time", lambda run: _share(run, "link_utilisation")),
     ("arithmetic", lambda run: _text(run.fact("arithmetic"))),

@@ -17,6 +17,7 @@ from fedlean.runtime.trust import resume_command
 
 Show = Callable[[dict[str, Any]], None]  # takes a log entry
 MAX_REASON = 200  # characters of a refusal
+MAX_STAGE = 26  # and of a stage
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
 PLAIN_LINES = 10  # a run whose output is not a terminal prints about so many lines
 
@@ -88,6 +89,14 @@ def _state(entry: dict[str, Any], accuracy: float | None) -> str:
     return f"{shown}  density {density:6.1%}  {total / 1e6:9.1f} MB"
 
 
+def _stage(entry: dict[str, Any]) -> str:
+    """What trains, in progressive training: the stage, with its phase where that says more."""
+    if entry["stage"] is None:
+        return ""
+    phase = "" if entry["phase"] == "train" else f"{entry['phase']} "
+    return f"  {phase}{entry['stage']}"[:MAX_STAGE]
+
+
 @contextmanager
 def _bar(config: RunConfig, console: Console) -> Iterator[Show]:
     last: list[float | None] = [None]
@@ -104,6 +113,7 @@ def _bar(config: RunConfig, console: Console) -> Iterator[Show]:
         def show(entry: dict[str, Any]) -> None:
             last[0] = last[0] if entry["accuracy"] is None else entry["accuracy"]
             name = config.method if entry["round"] else f"{config.method}: {entry['phase']}"
+            name += _stage(entry)
             progress.update(
                 bar,
                 completed=entry["round"],
@@ -119,7 +129,8 @@ def _plain(config: RunConfig, console: Console) -> Show:
 
     def show(entry: dict[str, Any]) -> None:
         if entry["round"] % every == 0 and entry["accuracy"] is not None:
-            line = printable(f"{config.method} round {entry['round']}/{config.rounds}")
+            rounds = f"{entry['round']}/{config.rounds}"
+            line = printable(f"{config.method} round {rounds}{_stage(entry)}")
             console.print(
                 f"{line}  {_state(entry, entry['accuracy'])}  "
                 f"{entry['total']['simulated_seconds']:.0f} simulated s",

@@ -41,6 +41,8 @@ class Totals:
     left_out: Mapping[str, int] = field(default_factory=dict)  # client -> how many of them
     memory_shares: float = 0.0  # the sum of the steps' `memory_utilisation`, and of how many
     memory_steps: int = 0
+    memory_bytes: float = 0.0  # the sum of the steps' peaks, and of how many had clients at work
+    working_steps: int = 0
     link_shares: float = 0.0
     link_steps: int = 0
 
@@ -64,6 +66,8 @@ class Totals:
             left_out=self._left_out(record),
             memory_shares=self.memory_shares + (cost.memory_utilisation or 0.0),
             memory_steps=self.memory_steps + (cost.memory_utilisation is not None),
+            memory_bytes=self.memory_bytes + cost.peak_memory_bytes,
+            working_steps=self.working_steps + (cost.peak_memory_bytes > 0),
             link_shares=self.link_shares + (cost.link_utilisation or 0.0),
             link_steps=self.link_steps + (cost.link_utilisation is not None),
         )
@@ -72,6 +76,11 @@ class Totals:
     def memory_utilisation(self) -> float | None:
         """Mean over the steps that have one."""
         return self.memory_shares / self.memory_steps if self.memory_steps else None
+
+    @property
+    def mean_memory_bytes(self) -> float | None:
+        """Of the steps' peaks, each step once; None where no client ever did anything."""
+        return self.memory_bytes / self.working_steps if self.working_steps else None
 
     @property
     def link_utilisation(self) -> float | None:

@@ -53,6 +53,7 @@ def summary_of(
         "measured_seconds": totals.measured_seconds,
         "wall_seconds": totals.wall_seconds,
         "peak_memory_bytes": totals.peak_memory_bytes,
+        "mean_memory_bytes": totals.mean_memory_bytes,
         "time_to_accuracy": targets,
         "refused_updates": totals.refused_updates,
         "first_refusals": dict(totals.first_refusals),
