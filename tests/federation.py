@@ -23,6 +23,7 @@ from fedlean.runtime.local import Dispatch, LocalDispatch, Refuse
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.rounds import LoopState, run_rounds
 from fedlean.spec import ModelSpec, sequential
+from fedlean.tree import pack
 
 CLIENTS = 4
 ROUNDS = 6
@@ -115,6 +116,7 @@ def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
     """Every task and update as bytes, with what the client is known to hold left out."""
     specs: dict[str, ModelSpec] = {}
     patterns: dict[str, Any] = {}
+    frozen: dict[str, Params] = {}
 
     def change(
         tasks: Sequence[ClientTask], updates: Iterator[ClientUpdate]
@@ -125,9 +127,11 @@ def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
             known = store.known(task.client)
             data = wire.encode_task(task, known)
             assert len(data) == wire.task_bytes(task, known)
-            decoded = wire.decode_task(data, specs, patterns)
+            decoded = wire.decode_task(data, specs, patterns, frozen)
             specs[decoded.spec.hash] = decoded.spec
-            patterns[wire.pattern_hash(decoded.sub_model.masks)] = decoded.sub_model.masks
+            masks, values = decoded.sub_model.masks, wire.frozen_params(decoded)
+            patterns[wire.pattern_hash(masks)] = masks
+            frozen[wire.frozen_hash(values, masks)] = pack(values, masks)
             arrived.append(decoded)
         sent = {task.client: task for task in tasks}
         for update in inner(arrived, nothing_wrong):

@@ -65,7 +65,13 @@ def slope(values: Iterable[float]) -> float:
 
 
 def slope_of_movement(
-    *, window: int, smoothing: float, values: int, threshold: float, patience: int
+    *,
+    window: int,
+    smoothing: float,
+    values: int,
+    threshold: float,
+    patience: int,
+    below: float = 1.0,
 ) -> FreezingRule:
     """A part is frozen once its movement stops to change.
 
@@ -74,7 +80,9 @@ def slope_of_movement(
     the last `values` W of these stays below `threshold` in size `patience` times in a row.  What
     H, W, the threshold and the patience are is not known of SmartFreeze.  ProFL's configuration
     names a window, a number of evaluations and a threshold of the slope, its code leaves the
-    decision to a person.  The scale is ours.
+    decision to a person.  The scale is ours, and so is `below`: the smoothed movement, not scaled,
+    must be at most that.  A part that has just begun to learn moves straight on, and then the slope
+    is small, too.
 
     measured: "movement" (of SmartFreeze and ProFL, not scaled), "floor" 1/√H of a random walk of
     as many rounds, "smoothed" and "slope" on the scale where that is 1; each as soon as it is
@@ -85,6 +93,7 @@ def slope_of_movement(
     at_least("values", values, 2)
     in_range("threshold", threshold, 0.0, 1e3, open_low=True)
     at_least("patience", patience, 1)
+    in_range("below", below, 0.0, 1.0)
 
     def init(held: np.ndarray) -> RuleState:
         return {
@@ -108,7 +117,8 @@ def slope_of_movement(
             measured["smoothed"] = smoothed[-1]
             if len(smoothed) == values:
                 measured["slope"] = slope(smoothed)
-                quiet = quiet + 1 if abs(measured["slope"]) < threshold else 0
+                low = smoothed[-1] <= below * sqrt(window)
+                quiet = quiet + 1 if low and abs(measured["slope"]) < threshold else 0
         return {
             "last": np.array(held, np.float32),
             "moves": moves,

@@ -72,7 +72,8 @@ def _phase(kind: Kind, about: str, last: str, whole: ModelSpec, pricer: Pricer) 
     return Phase(
         name=kind.phase,
         about=about,
-        recurring=kind.phase == last,
+        # a stage has rounds of its own, whatever its phase is called
+        recurring=kind.phase == last or "stage" in kind.task.hparams,
         one_client=kind.one_client,
         model_share=_share(kind.task, whole),
         memory=split,
