@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "flwr", "matplotlib", "sklearn", "PIL"}
+HEAVY = {"torch", "flwr", "matplotlib", "sklearn", "PIL", "networkx"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
         "fedlean.wire",
         "fedlean.methods.fedavg",
         "fedlean.methods.prunefl",
+        "fedlean.methods.smartfreeze",
         "fedlean.measure.device",
         "fedlean.runtime.run",
         "fedlean.cli",

@@ -1,0 +1,353 @@
+"""SmartFreeze: the model trains part by part, each frozen once it has settled.
+
+"SmartFreeze", IWQoS 2024, arXiv 2408.09101.  The first part trains with an output module in place
+of the rest; when the pace controller says that it has settled it is frozen, its module is dropped,
+and the next part trains behind it.  Of the paper only the outline is known here: no code was
+released, and neither the values of its thresholds nor the formula of its selector.
+
+- Pace controller: the block perturbation P_b(r) = Σ_s |Σ_{i<H} Δ_s^{r-i}| / Σ_s Σ_{i<H} |Δ_s^{r-i}|
+  over the part's last H merged updates is smoothed; the part is frozen once the slope of the line
+  through the last W values stays small (`freezing.rules.slope_of_movement`).
+- Participant selector: devices that have the memory for the stage, in communities of similar
+  updates of the output module; in each of them by Oort's utility (`freezing.selection`).
+
+**Deviations.**  Values of H, W, the threshold and the patience are ours, as are the scale on which
+a random walk has 1 and the P_b to which a part must have come down; P_b is taken over at most
+10,000 scalars of a part.  A part is frozen at the latest when its equal share of the rounds is
+over, and the last one trains to the end (both ours).  The output module is that of ProFL's and
+NeuLite's authors.  Communities are Louvain's instead of "RL-CD", of which no more than the name is
+known; what else the selector does on its own is said in `freezing.selection`.  A client reports
+the mean of the squares of its batches' losses: a batch's mean loss stands for that of each of its
+examples (ours).  The last stage has no output module: the updates of the model's last layer with
+weights stand for it (ours).  What is known of clients is of the present stage and begins anew with
+each (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
+from fedlean.core import (
+    Batches,
+    ClientState,
+    ClientTask,
+    ClientUpdate,
+    Masks,
+    Model,
+    Params,
+    derive_seed,
+)
+from fedlean.cost.price import cost
+from fedlean.cost.profile import Profile
+from fedlean.cost.time import VALUE_BYTES, link_seconds
+from fedlean.cost.way import peak_memory_bytes
+from fedlean.engine.protocol import Engine
+from fedlean.freezing import selection
+from fedlean.freezing.client import open_stage, stage_update, stage_work
+from fedlean.freezing.rules import RuleState, never, scalars, slope_of_movement
+from fedlean.freezing.stages import Stage, deadline, merge_stage, module_params, stage_model
+from fedlean.freezing.staging import Staging, stage_tasks
+from fedlean.spec import ModelSpec
+from fedlean.train.hyperparameters import in_range
+from fedlean.train.local_sgd import LocalSGD, with_settings
+from fedlean.train.rehearsal import Rehearsal
+from fedlean.train.start import dense_params
+
+SQUARED_LOSS = "squared_loss"  # what a client says of its losses
+OF_THE_PACE = ("window", "smoothing", "values", "threshold", "patience", "below")
+SCALARS = 10_000  # of a part, over which its movement is taken
+LONGEST = 64  # stages of a plan's walk, a round each: more than models have parts
+
+
+@dataclass(frozen=True)
+class State:
+    """What survives a round."""
+
+    round: int  # training rounds completed
+    phase: str
+    params: Params  # of the whole model
+    stage: int  # from 0
+    over: bool  # whether the next round begins another stage; until then this one is evaluated
+    extra: Params  # of the stage's output module
+    pace: RuleState  # of the part that trains
+    known: selection.Known  # of the clients heard from in this stage
+    measured: Mapping[str, float] = field(default_factory=dict)  # in the last round
+    masks: Masks = field(default_factory=dict)  # always empty
+
+
+@with_settings(LocalSGD, Staging)
+def smartfreeze(
+    server: Server,
+    sgd: LocalSGD,
+    staging: Staging,
+    *,
+    schedule: bool = True,
+    pace: bool = True,
+    window: int = 5,
+    smoothing: float = 0.5,
+    values: int = 5,
+    threshold: float = 0.02,
+    patience: int = 3,
+    below: float = 0.9,
+    select: bool = True,
+    straggler_penalty: float = 2.0,
+) -> FederatedAlgorithm:
+    """Federated averaging of one part of the model after the other.
+
+    Args:
+      sgd, staging: local SGD and how the model is divided, whose settings are this method's as
+        well; a cohort is drawn from the devices that have the memory for the stage.
+      schedule: whether there are stages; otherwise the whole model trains in all rounds.
+      pace: whether a part may be frozen before its equal share of the rounds is over.
+      window, smoothing, values, threshold, patience: of the pace controller, H, the share of the
+        smoothed value that stays, W, φ and n (`freezing.rules.slope_of_movement`).
+      below: what the smoothed P_b must have come down to before a part may be frozen (ours): at
+        first every part goes straight on, and that is level, too.
+      select: whether a cohort is drawn by communities and utility; otherwise uniformly.
+      straggler_penalty: α of Oort's utility; 0: slow devices are as likely as others.
+
+    Raises ValueError naming the setting that is out of range, for fewer rounds than stages, and
+    where communities are asked for and networkx is not installed.
+    """
+    in_range("straggler_penalty", straggler_penalty, 0.0, 100.0)
+    settling = slope_of_movement(
+        window=window,
+        smoothing=smoothing,
+        values=values,
+        threshold=threshold,
+        patience=patience,
+        below=below,
+    )
+    rule = settling if pace else never()
+    choosing = select and sgd.cohort is not None
+    if choosing:
+        selection.check_louvain()
+    spec = server.spec
+    stages = staging.stages(spec) if schedule else (_whole(spec),)
+    if server.rounds < len(stages):
+        raise ValueError(
+            f"{len(stages)} stages need {len(stages)} rounds or more, got {server.rounds}: take "
+            "more rounds, or divide the model into fewer parts with ends"
+        )
+
+    def held(one: Stage, params: Params) -> np.ndarray:
+        """The scalars whose movement is measured; nobody looks at them without `pace`."""
+        if not pace:
+            return np.zeros(0, np.float32)
+        trained = one.own.intersection(spec.param_shapes)
+        return scalars(params, trained, at_most=SCALARS, seed=server.seed)
+
+    def begin(state: State, number: int) -> State:
+        """The state at the start of a stage."""
+        one = stages[number]
+        seed = derive_seed(server.seed, 0, number, "output module")
+        return replace(
+            state,
+            stage=number,
+            over=False,
+            extra=module_params(one, seed, server.init),
+            pace=rule.init(held(one, state.params)),
+            known=selection.nobody(),
+        )
+
+    def init(model: Model) -> State:
+        return begin(State(0, "train", dense_params(model), 0, False, {}, {}, {}), 0)
+
+    def present(state: State) -> State:
+        return begin(state, state.stage + 1) if state.over else state
+
+    def order(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        one = stages[state.stage]
+        return stage_tasks(
+            server,
+            staging,
+            devices,
+            round=state.round + 1,
+            phase="train",
+            one=one,
+            model=stage_model(one, state.params, state.extra),
+            hparams=sgd.hparams(state.round),
+        )
+
+    def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        state, round = present(state), state.round + 1
+        prices = _Prices(server.profile, staging, lambda device: order(state, [device])[0])
+        # where nobody is able, a cohort of all is asked, and the runtime says what each lacks
+        there = [device for device in devices if prices.fits(device)] or devices
+        if choosing and sgd.cohort is not None:
+            chosen = selection.choose(
+                there,
+                sgd.cohort,
+                state.known,
+                map(prices.seconds, there),
+                penalty=straggler_penalty,
+                seed=server.seed,
+                round=round,
+            )
+        else:
+            chosen = sgd.clients(server, there, round)
+        by_id = {device.id: device for device in there}
+        return order(state, [by_id[client] for client in chosen])
+
+    def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
+        state = present(state)
+        one, heard = stages[state.stage], dict[int, selection.Heard]()
+        if choosing:
+            updates = _listening(one, {**state.params, **state.extra}, updates, server.seed, heard)
+        params, extra, _ = merge_stage(spec, state.params, state.extra, updates)
+        paced, round = rule.update(state.pace, held(one, params)), state.round + 1
+        more = state.stage < len(stages) - 1
+        froze = more and bool(paced["frozen"])
+        known = selection.remember(state.known, heard, server.seed)
+        measured = {**paced["measured"], "froze": float(froze)}
+        if choosing:
+            measured["communities"] = float(len(set(known["communities"].tolist())))
+        return replace(
+            state,
+            round=round,
+            params=params,
+            over=froze or (more and round >= deadline(state.stage, len(stages), server.rounds)),
+            extra=extra,
+            pace=paced,
+            known=known,
+            measured=measured,
+        )
+
+    def done(state: State) -> bool:
+        return state.round >= server.rounds
+
+    def model(state: State) -> Model:
+        return stage_model(stages[state.stage], state.params, state.extra)
+
+    def report(state: State) -> Mapping[str, float]:
+        return state.measured
+
+    return FederatedAlgorithm(
+        init,
+        configure,
+        client_update,
+        server_update,
+        done,
+        work=stage_work,
+        model=model,
+        report=report,
+    )
+
+
+def _whole(spec: ModelSpec) -> Stage:
+    """The only stage where there are no stages."""
+    every = frozenset(spec.tensor_shapes)
+    return Stage(0, "whole", spec, frozenset(), every, frozenset())
+
+
+class _Prices:
+    """What the stage takes of each device; what is alike is priced once."""
+
+    def __init__(
+        self, fallback: Profile, staging: Staging, order: Callable[[Device], ClientTask]
+    ) -> None:
+        self._fallback, self._staging, self._order = fallback, staging, order
+        self._tasks: dict[Any, ClientTask] = {}  # by what the device is told
+        self._bytes: dict[Any, int] = {}
+        self._seconds: dict[Any, float] = {}
+
+    def fits(self, device: Device) -> bool:
+        """Whether the device has the memory for the modelled peak, to the byte."""
+        if device.memory_bytes is None:
+            return True
+        told, task = self._task(device)
+        if told not in self._bytes:
+            frozen = task.sub_model.frozen
+            self._bytes[told] = peak_memory_bytes(task.spec, stage_work(task), frozen=frozen)
+        return self._bytes[told] <= device.memory_bytes
+
+    def seconds(self, device: Device) -> float:
+        """Of a round, with what trains going down and up."""
+        profile = device.profile or self._fallback
+        told, task = self._task(device)
+        key = (told, *_rates(profile))
+        if key not in self._seconds:
+            trained = task.spec.tensor_shapes.keys() - task.sub_model.frozen
+            sent = VALUE_BYTES * sum(task.params[name].size for name in trained)
+            computing = cost(task, stage_work(task), profile).seconds
+            self._seconds[key] = computing + link_seconds(sent, sent, profile)
+        return self._seconds[key]
+
+    def _task(self, device: Device) -> tuple[Any, ClientTask]:
+        told = tuple(self._staging.hparams(device).items())
+        if told not in self._tasks:
+            self._tasks[told] = self._order(device)
+        return told, self._tasks[told]
+
+
+def _rates(profile: Profile) -> tuple[Any, ...]:
+    """What seconds depend on; measured times by the object."""
+    rates = (value for value in vars(profile).values() if isinstance(value, float | int))
+    return id(profile.measured), *rates
+
+
+def _listening(
+    one: Stage,
+    held: Params,
+    updates: Iterable[ClientUpdate],
+    seed: int,
+    heard: dict[int, selection.Heard],
+) -> Iterator[ClientUpdate]:
+    """The updates, of which `heard` keeps what the selector remembers as they pass."""
+    read = one.module or _last_layer(one.spec)
+    for update in updates:
+        loss = update.metrics.get(SQUARED_LOSS, -1.0)
+        if loss >= 0.0:  # what an honest client says
+            moves = {
+                name: update.params[name] - held[name] for name in read.intersection(update.params)
+            }
+            sketch = selection.sketch(moves, seed)
+            heard[update.client] = selection.Heard(sketch, update.num_examples, loss)
+        yield update
+
+
+def _last_layer(spec: ModelSpec) -> frozenset[str]:
+    name = spec.weighted[-1].name
+    return frozenset(tensor for tensor in spec.param_shapes if tensor.rsplit(".", 1)[0] == name)
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings without effect beside the others, and why."""
+    found = {}
+    if not settings["schedule"]:
+        found |= dict.fromkeys(("pace", "ends", "module_norm"), "schedule is false")
+        found |= dict.fromkeys(("beginning", "micro_batch"), "nothing is frozen")
+    if not settings["schedule"] or not settings["pace"]:
+        why = "pace is false" if settings["schedule"] else "schedule is false"
+        found |= dict.fromkeys(OF_THE_PACE, why)
+    if settings["cohort"] is None:
+        found["select"] = "there is no cohort to draw: all who can hold the stage take part"
+    if settings["cohort"] is None or not settings["select"]:
+        found["straggler_penalty"] = "no cohort is drawn by utility"
+    return found
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """Each stage takes a round or more of the run that is walked through."""
+    if not settings["schedule"]:
+        return [Rehearsal()]
+    return [Rehearsal(settings={"pace": False}, rounds=LONGEST, until=LONGEST)]
+
+
+def client_update(
+    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
+) -> tuple[ClientUpdate, ClientState]:
+    """`local_steps` steps of the part and its output module, behind what is frozen."""
+    h = task.hparams
+    session, drawn = open_stage(task, batches, engine)
+    steps, total, squares = int(h["local_steps"]), 0.0, 0.0
+    for x, y in drawn.draw(steps=steps, batch_size=int(h["batch_size"]), seed=task.seed):
+        loss = session.step(x, y)
+        total, squares = total + loss, squares + loss * loss
+    metrics = {"train_loss": total / steps, SQUARED_LOSS: squares / steps}
+    return stage_update(task, batches, session, metrics, stage_work), client_state
