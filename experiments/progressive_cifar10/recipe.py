@@ -35,7 +35,7 @@ def config(
     method: str,
     settings: dict,
     *,
-    width: int = 16,
+    width: int = 8,
     rounds: int = 200,
     partition: str = "dirichlet:0.5",
     fleet: str | None = "fleet.toml",
@@ -60,8 +60,9 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
     return {
         "fedavg_without_limits": make("fedavg", settings, fleet=None),
         "exclusivefl": make("exclusivefl", settings),
-        "allsmall": make("fedavg", settings, width=narrow),  # its own model: as narrow as must be
-        "allsmall_quarter": make("allsmall", {**settings, "width": 0.25}),
+        "allsmall": make("fedavg", settings, width=narrow),  # its own model, as narrow as must be
+        "allsmall_wider": make("fedavg", settings, width=2 * narrow),  # of what fewer can hold
+        "allsmall_widest": make("fedavg", settings, width=4 * narrow),
         "heterofl": make("heterofl", settings),
         "depthfl": make("depthfl", settings),
         "smartfreeze": make("smartfreeze", settings),
@@ -74,8 +75,8 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
 short = partial(config)
 paper = partial(config, width=64, rounds=1600, fleet="fleet_paper.toml")
 GROUPS = {
-    "short": runs(short, SHORT, narrow=2),
-    "iid": runs(partial(short, partition="iid"), SHORT, narrow=2),
+    "short": runs(short, SHORT, narrow=1),
+    "iid": runs(partial(short, partition="iid"), SHORT, narrow=1),
     "paper": runs(paper, PAPER, narrow=8),
 }
 
