@@ -8,7 +8,13 @@ from engine.test_agrees_random import networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlean.freezing.beginning import Split, frozen_beginning, frozen_blocks, split
+from fedlean.freezing.beginning import (
+    Split,
+    frozen_beginning,
+    frozen_blocks,
+    split,
+    split_alone,
+)
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Linear, ReLU
 from fedlean.models.resnet import resnet18
 from fedlean.spans import after, crossing, upto
@@ -70,6 +76,14 @@ def test_more_than_one_tensor_across_names_them_and_where_to_cut():
     assert name == "stage1_2_relu2"
     assert list(first.blocks) == ["stem", "stage1_1", "stage1_2"]
     assert rest.tensor_shapes.keys() > tail and "stage2_1_conv1.weight" in rest.tensor_shapes
+    assert split_alone(RESNET, frozen) == (first, rest, name)
+
+
+def test_where_one_tensor_leaves_it_the_cut_is_that_of_the_largest_beginning():
+    blocks = list(RESNET.blocks)
+    for count in range(1, 9):
+        frozen = frozen_blocks(RESNET, blocks[:count])
+        assert split_alone(RESNET, frozen) == split(RESNET, frozen)
 
 
 @pytest.mark.parametrize(

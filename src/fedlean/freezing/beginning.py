@@ -65,17 +65,32 @@ def split(spec: ModelSpec, frozen: Iterable[str], *, at: str = "") -> Split:
     return Split(upto(spec, name), after(spec, name), name)
 
 
+def split_alone(spec: ModelSpec, frozen: Iterable[str]) -> Split:
+    """As `split`, but cut earlier where more than one tensor leaves the frozen beginning.
+
+    That is so where the end of a residual block trains: its shortcut crosses, too.  What is frozen
+    after the cut belongs to the rest, where it stays as it is.  Raises ValueError as `split`, where
+    there is no earlier layer that all later ones read the model through.
+    """
+    frozen = frozenset(frozen)
+    return split(spec, frozen, at=_last_alone(spec, frozen_beginning(spec, frozen)))
+
+
 def _only(spec: ModelSpec, layers: tuple[str, ...]) -> str:
     """The one activation that leaves the beginning."""
     across = crossing(spec, layers)
     if len(across) == 1 and across[0] in layers:
         return across[0]
-    alone = (name for name in reversed(layers) if _crosses_alone(spec, name))
-    remedy = f"cut at {name!r}" if (name := next(alone, None)) else "freeze more or less"
+    remedy = f"cut at {name!r}" if (name := _last_alone(spec, layers)) else "freeze more or less"
     raise ValueError(
         f"more than one tensor leaves the frozen beginning: {', '.join(map(repr, across))}; "
         f"{remedy}, so that one tensor does"
     )
+
+
+def _last_alone(spec: ModelSpec, layers: tuple[str, ...]) -> str:
+    """The last of `layers` through which all later layers read the model; "" where none is."""
+    return next((name for name in reversed(layers) if _crosses_alone(spec, name)), "")
 
 
 def _crosses_alone(spec: ModelSpec, name: str) -> bool:

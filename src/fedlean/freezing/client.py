@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedlean.core import Batches, ClientTask, ClientUpdate, Work
 from fedlean.engine.protocol import SGD, Engine, Session
-from fedlean.freezing.beginning import frozen_beginning, split
+from fedlean.freezing.beginning import frozen_beginning, split_alone
 from fedlean.freezing.cached import cache
 from fedlean.freezing.session import BeginningSession, open_rest
 from fedlean.train.local_sgd import loss_of
@@ -24,7 +24,7 @@ def stage_work(task: ClientTask, *, taps: tuple[str, ...] = ()) -> tuple[Work, .
     h = task.hparams
     if h["beginning"] == "together" or not _begins_frozen(task):
         return (sgd_work(task, taps=taps),)
-    cut, micro_batch = split(task.spec, task.sub_model.frozen).name, int(h["micro_batch"])
+    cut, micro_batch = split_alone(task.spec, task.sub_model.frozen).name, int(h["micro_batch"])
     if h["beginning"] == "pieces":
         return behind_frozen(task, cut, micro_batch=micro_batch, taps=taps)
     return behind_cached(
@@ -61,6 +61,7 @@ def open_stage(
         )
         return session, batches
     micro_batch = int(h["micro_batch"])
+    cut = split_alone(task.spec, task.sub_model.frozen)
     if h["beginning"] == "pieces":
         session = BeginningSession(
             engine,
@@ -71,6 +72,7 @@ def open_stage(
             micro_batch=micro_batch,
             optimizer=optimizer,
             loss=loss,
+            at=cut.name,
         )
         return session, batches
     if batches.num_examples != int(h["held"]):
@@ -78,7 +80,6 @@ def open_stage(
             f"the client has {batches.num_examples} examples, and joined with {h['held']}: let it "
             "join anew"
         )
-    cut = split(task.spec, task.sub_model.frozen)
     folder = Path(tempfile.gettempdir()) if h["beginning"] == "disk" else None
     held = cache(
         engine, cut, task.params, task.sub_model, batches, micro_batch=micro_batch, folder=folder

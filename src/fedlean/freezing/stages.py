@@ -54,8 +54,7 @@ def stage(
 
 def module_params(one: Stage, seed: int, init: str) -> dict[str, np.ndarray]:
     """First values of the tensors of its output module, drawn as `init` says."""
-    drawn = init_params(one.spec, seed, init)
-    return {name: drawn[name] for name in one.spec.tensor_shapes if name in one.module}
+    return dict(init_params(one.spec, seed, init, only=one.module))
 
 
 def stage_model(one: Stage, params: Params, extra: Params) -> Model:

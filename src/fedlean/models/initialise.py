@@ -6,6 +6,7 @@ own random stream, named after it: adding, removing or reordering layers leaves 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from math import prod, sqrt
 
 import numpy as np
@@ -18,8 +19,10 @@ INIT_SCHEMES = ("pytorch", "he")
 _CONSTANTS = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of norms
 
 
-def init_params(spec: ModelSpec, seed: int, scheme: str = "pytorch") -> Params:
-    """All tensors of `spec` (parameters, then buffers), float32.
+def init_params(
+    spec: ModelSpec, seed: int, scheme: str = "pytorch", *, only: Container[str] | None = None
+) -> Params:
+    """All tensors of `spec` (parameters, then buffers), or `only` those of these names, float32.
 
     With fan_in = the inputs of one output, weights of Linear and Conv2d are
 
@@ -37,6 +40,8 @@ def init_params(spec: ModelSpec, seed: int, scheme: str = "pytorch") -> Params:
     weighted = {node.name for node in spec.weighted}
     params = {}
     for tensor, shape in spec.tensor_shapes.items():
+        if only is not None and tensor not in only:
+            continue
         node, suffix = tensor.rsplit(".", 1)
         if node in weighted:
             fan_in = prod(spec.param_shapes[f"{node}.weight"][1:])  # a bias uses its weight's
