@@ -13,7 +13,7 @@ from fedlean.runtime.config import RunConfig
 HERE = Path(__file__).parent
 TARGETS = (0.4, 0.5, 0.6)
 SHORT = {
-    "lr": 0.05,
+    "lr": 0.03,
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "local_steps": 10,
