@@ -94,7 +94,6 @@ def listed(capsys, command: str) -> list[str]:
     ("command", "what"),
     [
         ("methods", methods.available),
-        ("models", catalog.available),
         ("devices", profile.available),
     ],
 )
@@ -104,6 +103,16 @@ def test_lists_one_line_each(capsys, command, what):
     for line, (name, text) in zip(lines, entries.items(), strict=True):
         assert line.split()[0] == name
         assert line.rstrip().endswith(text)
+
+
+def test_models_lists_one_line_each_with_the_options_of_each(capsys):
+    found, entries = listed(capsys, "models"), catalog.available()
+    assert [line.split()[0] for line in found] == list(entries)
+    lines = dict(zip(entries, found, strict=True))
+    assert all(entries[name] in line for name, line in lines.items())
+    assert lines["vgg16"].endswith(entries["vgg16"])
+    assert lines["resnet20"].endswith(" [,norm=group|batch,blocks=stage|unit]")
+    assert lines["resnet18"].endswith(" [,norm=group|batch,blocks=stage|unit,width=64]")
 
 
 def test_datasets_lists_every_form_one_line_each(capsys):

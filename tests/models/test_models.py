@@ -9,7 +9,7 @@ import pytest
 
 from fedlean.layers import BatchNorm, GroupNorm
 from fedlean.models import catalog
-from fedlean.models.resnet import resnet8
+from fedlean.models.resnet import resnet8, resnet18
 from fedlean.spec import ModelSpec
 
 # Every model of the catalogue: input, classes, parameters counted by hand.
@@ -40,6 +40,22 @@ MODELS = {
         (3, 168, 168),
         100,
         9_536 + 147_968 + 525_568 + 2_099_712 + 8_393_728 + 51_300,
+    ),
+    # 3, 4, 6 and 3 blocks.  Stem 64 * 27 + 128; stage 1: 6 * (36,864 + 128); stages 2 to 4 of n
+    # blocks: 9 c²/2 + (2n - 1) * 9 c² + c²/2 in convolutions, (2n + 1) * 2 c in norms; 513 * 10
+    "resnet34": (
+        (3, 32, 32),
+        10,
+        (1_856 + 221_952 + 5_130)
+        + (68 * 128**2 + 9 * 256)
+        + (104 * 256**2 + 13 * 512)
+        + (50 * 512**2 + 7 * 1024),
+    ),
+    # VGG-11's convolutions, and five of equal channels more: 64, 128, 256 and two of 512
+    "vgg16": (
+        (3, 32, 32),
+        10,
+        9_750_922 + 36_928 + 147_584 + 590_080 + 2 * 2_359_808,
     ),
     # PruneFL's, 927,008 + 592,898.  Stem, 11 units (the sum of each in test_residual_models), last
     # convolution, fully connected layers
@@ -90,8 +106,10 @@ HASHES = {  # of ten classes: wire, checkpoints and run folders name a spec so
     "mobilenetv3_small": ((3, 32, 32), "014add8de537e7429457d59f4c4416a9"),
     "resnet18": ((3, 32, 32), "b98e68a9de998e55ef3be5ae9c9b7c25"),
     "resnet20": ((3, 32, 32), "609dbbad4d5d779359966bb1341401c4"),
+    "resnet34": ((3, 32, 32), "cb5ee7ae6b9b2249864a8cb37c309163"),
     "resnet8": ((3, 32, 32), "57d28bad675b2bade833536df0d93632"),
     "vgg11": ((3, 32, 32), "523152b34eec73e3cfd5d2b10a8d673b"),
+    "vgg16": ((3, 32, 32), "18ef496a61b141a7b9d9671e490c68bd"),
 }
 
 
@@ -114,6 +132,9 @@ def test_blocks_are_stages():
     assert list(build("lenet300").blocks) == ["fc1", "fc2", "fc3"]
     stages = [f"stage{n}" for n in range(1, 6)]
     assert list(build("vgg11").blocks) == [*stages, "fc1", "fc2", "fc3"]
+    assert list(build("vgg16").blocks) == [*stages, "fc1", "fc2", "fc3"]
+    convolutions = [name for name in build("vgg16").by_name if name.startswith("conv")]
+    assert len(convolutions) == 13  # with three fully connected layers the 16 of its name
     assert list(build("resnet8").blocks) == ["stem", "stage1", "stage2", "stage3", "head"]
 
 
@@ -168,12 +189,42 @@ def test_bad_input_shapes(shape: tuple):
 
 
 def test_unknown_names_propose_the_nearest():
-    with pytest.raises(ValueError, match="unknown model 'resnet34': did you mean resnet"):
-        catalog.build("resnet34", (3, 32, 32), 10)
+    with pytest.raises(ValueError, match="unknown model 'resnet56': did you mean resnet"):
+        catalog.build("resnet56", (3, 32, 32), 10)
     with pytest.raises(ValueError, match="'Conv-2': did you mean conv2"):
         catalog.build("Conv-2", (3, 32, 32), 10)
     with pytest.raises(ValueError, match="there are conv2, lenet300, lenet5, lenet5_small, mlp, "):
         catalog.build("zzz", (3, 32, 32), 10)
+
+
+def test_options_after_a_name():
+    """As the function takes them; names of tensors stay."""
+    spec = catalog.build("resnet18,blocks=unit,width=8", (3, 32, 32), 10)
+    assert spec == resnet18((3, 32, 32), 10, blocks="unit", width=8)
+    assert len(spec.blocks) == 10 and spec.shapes["stage4_2_relu2"] == (64, 4, 4)
+    plain = catalog.build("resnet18, width=8", (3, 32, 32), 10)
+    assert plain.tensor_shapes == spec.tensor_shapes and plain.hash != spec.hash
+    own = catalog.build("fedlean.models.resnet:resnet8,norm=batch", (3, 32, 32), 10)
+    assert own == resnet8((3, 32, 32), 10, norm="batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18,block=unit", "'resnet18' has no option 'block=unit'; .* norm, blocks, width"),
+        ("resnet18,unit", "has no option 'unit'; expected name=value with one of norm"),
+        ("resnet18,", "has no option ''"),
+        ("resnet18,blocks=units", "blocks must be one of stage, unit, got 'units'"),
+        ("resnet18,width=wide", "width must be an integer, got 'wide'"),
+        ("resnet18,width=6", "width must be a multiple of 4, got 6"),
+        ("lenet300,width=2", "none: the model has no options"),
+        ("fedlean.models.resnet:resnet8,blocks=unit", "no option 'blocks=unit'; .* one of norm"),
+        ("resnet19,blocks=unit", "unknown model 'resnet19'"),
+    ],
+)
+def test_options_that_are_refused(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        catalog.build(name, (3, 32, 32), 10)
 
 
 def test_a_function_of_your_own():

@@ -65,6 +65,7 @@ def test_a_run_leaves_out_whom_the_fleet_gives_too_little(there):
         devices = fleet.present(3, step, 6)
         has = {device.id: device.memory_bytes or 0 for device in devices}
         assert entry["cohort"] == [client for client in has if has[client] >= needed]
+        assert entry["devices"] == len(devices) and entry["able_devices"] == len(entry["cohort"])
         assert entry["left_out"] == {
             str(client): f"needs {megabytes(needed)}, has {megabytes(has[client])}"
             for client in has

@@ -122,8 +122,10 @@ EXITS = {
     "mobilenetv3_small": ("stage1", "stage2", "stage3", "stage4"),
     "resnet18": ("stage1", "stage2", "stage3"),
     "resnet20": ("stage1", "stage2"),
+    "resnet34": ("stage1", "stage2", "stage3"),
     "resnet8": ("stage1", "stage2"),
     "vgg11": ("stage2", "stage3", "stage4", "stage5", "fc1"),
+    "vgg16": ("stage2", "stage3", "stage4", "stage5", "fc1"),
 }
 
 

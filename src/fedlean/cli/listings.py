@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fedlean.cli.screen import show
 
@@ -16,9 +16,9 @@ def list_methods() -> None:
 
 def list_models() -> None:
     """Built-in models, one line each."""
-    from fedlean.models.catalog import available
+    from fedlean.models.catalog import available, options
 
-    _list(available().items())
+    _list((name, text + _in_brackets(options(name))) for name, text in available().items())
 
 
 def list_datasets() -> None:
@@ -33,6 +33,12 @@ def list_devices() -> None:
     from fedlean.cost.profile import available
 
     _list(available().items())
+
+
+def _in_brackets(options: Mapping[str, str]) -> str:
+    """As they are written after a model's name."""
+    written = "".join(f",{key}={values}" for key, values in options.items())
+    return f" [{written}]" if written else ""
 
 
 def _list(entries: Iterable[tuple[str, str]]) -> None:

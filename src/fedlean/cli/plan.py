@@ -56,7 +56,8 @@ def plan(
     Parameters
     ----------
     model
-        names from 'fedlean models', or package.module:function (default: lenet300)
+        names from 'fedlean models', with options as resnet18,blocks=unit, or
+        package.module:function (default: lenet300)
     dataset
         gives the input's shape and the classes: digits (the default), or a folder
     input_shape

@@ -43,7 +43,8 @@ def profile(
     Parameters
     ----------
     model
-        a name from 'fedlean models', or package.module:function
+        a name from 'fedlean models', with options as resnet18,norm=batch, or
+        package.module:function
     dataset
         take the input shape and the classes of this data set (digits, or a folder)
     input_shape

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import fedlean.models
 from fedlean.layers import Shape
@@ -32,13 +32,22 @@ def available() -> dict[str, str]:
     return {name: (inspect.getdoc(model) or "").partition("\n")[0] for name, model in _models()}
 
 
-def options(name: str) -> tuple[str, ...]:
-    """The further arguments of one of `available()`.
+def options(name: str) -> dict[str, str]:
+    """The further arguments of one of `available()`, with the choices or the default of each.
 
-    >>> options("resnet20")
-    ('norm', 'blocks')
+    >>> options("resnet18")
+    {'norm': 'group|batch', 'blocks': 'stage|unit', 'width': '64'}
     """
-    return tuple(_options(_listed(name)))
+    model = _listed(name)
+    return {key: _values(type_of(model, one), one) for key, one in _options(model).items()}
+
+
+def _values(hint: Any, parameter: inspect.Parameter) -> str:
+    return (
+        "|".join(map(str, get_args(hint)))
+        if get_origin(hint) is Literal
+        else (str(parameter.default))
+    )
 
 
 def build(name: str, input_shape: Shape, classes: int) -> ModelSpec:
