@@ -95,15 +95,15 @@ def kept_count(mask: np.ndarray) -> int:
     if known is not None and known[0]() is mask:
         return known[1]
     count = int(np.count_nonzero(mask))
-    if _fixed(mask):
+    if fixed(mask):
         _counted[key] = (weakref.ref(mask, lambda _: _counted.pop(key, None)), count)
     return count
 
 
-def read_only(masks: Masks) -> dict[str, np.ndarray]:
-    """The masks, which nobody can change any more, so that they are counted and hashed once.
+def read_only(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The masks, or arrays of another kind, which nobody can change any more: hashed once, then.
 
-    For who makes masks, and before anybody else has them: it is these arrays, and the arrays that
+    For who makes them, and before anybody else has them: it is these arrays, and the arrays that
     they are views of, that become read-only; what looks at memory of something else is copied.
 
     >>> read_only({"fc.weight": np.array([True, False])})["fc.weight"].flags.writeable
@@ -120,12 +120,12 @@ def read_only(masks: Masks) -> dict[str, np.ndarray]:
     return made
 
 
-def _fixed(mask: np.ndarray) -> bool:
+def fixed(array: np.ndarray) -> bool:
     """Whether its values stay: who makes an array read-only gives up writing by earlier views."""
     # a comparison of one number gives a numpy.bool, no array
-    if not isinstance(mask, np.ndarray) or mask.flags.writeable:
+    if not isinstance(array, np.ndarray) or array.flags.writeable:
         return False
-    return mask.base is None or (_owned_by_an_array(mask) and not mask.base.flags.writeable)
+    return array.base is None or (_owned_by_an_array(array) and not array.base.flags.writeable)
 
 
 def _owned_by_an_array(view: np.ndarray) -> bool:
@@ -171,7 +171,7 @@ def pattern_hash(masks: Masks) -> str:
         digest.update(repr((name, tuple(masks[name].shape))).encode("utf-8", "surrogatepass"))
         digest.update(np.packbits(masks[name]).data)
     found = digest.hexdigest()
-    if all(map(_fixed, masks.values())):
+    if all(map(fixed, masks.values())):
         forget = partial(_forget, these)  # with the first of them that goes
         _hashed[these] = (tuple(weakref.ref(mask, forget) for mask in masks.values()), found)
     return found

@@ -85,6 +85,8 @@ def test_the_merge_leaves_what_no_answer_trains_the_same_arrays():
     assert folded.count == 2
     # pooled: the mean of the variances, and that of the means around theirs, (30·1 + 10·9) / 40
     np.testing.assert_array_equal(params["stage2_1_norm1.running_var"], np.full(32, 2.0 + 3.0))
+    assert not any(params[name].flags.writeable for name in PARAMS.keys() & trained)
+    assert all(PARAMS[name].flags.writeable for name in PARAMS)  # what was given is left as it is
     alone, _, _ = merge_stage(WHOLE, PARAMS, extra, [])
     assert all(alone[name] is PARAMS[name] for name in PARAMS)
 

@@ -11,7 +11,7 @@ import pytest
 from fedlean.core import ClientTask, ClientUpdate, SubModel
 from fedlean.layers import Linear
 from fedlean.spec import sequential
-from fedlean.tree import apply_mask, pack
+from fedlean.tree import apply_mask, pack, read_only
 from fedlean.wire import (
     NO_FROZEN,
     Known,
@@ -21,7 +21,9 @@ from fedlean.wire import (
     decode_update,
     encode_task,
     encode_update,
+    frozen,
     frozen_hash,
+    frozen_hashes,
     frozen_params,
     pattern_hash,
     task_bytes,
@@ -43,9 +45,10 @@ def key_of(task: ClientTask) -> str:
     return frozen_hash(frozen_params(task), task.sub_model.masks)
 
 
-def known(task: ClientTask, *, frozen: bool = True) -> Known:
+def known(task: ClientTask, *, frozen: bool = True, but: frozenset[str] = frozenset()) -> Known:
     patterns = frozenset({pattern_hash(task.sub_model.masks)})
-    held = frozenset({key_of(task)}) if frozen else frozenset[str]()
+    hashes = frozen_hashes(frozen_params(task), task.sub_model.masks) if frozen else {}
+    held = frozenset(one for name, one in hashes.items() if name not in but)
     return Known(frozenset({task.spec.hash}), patterns, held)
 
 
@@ -59,12 +62,12 @@ def decoded(data: bytes, task: ClientTask, held: dict | None = None, **settings)
 def test_the_second_message_lacks_their_bytes_exactly(frozen_task, value_dtype):
     """And they are exact whatever the others are rounded to."""
     sizes = []
-    for frozen in (False, True):
-        one = known(frozen_task, frozen=frozen)
+    for holds in (False, True):
+        one = known(frozen_task, frozen=holds)
         data = encode_task(frozen_task, one, value_dtype=value_dtype)
         assert len(data) == task_bytes(frozen_task, one, value_dtype=value_dtype)
         sizes.append(len(data))
-        held = {key_of(frozen_task): frozen_params(frozen_task)}
+        held = frozen_params(frozen_task) if holds else {}
         got = decoded(data, frozen_task, held)
         assert got.sub_model.frozen == NAMES
         for name in NAMES:
@@ -79,10 +82,10 @@ def test_packed_and_dense_values_have_one_hash_and_one_message(frozen_task):
     assert encode_task(packed) == encode_task(frozen_task)
     data = encode_task(packed, known(packed))
     for held in (frozen_params(packed), frozen_params(frozen_task)):
-        got = decoded(data, packed, {key_of(packed): held})
+        got = decoded(data, packed, held)
         assert got.params["conv.weight"].tobytes() == frozen_task.params["conv.weight"].tobytes()
         assert got.params["conv.weight"].shape == (4, 1, 3, 3)
-    got = decoded(data, packed, {key_of(packed): frozen_params(packed)}, packed=True)
+    got = decoded(data, packed, frozen_params(packed), packed=True)
     assert got.params["conv.weight"].shape == (18,)
 
 
@@ -108,10 +111,55 @@ def test_changed_values_another_mask_and_other_names_travel(frozen_task):
     held, params = known(frozen_task), dict(frozen_task.params)
     once = task_bytes(frozen_task, held)
     params["conv.bias"] = params["conv.bias"] + np.float32(1)
-    assert task_bytes(replace(frozen_task, params=params), held) == once + 1 + 4 * 26
+    assert task_bytes(replace(frozen_task, params=params), held) == once + 1 + 4 * 4
+    other = {"conv.weight": np.roll(frozen_task.sub_model.masks["conv.weight"], 1)}
+    masks = {**frozen_task.sub_model.masks, **other}
+    turned = replace(
+        frozen_task,
+        params=apply_mask(frozen_task.params, masks),
+        sub_model=replace(frozen_task.sub_model, masks=masks),
+    )
+    patterns = held.patterns | {pattern_hash(masks)}
+    assert task_bytes(turned, replace(held, patterns=patterns)) == once + 1 + 4 * 18
     fewer = replace(frozen_task.sub_model, frozen=NAMES - {"conv.bias"})
     # four values of conv.bias are no longer frozen, and travel as the others do
-    assert task_bytes(replace(frozen_task, sub_model=fewer), held) == once + 1 + 4 * 26
+    assert task_bytes(replace(frozen_task, sub_model=fewer), held) == once + 4 * 4
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_what_is_lacked_travels_alone_and_joins_what_is_held(frozen_task, name):
+    """A second stage's message has the values that the first one's had not."""
+    one = known(frozen_task, but=frozenset({name}))
+    data = encode_task(frozen_task, one)
+    values = 18 if name == "conv.weight" else 4
+    assert len(data) == task_bytes(frozen_task, one)
+    assert len(data) == task_bytes(frozen_task, known(frozen_task)) + 1 + 4 * values
+    held = {key: v for key, v in frozen_params(frozen_task).items() if key != name}
+    got = decoded(data, frozen_task, held)
+    for each in NAMES:
+        assert got.params[each].tobytes() == frozen_task.params[each].tobytes()
+    for wrong in ({}, {**held, min(held): held[min(held)] + np.float32(1)}):
+        with pytest.raises(UnknownFrozen, match=key_of(frozen_task)):
+            decoded(data, frozen_task, wrong)
+
+
+def test_a_read_only_array_is_hashed_once(monkeypatch):
+    """A writeable one may have changed; another name or mask is another hash."""
+    count = []
+    plain = frozen.packed_hash
+    monkeypatch.setattr(frozen, "packed_hash", lambda *given: count.append(1) or plain(*given))
+    value, mask = np.arange(4, dtype=np.float32), np.arange(4) > 1
+    first = [frozen_hashes({"w": value}, {}) for _ in range(3)]
+    assert len(count) == 3
+    read_only({"w": value})
+    assert [frozen_hashes({"w": value}, {}) for _ in range(3)] == first and len(count) == 4
+    different = [frozen_hashes({"v": value}, {}), frozen_hashes({"w": value}, {"w": mask})]
+    assert len(count) == 6 and len({str(one) for one in (*different, first[0])}) == 3
+    assert frozen_hashes({"w": value.copy()}, {}) == first[0]
+    key = id(value)
+    assert key in frozen._hashed
+    del value
+    assert key not in frozen._hashed
 
 
 def test_frozen_tensors_without_values_need_none(frozen_task):
@@ -140,11 +188,12 @@ def test_an_answer_has_nothing_frozen_in_it(frozen_task):
         decode_update(rogue, frozen_task)
 
 
-def test_held_values_of_another_model_are_refused(frozen_task):
+@pytest.mark.parametrize("changed", [np.zeros(3, np.float32), np.zeros(4), np.zeros(4, np.float32)])
+def test_held_values_of_another_model_are_asked_for(frozen_task, changed):
+    """Of another shape or kind, or other values under the same name."""
     data = encode_task(frozen_task, known(frozen_task))
-    for held in ({"conv.bias": np.zeros(3, np.float32)}, {"fc.bias": np.zeros(10, np.float32)}):
-        with pytest.raises(WireError, match=r"must be float32 of shape|no tensor"):
-            decoded(data, frozen_task, {key_of(frozen_task): held})
+    with pytest.raises(UnknownFrozen):
+        decoded(data, frozen_task, {**frozen_params(frozen_task), "conv.bias": changed})
 
 
 def test_held_values_are_not_read_beyond_the_limit():
@@ -157,8 +206,8 @@ def test_held_values_are_not_read_beyond_the_limit():
     large = ClientTask(0, "", 0, 0, spec, params, SubModel(frozen=frozenset(params)), {})
     data, specs = encode_task(large, known(large)), {spec.hash: spec}
     with pytest.raises(WireError, match="would decode into 4800 bytes, over the limit"):
-        decode_task(data, specs, {}, Guarded({key_of(large): params}), limit_bytes=4799)
-    got = decode_task(data, specs, {}, {key_of(large): params}, limit_bytes=4800)
+        decode_task(data, specs, {}, Guarded(params), limit_bytes=4799)
+    got = decode_task(data, specs, {}, params, limit_bytes=4800)
     assert got.params["fc.weight"] is params["fc.weight"]
 
 
@@ -166,8 +215,9 @@ SPEC = sequential((4,), [("fc", Linear(3))])
 SMALL = ClientTask(0, "", 0, 0, SPEC, {"fc.bias": np.array([1, 2, 3], np.float32)},
                    SubModel(frozen=frozenset({"fc.bias"})), {})  # fmt: skip
 KNOWN_SPEC = Known(frozenset({SPEC.hash}))
-# 80 of header, {} of JSON; names of the frozen, 16 of hash; names with values, 12; names
-HASH_AT, NAMES_AT = 83, 99
+# 80 of header, {} of JSON; names of the frozen, of those with values, 16 of hash; names that are
+# sent, 12; names
+HASH_AT, NAMES_AT = 84, 100
 
 
 @pytest.mark.parametrize(
@@ -176,18 +226,22 @@ HASH_AT, NAMES_AT = 83, 99
         (FLAGS_AT, bytes([VALUES]), "without that of frozen tensors"),
         (82, b"\0", "no tensor is named"),
         (82, b"\1", "padding bits"),
-        (82, b"\x80", "or of tensors that are not frozen"),
-        (HASH_AT, b"\0" * 16, "the message says 00"),
+        (82, b"\x80", "values of tensors that are not frozen"),
+        (83, b"\xc0", "values of tensors that are not frozen"),
+        (83, b"\0", "frozen: 0 tensors with values have the hash"),
+        (83, b"\x41", "padding bits"),
+        (HASH_AT, b"\0" * 16, "frozen: 1 tensors with values have the hash 00"),
+        (HASH_AT, b"\1" * 16, "the message says 01"),
         (NAMES_AT, b"\0", "none, or of tensors"),
         (NAMES_AT, b"\xc0", "none, or of tensors that are not frozen"),
         (NAMES_AT + 1, b"\0\0\0\0", "the values of the frozen have hash"),
         (NAMES_AT + 1, b"\0\0\xc0\x7f", "not finite"),
-        (112, b"\x40", "'fc.bias' is frozen, its values have a section of their own"),
+        (113, b"\x40", "'fc.bias' is frozen, its values have a section of their own"),
     ],
 )
 def test_hostile_frozen_sections(at, new, why):
     data = encode_task(SMALL, KNOWN_SPEC)
     assert decode_task(data, {SPEC.hash: SPEC}, {}).params["fc.bias"].tolist() == [1, 2, 3]
-    assert data[FLAGS_AT] == FROZEN | VALUES and len(data) == 113
+    assert data[FLAGS_AT] == FROZEN | VALUES and len(data) == 114
     with pytest.raises(WireError, match=re.escape(why)):
         decode_task(data[:at] + new + data[at + len(new) :], {SPEC.hash: SPEC}, {})

@@ -22,7 +22,7 @@ from fedlean.wire import (
     decode_update,
     encode_task,
     encode_update,
-    frozen_hash,
+    frozen_hashes,
     frozen_params,
     pattern_hash,
 )
@@ -97,13 +97,13 @@ def test_mutated_messages(task: ClientTask, update: ClientUpdate) -> None:
     held = {task.spec.hash: task.spec}, {pattern_hash(task.sub_model.masks): task.sub_model.masks}
     known = Known(frozenset(held[0]), frozenset(held[1]))
     frozen = frozen_params(task)
-    kept = {frozen_hash(frozen, task.sub_model.masks): frozen}
-    all_known = replace(known, frozen=frozenset(kept))
+    hashes = frozen_hashes(frozen, task.sub_model.masks)
+    all_known = replace(known, frozen=frozenset(hashes.values()))
     cases: list[tuple[bytes, Callable[[bytes], Any]]] = [
         (encode_task(task), lambda data: decode_task(data, {}, {})),
         (encode_task(task, known), lambda data: decode_task(data, *held)),
         (encode_update(update, task), lambda data: decode_update(data, task)),
-        (encode_task(task, all_known), lambda data: decode_task(data, *held, kept)),
+        (encode_task(task, all_known), lambda data: decode_task(data, *held, frozen)),
         (encode_task(task, known, value_dtype="int8"), lambda data: decode_task(data, *held)),
     ]
     for seed, (data, decode) in enumerate(cases):
@@ -128,7 +128,7 @@ def test_random_bytes(task: ClientTask) -> None:
     ("at", "new", "why"),
     [
         (0, b"GET ", "starts with b'GET '"),
-        (4, b"\1", "version 1, this side speaks 2"),
+        (4, b"\1", "version 1, this side speaks 3"),
         (5, b"\2", "expected task, got update"),
         (5, b"\x09", "expected task, got kind 9"),
         (6, b"\xff", "unknown flags 0xff"),

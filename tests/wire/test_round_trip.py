@@ -24,7 +24,7 @@ from fedlean.wire import (
     decode_update,
     encode_task,
     encode_update,
-    frozen_hash,
+    frozen_hashes,
     frozen_params,
     params_payload_bytes,
     pattern_hash,
@@ -121,9 +121,9 @@ def test_task_round_trip(
     held_specs = {task.spec.hash: task.spec} if knows_spec else {}
     held = {key: task.sub_model.masks} if knows_pattern else {}
     frozen = frozen_params(task)
-    key_of_frozen = frozen_hash(frozen, task.sub_model.masks)
-    held_frozen = {key_of_frozen: frozen} if knows_frozen else {}
-    known = Known(frozenset(held_specs), frozenset(held), frozenset(held_frozen))
+    held_frozen = frozen if knows_frozen else {}
+    hashes = frozen_hashes(held_frozen, task.sub_model.masks)
+    known = Known(frozenset(held_specs), frozenset(held), frozenset(hashes.values()))
     data = encode_task(task, known)
     got = decode_task(data, held_specs, held, held_frozen, packed=packed)
     if packed:
@@ -213,8 +213,8 @@ def test_values_by_hand(spec: ModelSpec, task: ClientTask) -> None:
 
 
 def test_task_bytes_by_hand(spec: ModelSpec, task: ClientTask) -> None:
-    """All known: header 80, JSON, names of the frozen 1 (8 tensors) and a hash 16, names 1, values
-    312 - 16; the frozen ones' are 4 * 4 and a byte of names.
+    """All known: header 80, JSON, names of the frozen 1 (8 tensors) and of those with values 1,
+    a hash 16, names 1, values 312 - 16; the frozen ones' are 4 * 4 and a byte of names.
 
 
     The pattern adds 1 for its names, 1 + ceil(36 / 8) = 6 for conv.weight, and for fc.weight 30
@@ -222,12 +222,12 @@ def test_task_bytes_by_hand(spec: ModelSpec, task: ClientTask) -> None:
     """
     text = '{"hparams":{"lr":0.1,"steps":5},"phase":"train"}'
     assert HEADER_BYTES == 80
-    held = frozen_hash(frozen_params(task), task.sub_model.masks)
+    held = frozen_hashes(frozen_params(task), task.sub_model.masks).values()
     patterns = frozenset({pattern_hash(task.sub_model.masks)})
-    known = Known(frozenset({spec.hash}), patterns, frozenset({held}))
-    assert task_bytes(task, known) == 80 + len(text) + 17 + 1 + 296
+    known = Known(frozenset({spec.hash}), patterns, frozenset(held))
+    assert task_bytes(task, known) == 80 + len(text) + 18 + 1 + 296
     known = Known(frozenset({spec.hash}), patterns)
-    assert task_bytes(task, known) == 80 + len(text) + 17 + 1 + 312 + 1
+    assert task_bytes(task, known) == 80 + len(text) + 18 + 1 + 312 + 1
     assert pattern_payload_bytes(task.sub_model.masks) == 6 + 35
     without_pattern = replace(known, patterns=frozenset())
     assert task_bytes(task, without_pattern) == task_bytes(task, known) + 1 + 41
@@ -483,13 +483,15 @@ def test_unknown_hashes_can_be_asked_for(spec: ModelSpec, task: ClientTask) -> N
     assert got.spec is spec and got.sub_model.masks is task.sub_model.masks
 
 
-def test_decoded_arrays_are_aligned_and_all_but_masks_writable(task: ClientTask) -> None:
-    """Masks are read-only, all the way down: they are hashed and counted once."""
+def test_decoded_arrays_are_aligned_and_masks_and_frozen_values_read_only(task: ClientTask) -> None:
+    """All the way down: they are hashed and counted once."""
     got = decode_task(encode_task(task), {}, {})
     masks = got.sub_model.masks.values()
     for array in (*got.params.values(), *masks):
         assert array.flags.aligned and array.flags.c_contiguous
-    assert all(array.flags.writeable for array in got.params.values())
+    frozen = got.sub_model.frozen
+    assert frozen & got.params.keys()
+    assert {name for name, v in got.params.items() if not v.flags.writeable} == frozen
     assert masks and not any(map(writable, masks))
 
 

@@ -14,7 +14,7 @@ from fedlean.models.initialise import init_params
 from fedlean.spec import ModelSpec
 from fedlean.submodels.parts import Part
 from fedlean.submodels.stages import graft, upto
-from fedlean.tree import Fold, fold
+from fedlean.tree import Fold, fold, read_only
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,24 @@ def merge_stage(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Fold]:
     """`params` of the whole model and `extra`, those of modules, with the answers merged into them.
 
-    Tensors that no answer trains are the same arrays as before.
+    Tensors that no answer trains are the same arrays as before.  The others are read-only, so that
+    those of a part that is frozen from now on are hashed once and not for every message.
     """
-    result = fold({**params, **extra}, updates, variances=spec.variances)
-    merged = result.params()
+    before = {**params, **extra}
+    result = fold(before, updates, variances=spec.variances)
+    merged = settled(before, result)
     return (
         {name: merged[name] for name in params},
         {name: merged[name] for name in extra},
         result,
     )
+
+
+def settled(before: Params, merge: Fold) -> dict[str, np.ndarray]:
+    """What the merge into `before` gives, of which new arrays are read-only."""
+    merged = merge.params()
+    read_only({name: value for name, value in merged.items() if value is not before[name]})
+    return merged
 
 
 def able(devices: Sequence[Device], needed_bytes: int) -> list[Device]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ from fedlean.core import ClientState, Model
 from fedlean.engine.checks import check_masks
 from fedlean.models.initialise import check_params
 from fedlean.runtime.checkpoint import begin_anew
-from fedlean.runtime.clientstore import ClientStore
+from fedlean.runtime.clientstore import FROZEN, ClientStore
 from fedlean.runtime.moves import Moves
 from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, LoopState
 from fedlean.runtime.runlog import Totals
+from fedlean.tree import read_only
 
 
 class Restored(NamedTuple):
@@ -83,7 +84,7 @@ def _state(values: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Mo
     spec = modelled(state).spec
     check_params(spec, state.params)
     check_masks(spec, state.masks)
-    return state
+    return replace(state, params=read_only(state.params))  # frozen ones are hashed once, then
 
 
 def _below(name: str, value: Any, limit: int) -> int:
@@ -121,10 +122,19 @@ def _arrays(name: str, values: Any) -> Mapping[str, np.ndarray]:
 
 def _store(values: Mapping[str, Any]) -> Mapping[str, Any]:
     for client, held in values.items():
+        if client == FROZEN:
+            _hashes(held)
+            continue
         kinds = [type(each) for each in held]
         if kinds not in ([str, str, int], [str, str, int, str]):  # early versions have three
             raise TypeError(f"what client {client!r:.20} holds is not hashes and a round")
     return values
+
+
+def _hashes(sets: Any) -> None:
+    for key, hashes in sets.items():
+        if not all(isinstance(text, str) for text in (key, *hashes, *hashes.values())):
+            raise TypeError(f"frozen values {key!r:.40} are no hashes by name")
 
 
 def _clients(values: Mapping[str, Any]) -> dict[int, ClientState]:

@@ -6,10 +6,10 @@ A message is a fixed header (`header.py`), a small canonical JSON part (`fields.
               their values, arrays
     update    [masks] names of the tensors carried, their values, statistics
 
-A section in brackets is there if its flag is set: a spec, a pattern or values of frozen tensors
-travel only when the receiver does not hold their hash (a random pattern as the seed and counts that
-it was drawn from).  An update is of the task's spec and frozen tensors, which no client changes:
-those are left out of it, whether or not the client's half of a method gives them.
+A section in brackets is there if its flag is set: a spec, a pattern or the values of a frozen
+tensor travel only when the receiver does not hold their hash (a random pattern as the seed and
+counts that it was drawn from).  An update is of the task's spec and frozen tensors, which no client
+changes: those are left out of it, whether or not the client's half of a method gives them.
 An update of statistics alone is small, so what goes without saying is left out of it: the names,
 "mean", and the weights worked on where they are those of the masks.
 Whatever the bytes, decoding gives a valid object or raises `WireError`; lengths are checked before
@@ -25,8 +25,10 @@ from fedlean.wire.errors import UnknownSpec as UnknownSpec
 from fedlean.wire.errors import WireError as WireError
 from fedlean.wire.frozen import NO_FROZEN as NO_FROZEN
 from fedlean.wire.frozen import frozen_hash as frozen_hash
+from fedlean.wire.frozen import frozen_hashes as frozen_hashes
 from fedlean.wire.frozen import frozen_params as frozen_params
 from fedlean.wire.frozen import hash_of as hash_of
+from fedlean.wire.frozen import packed_hash as packed_hash
 from fedlean.wire.frozen import pattern_of as pattern_of
 from fedlean.wire.header import HEADER_BYTES as HEADER_BYTES
 from fedlean.wire.header import VERSION as VERSION

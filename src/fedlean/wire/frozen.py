@@ -1,21 +1,27 @@
-"""Frozen tensors: who holds their values is sent a hash in their place.
+"""Frozen tensors: who holds their values is sent one hash in their place.
 
-    frozen   names of the frozen, 16 bytes of hash (all zero: none of them has values)
-    values   names of those with values, then their kept coordinates in C order, always as fp32
+    frozen   names of the frozen, names of those that the task has values of, 16 bytes of their hash
+             (all zero: it has none)
+    values   names of those whose values travel, then their kept coordinates in C order, as fp32
 
-Values that both sides name by a hash are the same to the bit, so they are never rounded.
+The hash is over the hashes of the tensors, each under its name.  A receiver keeps the newest values
+by name, so that those which it has not travel alone; with what it holds of the others they must
+have the hash, or it asks for all.  What both sides name by a hash is the same to the bit, so it is
+never rounded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from fedlean.core import ClientTask, Masks, Params
 from fedlean.spec import ModelSpec
-from fedlean.tree import is_packed, pack, unpack
+from fedlean.tree import fixed, is_packed, kept_values, pack, read_only, unpack
 from fedlean.wire.errors import UnknownFrozen, WireError
 from fedlean.wire.pattern import NO_PATTERN, pattern_hash
 from fedlean.wire.reader import Reader
@@ -24,6 +30,16 @@ from fedlean.wire.values import check_params, decode_params, encode_params, valu
 
 NO_FROZEN = "0" * 32  # the hash of no values
 _HASH_BYTES = 16
+# Of read-only arrays while they live, by id: a round asks for the same ones once a client.
+_hashed: dict[int, tuple[weakref.ref[np.ndarray], str, str, str]] = {}  # name, pattern, hash
+
+
+class FrozenSection(NamedTuple):
+    """What a task says of frozen tensors, short of the values."""
+
+    frozen: frozenset[str] = frozenset()
+    valued: frozenset[str] = frozenset()  # of those it has values
+    key: str = NO_FROZEN  # the hash of these
 
 
 def frozen_params(task: ClientTask) -> dict[str, np.ndarray]:
@@ -36,38 +52,68 @@ def frozen_params(task: ClientTask) -> dict[str, np.ndarray]:
     }
 
 
-def frozen_hash(params: Params, masks: Masks) -> str:
-    """32 hex digits over names, kept values and the masks of `params`, packed or dense alike.
+def frozen_hashes(params: Params, masks: Masks) -> dict[str, str]:
+    """By tensor, 32 hex digits over its name, kept values and mask, packed or dense alike.
 
-    >>> frozen_hash({}, {}) == NO_FROZEN
+    That of a read-only array is computed once.
+    """
+    return {name: _tensor_hash(name, value, masks.get(name)) for name, value in params.items()}
+
+
+def hash_of(hashes: Mapping[str, str]) -> str:
+    """32 hex digits over tensors' hashes by name.
+
+    >>> hash_of({}) == NO_FROZEN
     True
     """
-    return hash_of(pack(params, masks), pattern_of(params, masks)) if params else NO_FROZEN
-
-
-def pattern_of(names: Iterable[str], masks: Masks) -> str:
-    """The hash of the masks of `names` alone."""
-    own = {name: masks[name] for name in names if name in masks}
-    return pattern_hash(own) if own else NO_PATTERN
-
-
-def hash_of(packed: Params, pattern: str) -> str:
-    """`frozen_hash` of packed values, whose masks have the hash `pattern`."""
-    digest = hashlib.blake2b(pattern.encode(), digest_size=_HASH_BYTES)
-    for name in sorted(packed):
-        value = np.ascontiguousarray(packed[name], "<f4")
-        digest.update(repr((name, value.shape)).encode("utf-8", "surrogatepass"))
-        digest.update(value.reshape(-1).view(np.uint8).data)
+    if not hashes:
+        return NO_FROZEN
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for name in sorted(hashes):
+        digest.update(repr((name, hashes[name])).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
-def frozen_values_bytes(params: Params, masks: Masks, spec: ModelSpec) -> int:
-    shapes = {name: spec.tensor_shapes[name] for name in params}
+def frozen_hash(params: Params, masks: Masks) -> str:
+    """`hash_of` the `frozen_hashes`: what a task names its frozen values by."""
+    return hash_of(frozen_hashes(params, masks))
+
+
+def pattern_of(name: str, masks: Masks) -> str:
+    """The hash of the mask of `name` alone."""
+    return pattern_hash({name: masks[name]}) if name in masks else NO_PATTERN
+
+
+def packed_hash(name: str, packed: np.ndarray, pattern: str) -> str:
+    """That of `frozen_hashes`, of packed values whose mask has the hash `pattern`."""
+    value = np.ascontiguousarray(packed, "<f4")
+    digest = hashlib.blake2b(pattern.encode(), digest_size=_HASH_BYTES)
+    digest.update(repr((name, value.shape)).encode("utf-8", "surrogatepass"))
+    digest.update(value.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _tensor_hash(name: str, value: np.ndarray, mask: np.ndarray | None) -> str:
+    pattern = NO_PATTERN if mask is None else pattern_hash({name: mask})
+    key = id(value)
+    known = _hashed.get(key)
+    if known is not None and known[0]() is value and known[1:3] == (name, pattern):
+        return known[3]
+    whole = mask is None or is_packed(value, mask)
+    found = packed_hash(name, value if whole else kept_values(value, mask), pattern)
+    if fixed(value):
+        _hashed[key] = (weakref.ref(value, lambda _: _hashed.pop(key, None)), name, pattern, found)
+    return found
+
+
+def frozen_values_bytes(names: Iterable[str], masks: Masks, spec: ModelSpec) -> int:
+    shapes = {name: spec.tensor_shapes[name] for name in names}
     return names_bytes(spec) + values_bytes(shapes, masks, "fp32")
 
 
-def encode_frozen(frozen: frozenset[str], key: str, spec: ModelSpec) -> bytes:
-    return encode_names(frozen, spec, "frozen") + bytes.fromhex(key)
+def encode_frozen(section: FrozenSection, spec: ModelSpec) -> bytes:
+    names = encode_names(section.frozen, spec, "frozen")
+    return names + encode_names(section.valued, spec, "frozen") + bytes.fromhex(section.key)
 
 
 def encode_frozen_values(params: Params, masks: Masks, spec: ModelSpec) -> list[bytes | memoryview]:
@@ -75,56 +121,70 @@ def encode_frozen_values(params: Params, masks: Masks, spec: ModelSpec) -> list[
     return [names, *encode_params(params, params, masks, "fp32")]
 
 
-def decode_frozen(reader: Reader, spec: ModelSpec) -> tuple[frozenset[str], str]:
-    """Names of the frozen, and the hash of those values of theirs that the task has."""
+def decode_frozen(reader: Reader, spec: ModelSpec) -> FrozenSection:
     names = frozenset(decode_names(reader, spec, "frozen"))
+    valued = frozenset(decode_names(reader, spec, "frozen"))
     key = bytes(reader.take(_HASH_BYTES, "the hash of the frozen")).hex()
     if not names:
         raise WireError("frozen: no tensor is named, which goes without saying")
-    return names, key
+    if not valued <= names:
+        raise WireError("frozen: values of tensors that are not frozen")
+    if bool(valued) == (key == NO_FROZEN):
+        raise WireError(f"frozen: {len(valued)} tensors with values have the hash {key}")
+    return FrozenSection(names, valued, key)
 
 
 def decode_frozen_values(
     reader: Reader,
     spec: ModelSpec,
-    frozen: frozenset[str],
-    key: str,
+    section: FrozenSection,
     masks: Masks,
+    held: Params,
+    *,
+    sent: bool,
     allow_nonfinite: bool,
 ) -> dict[str, np.ndarray]:
-    """Packed.  Raises WireError unless they are of frozen tensors and have the hash `key`."""
-    shapes = {
-        name: spec.tensor_shapes[name] for name in decode_names(reader, spec, "frozen values")
-    }
-    if not shapes or not shapes.keys() <= frozen:
-        raise WireError("values of the frozen: none, or of tensors that are not frozen")
-    values = decode_params(reader, shapes, masks, "fp32", allow_nonfinite, packed=True)
-    got = hash_of(pack(values, masks), pattern_of(values, masks))
-    if got != key:
-        raise WireError(f"the values of the frozen have hash {got}, the message says {key}")
+    """All of them, packed and read-only: those that were sent, and the others as they are held.
+
+    Raises UnknownFrozen where others are held than the message takes for granted, or none, and
+    WireError where what was sent is none of them or, all of them, has another hash.
+    """
+    come: dict[str, np.ndarray] = {}
+    if sent:
+        names = decode_names(reader, spec, "frozen values")
+        if not names or not section.valued.issuperset(names):
+            raise WireError("values of the frozen: none, or of tensors that are not frozen")
+        shapes = {name: spec.tensor_shapes[name] for name in names}
+        come = read_only(decode_params(reader, shapes, masks, "fp32", allow_nonfinite, packed=True))
+    rest = section.valued - come.keys()
+    come |= _held_values(reader, spec, rest, section.key, masks, held)
+    values = {name: come[name] for name in spec.tensor_shapes if name in come}
+    got = frozen_hash(values, masks)
+    if got != section.key and rest:
+        raise UnknownFrozen(section.key)
+    if got != section.key:
+        raise WireError(f"the values of the frozen have hash {got}, the message says {section.key}")
     return values
 
 
-def held_values(
+def _held_values(
     reader: Reader,
     spec: ModelSpec,
-    frozen: frozenset[str],
+    names: Iterable[str],
     key: str,
     masks: Masks,
-    held: Mapping[str, Params],
+    held: Params,
 ) -> dict[str, np.ndarray]:
-    """What is held under `key`.  Raises UnknownFrozen where it is not, WireError if it is of
-    another model or has no room.
-    """
-    shapes = {name: spec.tensor_shapes[name] for name in sorted(frozen)}
+    """What is held of these.  Raises UnknownFrozen where one is not, or is of another shape."""
+    shapes = {name: spec.tensor_shapes[name] for name in sorted(names)}
     # before it is read from wherever it is held
     reader.reserve(values_bytes(shapes, masks, "fp32"), "the frozen tensors held here")
     try:
-        values = dict(held[key])
-    except KeyError:
+        values = {name: held[name] for name in shapes}
+        check_params(values, shapes, masks)
+    except (KeyError, WireError):
         raise UnknownFrozen(key) from None
-    check_params(values, shapes, masks)
-    return values
+    return pack(values, masks)
 
 
 def dense(values: Params, masks: Masks, reader: Reader) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from fedlean.wire.errors import WireError
 from fedlean.wire.reader import Reader
 
 MAGIC = b"FdLn"
-VERSION = 2
+VERSION = 3
 TASK, UPDATE = 1, 2
 SPEC, PATTERN, FROZEN = 1, 2, 4  # flags: which optional sections the payload opens with
 BARE = 8  # flag: no parameters, not even the bits that say which

@@ -22,13 +22,7 @@ from fedlean.wire.fields import (
     read_task,
     read_update,
 )
-from fedlean.wire.frozen import (
-    NO_FROZEN,
-    decode_frozen,
-    decode_frozen_values,
-    dense,
-    held_values,
-)
+from fedlean.wire.frozen import FrozenSection, decode_frozen, decode_frozen_values, dense
 from fedlean.wire.header import (
     BARE,
     DRAWN,
@@ -53,20 +47,21 @@ from fedlean.wire.statistic import decode_statistics
 from fedlean.wire.values import decode_params, dtype_of
 
 DEFAULT_LIMIT_BYTES = 1 << 28
-_NOTHING: Mapping[str, Params] = MappingProxyType({})
+_NOTHING: Params = MappingProxyType({})
 
 
 def decode_task(
     data: bytes | memoryview,
     specs: Mapping[str, ModelSpec],
     patterns: Mapping[str, Masks],
-    frozen: Mapping[str, Params] = _NOTHING,
+    frozen: Params = _NOTHING,
     *,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     allow_nonfinite: bool = False,
     packed: bool = False,
 ) -> ClientTask:
-    """The task in `data`; `specs`, `patterns` and `frozen` are what this side holds, by hash.
+    """The task in `data`; `specs` and `patterns` are what this side holds, by hash, and `frozen`
+    the newest values of frozen tensors, packed or dense, by name.
 
     `limit_bytes` bounds the message and, apart from it, the arrays that it decodes into; with
     `packed` those of masked tensors are their kept values alone.  Raises
@@ -78,11 +73,9 @@ def decode_task(
     if header.num_examples:
         raise WireError(f"a task has no examples, the header says {header.num_examples}")
     spec = _spec(reader, header, specs)
-    names, key = frozenset[str](), NO_FROZEN
-    if header.flags & FROZEN:
-        names, key = decode_frozen(reader, spec)
-    sub_model = SubModel(_masks(reader, header, spec, patterns), names)
-    kept = _frozen(reader, header, spec, sub_model, key, frozen, allow_nonfinite)
+    section = decode_frozen(reader, spec) if header.flags & FROZEN else FrozenSection()
+    sub_model = SubModel(_masks(reader, header, spec, patterns), section.frozen)
+    kept = _frozen(reader, header, spec, sub_model.masks, section, frozen, allow_nonfinite)
     params = _params(reader, header, spec, sub_model, allow_nonfinite, packed)
     params |= kept if packed else dense(kept, sub_model.masks, reader)
     table: Table = {key: ("mean", forms) for key, forms in fields.arrays.items()}
@@ -185,18 +178,20 @@ def _frozen(
     reader: Reader,
     header: Header,
     spec: ModelSpec,
-    sub_model: SubModel,
-    key: str,
-    held: Mapping[str, Params],
+    masks: Masks,
+    section: FrozenSection,
+    held: Params,
     allow_nonfinite: bool,
 ) -> dict[str, np.ndarray]:
-    """Packed values of the frozen tensors, those that came or those that are held."""
-    names, masks = sub_model.frozen, sub_model.masks
-    if header.flags & VALUES:
-        if not header.flags & FROZEN:
-            raise WireError("the flag of frozen values comes without that of frozen tensors")
-        return decode_frozen_values(reader, spec, names, key, masks, allow_nonfinite)
-    return {} if key == NO_FROZEN else held_values(reader, spec, names, key, masks, held)
+    """Packed values of the frozen tensors, those that came and those that are held."""
+    sent = bool(header.flags & VALUES)
+    if sent and not header.flags & FROZEN:
+        raise WireError("the flag of frozen values comes without that of frozen tensors")
+    if not sent and not section.valued:
+        return {}
+    return decode_frozen_values(
+        reader, spec, section, masks, held, sent=sent, allow_nonfinite=allow_nonfinite
+    )
 
 
 def _params(

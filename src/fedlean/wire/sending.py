@@ -22,12 +22,13 @@ from fedlean.wire.fields import (
     write_work,
 )
 from fedlean.wire.frozen import (
-    NO_FROZEN,
+    FrozenSection,
     encode_frozen,
     encode_frozen_values,
-    frozen_hash,
+    frozen_hashes,
     frozen_params,
     frozen_values_bytes,
+    hash_of,
 )
 from fedlean.wire.header import (
     BARE,
@@ -62,7 +63,7 @@ from fedlean.wire.values import (
 
 @dataclass(frozen=True)
 class Known:
-    """Hashes of the specs, patterns and values of frozen tensors that the receiver holds."""
+    """Hashes of the specs, patterns and values of each frozen tensor that the receiver holds."""
 
     specs: frozenset[str] = frozenset()
     patterns: frozenset[str] = frozenset()
@@ -120,7 +121,7 @@ class _Draft:
     sub_model: SubModel
     value_dtype: ValueDtype
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
-    frozen: Params = field(default_factory=dict)  # whose values travel, if the flag says so
+    frozen: Params = field(default_factory=dict)  # of which the receiver lacks the values
 
     def __post_init__(self) -> None:
         check_masks(self.sub_model.masks, self.spec.tensor_shapes)
@@ -185,9 +186,11 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
     frozen = frozen_params(task)
     check_masks(sub_model.masks, spec.tensor_shapes)
     check_params(frozen, spec.tensor_shapes, sub_model.masks)
-    key = frozen_hash(frozen, sub_model.masks)
+    hashes = frozen_hashes(frozen, sub_model.masks)
+    section = FrozenSection(sub_model.frozen, frozenset(frozen), hash_of(hashes))
+    lacked = {name: frozen[name] for name, one in hashes.items() if one not in known.frozen}
     flags |= FROZEN if sub_model.frozen else 0
-    flags |= 0 if key == NO_FROZEN or key in known.frozen else VALUES
+    flags |= VALUES if lacked else 0
     arrays = {key: Statistic(tensors, "mean") for key, tensors in task.arrays.items()}
     document = _nonempty(
         phase=task.phase,
@@ -199,13 +202,13 @@ def _draft_task(task: ClientTask, known: Known, value_dtype: ValueDtype) -> _Dra
     return _Draft(
         header=_header(TASK, flags, task, 0, pattern, value_dtype, text),
         text=text,
-        opening=_opening(flags, spec, sub_model.frozen, key),
+        opening=_opening(flags, spec, section),
         spec=spec,
         params=_without(task.params, frozen),
         sub_model=sub_model,
         value_dtype=value_dtype,
         statistics=arrays,
-        frozen=frozen,
+        frozen=lacked,
     )
 
 
@@ -271,9 +274,9 @@ def _header(
     )
 
 
-def _opening(flags: int, spec: ModelSpec, frozen: frozenset[str], key: str) -> bytes:
+def _opening(flags: int, spec: ModelSpec, section: FrozenSection) -> bytes:
     sent = encode_spec(spec) if flags & SPEC else b""
-    return sent + (encode_frozen(frozen, key, spec) if flags & FROZEN else b"")
+    return sent + (encode_frozen(section, spec) if flags & FROZEN else b"")
 
 
 def _without(params: Params, names: Collection[str]) -> Params:

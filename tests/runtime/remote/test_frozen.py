@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from fedlean.runtime.record import StepRecord
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote import frozen, worker
 from fedlean.runtime.remote.envelope import Envelope, seal, unseal
-from fedlean.runtime.remote.frozen import FROZEN, HeldFrozen
+from fedlean.runtime.remote.frozen import HeldFrozen
 from fedlean.runtime.remote.room import resident_bytes
 from fedlean.runtime.remote.worker import Worker
 from fedlean.runtime.rounds import LoopState
@@ -93,7 +94,7 @@ def answer_to(frozen: frozenset[str]) -> tuple[ClientUpdate, ClientTask]:
 
 
 def test_others_travel_when_they_are_frozen(post):
-    """Two stages: the values of the second are new, and those of the first among them."""
+    """Two stages: the values of the second are new, and those of the first do not come again."""
     dispatch, lines = remote(post)
     stages = freezing(lambda number: FIRST if number < 3 else MORE)
     state, over_devices = records_of(stages, dispatch=dispatch)
@@ -102,7 +103,7 @@ def test_others_travel_when_they_are_frozen(post):
     assert not any("lacks" in line for line in lines)
     sizes = down(local)
     assert sizes[1] == sizes[2] < sizes[3] > sizes[4] == sizes[5]
-    more = 4 * sum(int(np.prod(SPEC.tensor_shapes[name])) for name in MORE)
+    more = 4 * sum(int(np.prod(SPEC.tensor_shapes[name])) for name in MORE - FIRST)
     assert sizes[3] - sizes[4] == CLIENTS * (more + 1)
 
 
@@ -179,20 +180,51 @@ def test_the_newest_values_stay_and_are_read_as_they_were(tmp_path):
     held = HeldFrozen(tmp_path / "run")
     for number in range(5):
         held.keep(values(number), MASKS)
-    assert len(held) == FROZEN == len(list(held))
-    key = wire.frozen_hash(values(4), MASKS)
-    got = HeldFrozen(tmp_path / "run")[key]
+    assert sorted(held) == ["fc1.bias", "fc1.weight"]
+    assert len(list((tmp_path / "run").iterdir())) == 1  # those before it have newer ones
+    got = HeldFrozen(tmp_path / "run")
     assert got["fc1.weight"].tolist() == [4, 4, 4] and got["fc1.bias"].tolist() == [4]
-    assert wire.frozen_hash(got, MASKS) == key
+    assert wire.frozen_hash(dict(got), MASKS) == wire.frozen_hash(values(4), MASKS)
+    assert not got["fc1.bias"].flags.writeable
     held.keep({}, {})
-    assert len(held) == FROZEN
+    assert len(held) == 2
+
+
+def test_what_changed_or_is_new_is_written_alone(tmp_path):
+    held = HeldFrozen(tmp_path)
+    held.keep(values(1), MASKS)
+    first = {path.name for path in tmp_path.iterdir()}
+    held.keep({**values(1), "fc2.bias": np.array([7, 8], np.float32)}, MASKS)
+    (second,) = {path.name for path in tmp_path.iterdir()} - first
+    assert (tmp_path / second).stat().st_size < 200
+    held.keep({"fc1.bias": np.array([9], np.float32)}, MASKS)
+    assert len(list(tmp_path.iterdir())) == 3  # the first still has the newest of fc1.weight
+    again = HeldFrozen(tmp_path)
+    assert again["fc1.bias"].tolist() == [9] and again["fc1.weight"].tolist() == [1, 1, 1]
+    assert again["fc2.bias"].tolist() == [7, 8]
+    with pytest.raises(KeyError):
+        again["fc2.weight"]
+
+
+def test_of_very_many_files_the_newest_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "FILES", 3)
+    held = HeldFrozen(tmp_path)
+    for number in range(6):
+        held.keep({f"fc{number}.bias": np.array([number], np.float32)}, {})
+        (newest,) = (path for path in tmp_path.iterdir() if path not in seen(tmp_path, number))
+        os.utime(newest, ns=(number, number))
+    assert sorted(HeldFrozen(tmp_path)) == ["fc3.bias", "fc4.bias", "fc5.bias"]
+
+
+def seen(folder, number):
+    """The files of earlier numbers, which have their times."""
+    return {path for path in folder.iterdir() if path.stat().st_mtime_ns < number}
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_changed_file_is_not_believed_and_makes_room_for_a_sound_one(seed, tmp_path):
+    HeldFrozen(tmp_path).keep(values(1), MASKS)
     held, rng = HeldFrozen(tmp_path), np.random.default_rng(seed)
-    held.keep(values(1), MASKS)
-    key = wire.frozen_hash(values(1), MASKS)
     (path,) = tmp_path.iterdir()
     data = bytearray(path.read_bytes())
     if seed % 4 == 0:
@@ -201,10 +233,10 @@ def test_a_changed_file_is_not_believed_and_makes_room_for_a_sound_one(seed, tmp
         data[int(rng.integers(len(data)))] ^= int(rng.integers(1, 256))
     path.write_bytes(data)
     with pytest.raises(KeyError):
-        held[key]
+        [held[name] for name in ("fc1.weight", "fc1.bias")]
     assert not path.exists()
     held.keep(values(1), MASKS)
-    assert held[key]["fc1.bias"].tolist() == [1]
+    assert held["fc1.bias"].tolist() == [1]
 
 
 def test_a_full_disk_costs_a_message_and_no_round(tmp_path, monkeypatch, caplog):
@@ -235,7 +267,7 @@ def test_held_values_count_under_the_memory_limit(tmp_path, monkeypatch):
         "deadline_seconds": 600.0,
         "memory_bytes": None,
     }
-    held = frozenset({wire.frozen_hash(wire.frozen_params(task), {})})
+    held = frozenset(wire.frozen_hashes(wire.frozen_params(task), {}).values())
     for known in (wire.Known(), wire.Known(frozen=held)):
         body = wire.encode_task(task, known)
         answer = device.answer(seal(Envelope(env.TASK, fields, body)))
