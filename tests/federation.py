@@ -116,7 +116,7 @@ def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
     """Every task and update as bytes, with what the client is known to hold left out."""
     specs: dict[str, ModelSpec] = {}
     patterns: dict[str, Any] = {}
-    frozen: dict[str, Params] = {}
+    frozen: dict[int, dict[str, np.ndarray]] = {}  # by client and tensor, as each keeps them
 
     def change(
         tasks: Sequence[ClientTask], updates: Iterator[ClientUpdate]
@@ -127,11 +127,12 @@ def over_the_wire(inner: LocalDispatch, store: ClientStore) -> Around:
             known = store.known(task.client)
             data = wire.encode_task(task, known)
             assert len(data) == wire.task_bytes(task, known)
-            decoded = wire.decode_task(data, specs, patterns, frozen)
+            held = frozen.setdefault(task.client, {})
+            decoded = wire.decode_task(data, specs, patterns, held)
             specs[decoded.spec.hash] = decoded.spec
             masks, values = decoded.sub_model.masks, wire.frozen_params(decoded)
             patterns[wire.pattern_hash(masks)] = masks
-            frozen[wire.frozen_hash(values, masks)] = pack(values, masks)
+            held |= pack(values, masks)
             arrived.append(decoded)
         sent = {task.client: task for task in tasks}
         for update in inner(arrived, nothing_wrong):

@@ -9,7 +9,9 @@ import pytest
 from federation import SPEC, params, same, server
 
 from fedlean.models.initialise import init_params
-from fedlean.submodels.narrow import first_params, narrow
+from fedlean.models.resnet import resnet8, resnet20
+from fedlean.submodels.narrow import first_params, narrow, narrow_after
+from fedlean.submodels.parts import parts
 from fedlean.submodels.width import width
 
 
@@ -43,3 +45,34 @@ def test_of_a_given_model_it_is_a_slice():
 def test_the_whole_width_begins_as_the_run_does(given: bool):
     held = params()
     assert first_params(narrow(SPEC, 1.0), held, replace(server(), given=given)) is held
+
+
+IMAGES = resnet8((1, 8, 8), 10, norm="batch")
+
+
+def test_a_narrow_head_by_hand():
+    """The first part whole; its output is read whole by a head with a quarter of its channels."""
+    cut = narrow_after(IMAGES, parts(IMAGES)[0].layers, 0.25)
+    shapes = cut.spec.param_shapes
+    assert shapes["stage1_1_conv2.weight"] == (16, 16, 3, 3)
+    assert shapes["stage2_1_conv1.weight"] == (8, 16, 3, 3)
+    assert shapes["stage2_1_conv2.weight"] == (8, 8, 3, 3)
+    assert shapes["stage2_1_down.weight"] == (8, 16, 1, 1)
+    assert shapes["stage3_1_conv1.weight"] == (16, 8, 3, 3)
+    assert shapes["fc.weight"] == (10, 16)
+    assert cut.index["stage3_1_conv1.weight"][:2] == (slice(0, 16), slice(0, 8))
+
+
+def test_channels_that_a_head_shares_with_what_is_full_stay_whole():
+    """Units of one stage are added: only what is inside the later ones is narrow."""
+    spec = resnet20((1, 8, 8), 10, norm="batch", blocks="unit")
+    shapes = narrow_after(spec, parts(spec)[0].layers, 0.5).spec.param_shapes
+    assert shapes["stage1_2_conv1.weight"] == (8, 16, 3, 3)
+    assert shapes["stage1_2_conv2.weight"] == (16, 8, 3, 3)
+    assert shapes["stage2_1_conv1.weight"] == (16, 16, 3, 3)
+
+
+def test_counts_are_multiples_of_the_groups():
+    spec = resnet8((1, 8, 8), 10)  # 4 groups: ceil(0.3 * 32) = 10 becomes 12
+    cut = narrow_after(spec, parts(spec)[0].layers, 0.3)
+    assert cut.spec.shapes["stage2_1_relu2"][0] == 12

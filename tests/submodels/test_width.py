@@ -290,8 +290,21 @@ def test_rates_outside_are_refused(rate):
         width(MODELS["mlp"], rate)
 
 
+def test_rates_by_layer_come_before_those_of_their_block():
+    """A layer that only hands channels on begins none, and its rate is not looked at."""
+    spec = MODELS["mlp"]
+    counts = {name: spec.shapes[name][0] for name in ("fc1", "fc2")}
+    cut = width(spec, {"fc1": 0.5})
+    assert cut.spec.shapes["fc1"][0] == -(-counts["fc1"] // 2)
+    assert cut.spec.shapes["fc2"][0] == counts["fc2"]
+    one = sequential((4,), [("a", Linear(8)), ("relu", ReLU()), ("b", Linear(8)), ("c", Linear(2))])
+    (block,) = one.blocks
+    found = width(one, {block: 0.5, "a": 0.25, "relu": 1.0}).spec.shapes
+    assert (found["a"], found["relu"], found["b"], found["c"]) == ((2,), (2,), (4,), (2,))
+
+
 def test_unknown_blocks_and_multiples_are_refused():
-    with pytest.raises(ValueError, match="no block 'stage1' to give a rate to; there are fc1, fc2"):
+    with pytest.raises(ValueError, match="no block or layer 'stage1' to give a rate to; "):
         width(MODELS["mlp"], {"stage1": 0.5})
     with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
         width(MODELS["mlp"], 0.5, multiple=0)

@@ -18,7 +18,8 @@ from fedlean.submodels.choose import Choose, prefix
 from fedlean.submodels.cut import Axis, Cut, axis_of, num_ids
 from fedlean.submodels.scaler import with_scalers
 
-Rate = float | Mapping[str, float]  # in (0, 1]; by block: a block that is not named stays whole
+# In (0, 1].  By block or by layer, which comes before its block: what is not named stays whole.
+Rate = float | Mapping[str, float]
 
 
 def width(
@@ -31,10 +32,10 @@ def width(
 ) -> Cut:
     """The model with ceil(rate · C) of each C channels; its inputs and outputs stay whole.
 
-    A space of channels that several blocks share, as the sum of a residual stage is, has the rate
-    of the block in which it begins.  Squeeze-and-excite's hidden units are a space of their own.
-    With `multiple`, counts are rounded up to the next multiple of it.  With `scaler`, HeteroFL's
-    scaler follows each layer whose outputs are sliced (`submodels.scaler`).
+    A space of channels that several layers or blocks share, as the sum of a residual stage is, has
+    the rate of the one in which it begins.  Squeeze-and-excite's hidden units are a space of their
+    own.  With `multiple`, counts are rounded up to the next multiple of it.  With `scaler`,
+    HeteroFL's scaler follows each layer whose outputs are sliced (`submodels.scaler`).
 
     A GroupNorm keeps its number of groups, as in HeteroFL's code: the kept channels, in ascending
     order, form them anew, so that a channel may be normalised with others than in the full model.
@@ -157,14 +158,18 @@ def _rates(spec: ModelSpec, found: Mapping[str, Channels], rate: Rate) -> dict[s
     """By space."""
     by_block = rate if isinstance(rate, Mapping) else dict.fromkeys(spec.blocks, rate)
     for block, value in by_block.items():
-        if block not in spec.blocks:
+        if block not in spec.blocks and block not in spec.by_name:
             raise ValueError(
-                f"no block {block!r} to give a rate to; there are {', '.join(spec.blocks)}"
+                f"no block or layer {block!r} to give a rate to; the blocks are "
+                f"{', '.join(spec.blocks)}"
             )
         if isinstance(value, bool) or not 0 < value <= 1:
             raise ValueError(f"the rate of a width must be in (0, 1], got {value!r}")
     spaces = {channel.space for channel in found.values()}
-    return {s.name: 1.0 if s.fixed else float(by_block.get(s.block, 1.0)) for s in spaces}
+    return {
+        s.name: 1.0 if s.fixed else float(by_block.get(s.name, by_block.get(s.block, 1.0)))
+        for s in spaces
+    }
 
 
 def _kept(space: Space, rate: float, choose: Choose, multiple: int) -> Axis:
