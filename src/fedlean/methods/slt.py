@@ -221,14 +221,14 @@ def _room(
         room = peak_memory_bytes(_cut(spec, own, -1, one).spec, [work])
         if room >= needed:
             return room
-    if not constraint:
-        return needed
-    raise ValueError(
-        f"training part {own[neediest].name!r} takes {megabytes(needed)} with the narrowest head, "
-        f"and the whole model at the width {constraint:g} takes {megabytes(room)}: take a larger "
-        "constraint, 0 for the smallest in which all steps have room, or divide the model after "
-        "more layers with --set ends"
-    )
+        if constraint:
+            raise ValueError(
+                f"training part {own[neediest].name!r} takes {megabytes(needed)} with the narrowest "
+                f"head, and the whole model at the width {one:g} takes {megabytes(room)}: take a "
+                "larger constraint, 0 for the smallest in which all steps have room, or divide the "
+                "model after more layers with --set ends"
+            )
+    return needed
 
 
 def _largest(has_room: Callable[[int], bool], most: int) -> int:

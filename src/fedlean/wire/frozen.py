@@ -99,8 +99,10 @@ def _tensor_hash(name: str, value: np.ndarray, mask: np.ndarray | None) -> str:
     known = _hashed.get(key)
     if known is not None and known[0]() is value and known[1:3] == (name, pattern):
         return known[3]
-    whole = mask is None or is_packed(value, mask)
-    found = packed_hash(name, value if whole else kept_values(value, mask), pattern)
+    packed = value
+    if mask is not None and not is_packed(value, mask):
+        packed = kept_values(value, mask)
+    found = packed_hash(name, packed, pattern)
     if fixed(value):
         _hashed[key] = (weakref.ref(value, lambda _: _hashed.pop(key, None)), name, pattern, found)
     return found

@@ -59,7 +59,7 @@ def test_size_by_hand():
     fields = {"step": 3, "seconds": 0.5, "lost_state": False}
     sealed = seal(Envelope(env.UPDATE, fields, b"xyz"))
     assert len(sealed) == 12 + 16 + len('{"step":3,"seconds":0.5,"lost_state":false}') + 3
-    assert sealed[:8] == b"FdLe\x06\x04\x00\x00"
+    assert sealed[:8] == b"FdLe\x07\x04\x00\x00"
 
 
 @given(st.binary(max_size=80))
@@ -91,7 +91,7 @@ def test_another_kind_is_named():
 def test_another_version_is_named():
     sealed = bytearray(seal(Envelope(env.HELLO, HELLO)))
     sealed[4] = 9
-    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 6"):
+    with pytest.raises(EnvelopeError, match="envelope version 9, this side speaks 7"):
         unseal(bytes(sealed), expected=(env.HELLO,))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from fedlean.data.labels import MAX_NAME_CHARACTERS
 
 MAGIC = b"FdLe"
-VERSION = 6
+VERSION = 7
 HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
 MISSING = ("spec", "pattern", "frozen tensors")  # what a device may have lost
