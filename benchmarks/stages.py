@@ -281,7 +281,9 @@ def print_memory(table: list[Row], means: list[dict[str, Any]]) -> None:
 
 
 def print_processes(found: list[dict[str, Any]]) -> None:
-    print(f"\n{'model':30} {'batch':>5} {'stage':10} {'way':9} {'plan':>7} {'VmHWM':>7} {'off':>6}")
+    print(
+        f"\n{'model':30} {'batch':>5} {'stage':10} {'way':9} {'plan':>7} {'VmHWM':>7} {'off':>6}"
+    )
     for one in found:
         plan = one["planned_bytes"] + one["given_bytes"]
         print(

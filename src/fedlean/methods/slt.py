@@ -223,10 +223,10 @@ def _room(
             return room
         if constraint:
             raise ValueError(
-                f"training part {own[neediest].name!r} takes {megabytes(needed)} with the narrowest "
-                f"head, and the whole model at the width {one:g} takes {megabytes(room)}: take a "
-                "larger constraint, 0 for the smallest in which all steps have room, or divide the "
-                "model after more layers with --set ends"
+                f"training part {own[neediest].name!r} takes {megabytes(needed)} with the "
+                f"narrowest head, and the whole model at the width {one:g} takes "
+                f"{megabytes(room)}: take a larger constraint, 0 for the smallest in which all "
+                "steps have room, or divide the model after more layers with --set ends"
             )
     return needed
 
