@@ -50,7 +50,7 @@ from fedlean.train.cohort import sample_cohort
 
 SGD = {"lr": 0.05, "local_steps": 2, "batch_size": 8}
 # the first part is frozen after three rounds, the soonest that a slope of two movements is there
-PACE = {"window": 2, "values": 2, "patience": 1, "threshold": 1.0, "below": 1.0}
+PACE = {"window": 2, "values": 2, "patience": 1, "threshold": 1.0, "below": 9.0}
 CASE = Case(
     method=smartfreeze,
     settings={**SGD, **PACE, "cohort": 3, "momentum": 0.5},
@@ -180,7 +180,7 @@ def test_the_pace_controller_is_asked_with_the_parts_scalars():
     settings = {"window": 2, "smoothing": 0.5, "values": 2, "threshold": 0.5, "patience": 1}
     algorithm = made(**settings)
     states = steps(algorithm, ROUNDS)
-    rule = slope_of_movement(**settings, below=0.9)
+    rule = slope_of_movement(**settings, below=1.25)
 
     def flat(state):
         return np.concatenate([state.params[n].ravel() for n in ("conv.bias", "conv.weight")])
@@ -229,7 +229,7 @@ def test_a_part_is_frozen_when_its_movement_has_fallen_and_is_level():
     assert [one["slope"] for one in found] == pytest.approx([-(2**0.5), 0, 0], abs=1e-6)
     assert [one["froze"] for one in found] == [0, 0, 1]
     assert states[-1].over and states[-1].round == 11
-    ever = smartfreeze(server(100), **SGD, window=2, values=2, patience=2, below=1.0)
+    ever = smartfreeze(server(100), **SGD, window=2, values=2, patience=2, below=9.0)
     states = [ever.init(first_model())]
     for _ in range(4):
         states = moved_by(ever, states, 0.25)

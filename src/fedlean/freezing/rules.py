@@ -20,6 +20,7 @@ from fedlean.core import Params, generator
 from fedlean.train.hyperparameters import at_least, in_range
 
 RuleState = Mapping[str, Any]  # arrays, tuples and numbers, as checkpoints hold them
+ANY = 1e3  # movement on the scale of a random walk: more than any window gives
 
 
 class FreezingRule(NamedTuple):
@@ -71,7 +72,7 @@ def slope_of_movement(
     values: int,
     threshold: float,
     patience: int,
-    below: float = 1.0,
+    below: float = ANY,
 ) -> FreezingRule:
     """A part is frozen once its movement stops to change.
 
@@ -80,7 +81,7 @@ def slope_of_movement(
     the last `values` W of these stays below `threshold` in size `patience` times in a row.  What
     H, W, the threshold and the patience are is not known of SmartFreeze.  ProFL's configuration
     names a window, a number of evaluations and a threshold of the slope, its code leaves the
-    decision to a person.  The scale is ours, and so is `below`: the smoothed movement, not scaled,
+    decision to a person.  The scale is ours, and so is `below`: the smoothed movement on that scale
     must be at most that.  A part that has just begun to learn moves straight on, and then the slope
     is small, too.
 
@@ -93,7 +94,7 @@ def slope_of_movement(
     at_least("values", values, 2)
     in_range("threshold", threshold, 0.0, 1e3, open_low=True)
     at_least("patience", patience, 1)
-    in_range("below", below, 0.0, 1.0)
+    in_range("below", below, 0.0, ANY, open_low=True)
 
     def init(held: np.ndarray) -> RuleState:
         return {
@@ -117,7 +118,7 @@ def slope_of_movement(
             measured["smoothed"] = smoothed[-1]
             if len(smoothed) == values:
                 measured["slope"] = slope(smoothed)
-                low = smoothed[-1] <= below * sqrt(window)
+                low = smoothed[-1] <= below
                 quiet = quiet + 1 if low and abs(measured["slope"]) < threshold else 0
         return {
             "last": np.array(held, np.float32),

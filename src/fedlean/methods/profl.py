@@ -117,10 +117,10 @@ def profl(
     freezing: Freezing = "movement",
     window: int = 6,
     slope_values: int = 5,
-    slope_threshold: float = 0.02,
+    slope_threshold: float = 0.05,
     patience: int = 3,
     smoothing: float = 0.5,
-    below: float = 0.7,
+    below: float = 1.25,
 ) -> FederatedAlgorithm:
     """Federated averaging of one part of the model at a time, backwards and then forwards.
 

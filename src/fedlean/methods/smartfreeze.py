@@ -88,12 +88,12 @@ def smartfreeze(
     *,
     schedule: bool = True,
     pace: bool = True,
-    window: int = 5,
+    window: int = 10,
     smoothing: float = 0.5,
     values: int = 5,
-    threshold: float = 0.02,
+    threshold: float = 0.05,
     patience: int = 3,
-    below: float = 0.9,
+    below: float = 1.25,
     select: bool = True,
     straggler_penalty: float = 2.0,
 ) -> FederatedAlgorithm:
@@ -106,8 +106,8 @@ def smartfreeze(
       pace: whether a part may be frozen before its equal share of the rounds is over.
       window, smoothing, values, threshold, patience: of the pace controller, H, the share of the
         smoothed value that stays, W, φ and n (`freezing.rules.slope_of_movement`).
-      below: what the smoothed P_b must have come down to before a part may be frozen (ours): at
-        first every part goes straight on, and that is level, too.
+      below: what the smoothed P_b must have come down to before a part may be frozen, in floors
+        1/√H of a random walk (ours): at first every part goes straight on, which is level, too.
       select: whether a cohort is drawn by communities and utility; otherwise uniformly.
       straggler_penalty: α of Oort's utility; 0: slow devices are as likely as others.
 
