@@ -17,7 +17,7 @@ SHORT = {
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "local_steps": 10,
-    "batch_size": 32,
+    "batch_size": 16,
     "cohort": 10,
 }
 # 5 epochs over 500 examples are 39 steps of 64
@@ -35,8 +35,8 @@ def config(
     method: str,
     settings: dict,
     *,
-    width: int = 8,
-    rounds: int = 200,
+    width: int = 16,
+    rounds: int = 400,
     partition: str = "dirichlet:0.5",
     fleet: str | None = "fleet.toml",
 ) -> RunConfig:
@@ -49,7 +49,7 @@ def config(
         device="raspberry_pi_4",
         fleet=None if fleet is None else str(HERE / fleet),
         target_accuracy=TARGETS,
-        eval_every=10,
+        eval_every=20,
         eval_examples=2000,
         settings=settings,
     )
@@ -75,8 +75,8 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
 short = partial(config)
 paper = partial(config, width=64, rounds=1600, fleet="fleet_paper.toml")
 GROUPS = {
-    "short": runs(short, SHORT, narrow=1),
-    "iid": runs(partial(short, partition="iid"), SHORT, narrow=1),
+    "short": runs(short, SHORT, narrow=2),
+    "iid": runs(partial(short, partition="iid"), SHORT, narrow=2),
     "paper": runs(paper, PAPER, narrow=8),
 }
 
