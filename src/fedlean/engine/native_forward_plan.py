@@ -13,7 +13,7 @@ from math import prod
 
 from fedlean import layers as L
 from fedlean.engine.native_plan import lines
-from fedlean.engine.native_program import Mode, Program
+from fedlean.engine.native_program import Mode, program
 from fedlean.engine.native_storage import (
     FLOAT_BYTES,
     PANEL_LANES,
@@ -21,7 +21,7 @@ from fedlean.engine.native_storage import (
     is_sparse,
     stored_bytes,
 )
-from fedlean.engine.native_structure import geometries, structure
+from fedlean.engine.native_structure import geometries
 from fedlean.layers import Shape
 from fedlean.spec import ModelSpec, Node
 
@@ -40,14 +40,14 @@ def forward_bytes(
 ) -> tuple[int, int]:
     """(of the tensors and their patterns, of everything else)."""
     everything = frozenset(spec.tensor_shapes)
-    held = structure(spec, everything)
+    held = program(spec, everything, Mode(batch_size, group_panels=1)).structure
     where = geometries(spec, held, slower)
     stored = stored_bytes(spec, kept, 0, everything, where)
     moved = partial(_moved, spec, kept, frozen, where)
 
     def floats_of(panels: int) -> int:
         mode = Mode(batch_size, group_panels=panels)
-        return Program(spec, kept, everything, held, where, mode, moved).floats
+        return program(spec, everything, mode).floats(kept, where, moved=moved)
 
     floats = floats_of(1)
     times, out_of = MOST_FOR_WIDER
@@ -72,11 +72,8 @@ def tapped_bytes(
 ) -> int:
     """Of a forward whose taps are kept, beside the tensors and their patterns."""
     everything = frozenset(spec.tensor_shapes)
-    held = structure(spec, everything)
-    mode = Mode(examples, taps=frozenset(taps), group_panels=1)
-    where = geometries(spec, held, slower)
-    program = Program(spec, kept, everything, held, where, mode)
-    return FLOAT_BYTES * program.floats
+    own = program(spec, everything, Mode(examples, taps=frozenset(taps), group_panels=1))
+    return FLOAT_BYTES * own.floats(kept, geometries(spec, own.structure, slower))
 
 
 def _moved(

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Sequence
 
 LINE_FLOATS = 16  # arrays start at cache lines
 
-
-@dataclass
-class _Array:
-    floats: int
-    first: int  # time
-    last: int
-    offset: int = 0
+Array = tuple[int, int, int]  # floats in whole cache lines, first and last time that it is needed
 
 
-class Plan:
-    """Arrays with the first and last time at which they are needed; `floats` once placed."""
+class Arrays:
+    """Arrays whose lives may still grow."""
 
     def __init__(self) -> None:
-        self._arrays: list[_Array] = []
-        self.floats = 0
+        self._arrays: list[Array] = []
 
     def add(self, floats: int, first: int, last: int) -> int:
-        self._arrays.append(_Array(lines(floats), first, last))
+        self._arrays.append((lines(floats), first, last))
         return len(self._arrays) - 1
 
     def extend(self, array: int, first: int, last: int) -> None:
-        entry = self._arrays[array]
-        entry.first, entry.last = min(entry.first, first), max(entry.last, last)
+        floats, begins, ends = self._arrays[array]
+        self._arrays[array] = (floats, min(begins, first), max(ends, last))
 
-    def place(self) -> None:
-        """The largest first, each at the lowest offset that is free during its whole life."""
-        placed: list[_Array] = []  # by offset
-        for array in sorted(self._arrays, key=lambda array: -array.floats):
-            if not array.floats:
+    def all(self) -> tuple[Array, ...]:
+        """In the order in which they were added."""
+        return tuple(self._arrays)
+
+
+def placed_floats(arrays: Sequence[Array]) -> int:
+    """What they take together where arrays whose lives do not meet share memory.
+
+    The largest first, of equals the first, each at the lowest offset that is free during its whole
+    life.
+
+    >>> placed_floats([(16, 0, 1), (32, 1, 2), (16, 2, 3)])
+    48
+    """
+    most, placed = 0, list[tuple[int, int, int, int]]()  # by offset, with the end behind it
+    for floats, first, last in sorted(arrays, key=lambda array: -array[0]):
+        if not floats:
+            break
+        at = 0
+        for offset, end, begins, ends in placed:
+            if ends < first or last < begins:
+                continue
+            if at + floats <= offset:
                 break
-            at = 0
-            for other in placed:
-                if other.last < array.first or array.last < other.first:
-                    continue
-                if at + array.floats <= other.offset:
-                    break
-                at = max(at, other.offset + other.floats)
-            array.offset = at
-            self.floats = max(self.floats, at + array.floats)
-            placed.insert(bisect_right(placed, at, key=lambda other: other.offset), array)
+            if end > at:
+                at = end
+        most = max(most, at + floats)
+        insort(placed, (at, at + floats, first, last))
+    return most
 
 
 def lines(floats: int) -> int:

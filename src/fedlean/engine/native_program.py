@@ -9,15 +9,16 @@ backward runs a few panels at a time, and arrays whose lifetimes do not meet sha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 
 from fedlean import layers as L
 from fedlean.engine.gradient_flow import moves_statistics, needed
-from fedlean.engine.native_plan import Plan
-from fedlean.engine.native_storage import PANEL_LANES, Geometry, Scratch, Situation, scratch
-from fedlean.engine.native_structure import Structure
+from fedlean.engine.native_plan import Array, Arrays, lines, placed_floats
+from fedlean.engine.native_storage import PANEL_LANES, Geometry, Situation, scratch
+from fedlean.engine.native_structure import Structure, structure
 from fedlean.layers import Shape
 from fedlean.spec import INPUT, ModelSpec, Node
 
@@ -32,7 +33,6 @@ class Mode:
     examples: int
     threads: int = 1
     training: bool = False  # backward follows
-    dense_rows: Mapping[str, int] = field(default_factory=dict)  # of weights, whose g² is summed
     taps: frozenset[str] = frozenset()  # nodes whose outputs are wanted, where gradients may enter
     group_panels: int = 2  # that run at once where nothing is kept for backward
 
@@ -64,28 +64,32 @@ class _Step:
     output: str
     training: bool
     backward: bool
+    at: Situation | None = None  # in which it wants scratch, but for dense rows
 
     @property
     def layer(self) -> L.Layer:
         return self.node.layer
 
 
+@lru_cache(maxsize=32)
+def program(spec: ModelSpec, frozen: frozenset[str], mode: Mode) -> Program:
+    """Once for all masks: a plan asks for hundreds."""
+    return Program(spec, frozen, structure(spec, frozen), mode)
+
+
 @dataclass
 class Program:
-    """`floats` are what the pass takes beside the tensors of the model and their gradients."""
+    """A pass, of which nothing depends on masks but the scratch of layers and its layout."""
 
     spec: ModelSpec
-    kept: Mapping[str, int]  # masked tensor -> kept coordinates
     frozen: Collection[str]
     structure: Structure
-    where: Mapping[str, Geometry]
     mode: Mode
-    moved: Callable[[Node], int] | None = None  # floats for a layer's perturbed weights
     _tensors: dict[str, _Tensor] = field(init=False)
     _steps: list[_Step] = field(init=False)
     _maker: dict[str, _Step] = field(init=False)  # of every tensor but the input
     _region: int = field(init=False, default=0)  # the first so many steps run group by group
-    _plan: Plan = field(init=False, default_factory=Plan)
+    _arrays: Arrays = field(init=False, default_factory=Arrays)  # but for scratch
 
     def __post_init__(self) -> None:
         self._wire()
@@ -97,11 +101,31 @@ class Program:
         self._share_values()
         if self.mode.training:
             self._share_gradients()
-        self._lay_out()
+        self._add_values()
+        if self.mode.training:
+            self._add_gradients()
+        for i, step in enumerate(self._steps):
+            step.at = self._situation(step, i < self._region)
 
-    @property
-    def floats(self) -> int:
-        return self._plan.floats
+    def floats(
+        self,
+        kept: Mapping[str, int],
+        where: Mapping[str, Geometry],
+        dense_rows: Mapping[str, int] | None = None,
+        moved: Callable[[Node], int] | None = None,
+        least: int = 0,
+    ) -> int:
+        """Beside the tensors of the model and their gradients; `least` where that is more.
+
+        kept: masked tensor -> kept coordinates
+        where: `geometries` of the structure
+        dense_rows: of weights, whose g² is summed
+        moved: floats for a layer's perturbed weights
+        """
+        arrays = [*self._arrays.all(), *self._scratch(kept, where, dense_rows or {}, moved)]
+        if sum(floats for floats, _, _ in arrays) <= least:  # even side by side
+            return least
+        return max(least, placed_floats(arrays))
 
     def _wire(self) -> None:
         s, training = self.structure, self.mode.training
@@ -213,20 +237,26 @@ class Program:
                     into.gradient_of, shared = step.output, True
                 written.add(source)
 
-    def _lay_out(self) -> None:
-        self._add_values()
-        if self.mode.training:
-            self._add_gradients()
+    def _scratch(
+        self,
+        kept: Mapping[str, int],
+        where: Mapping[str, Geometry],
+        dense_rows: Mapping[str, int],
+        moved: Callable[[Node], int] | None,
+    ) -> Iterator[Array]:
         for i, step in enumerate(self._steps):
-            need = self._scratch(step, i < self._region)
+            at, node = step.at, step.node
+            assert at is not None
+            if rows := dense_rows.get(f"{node.name}.weight", 0):
+                at = replace(at, dense_rows=rows)
+            need = scratch(self.spec, node, self._tensors[step.output].shape, kept, where, at)
             back = self._back(i)
-            self._plan.add(need.forward, i, i)
-            if self.moved is not None:
-                self._plan.add(self.moved(step.node), i, i)
+            yield lines(need.forward), i, i
+            if moved is not None:
+                yield lines(moved(node)), i, i
             if step.backward:
-                self._plan.add(need.saved, i, back)
-                self._plan.add(need.backward, back, back)
-        self._plan.place()
+                yield lines(need.saved), i, back
+                yield lines(need.backward), back, back
 
     def _back(self, i: int) -> int:
         """When step i runs backward."""
@@ -234,7 +264,7 @@ class Program:
 
     def _add_values(self) -> None:
         """In the order in which they are made."""
-        extend, loss = self._plan.extend, len(self._steps)
+        extend, loss = self._arrays.extend, len(self._steps)
         self._add_value(INPUT, 0)
         for i, step in enumerate(self._steps):
             self._add_value(step.output, i)
@@ -262,13 +292,13 @@ class Program:
         first = 0 if time < self._region and not tensor.local else time
         if tensor.values_of is not None:
             tensor.value_array = self._tensors[tensor.values_of].value_array
-            self._plan.extend(tensor.value_array, first, time)
+            self._arrays.extend(tensor.value_array, first, time)
             return
         lanes = padded(self.mode.examples)
         if tensor.local:
             lanes = min(lanes, self.mode.group_panels * PANEL_LANES)
         floats = lanes * _pixels(tensor.shape, tensor.value_halo)
-        tensor.value_array = self._plan.add(floats, first, time)
+        tensor.value_array = self._arrays.add(floats, first, time)
 
     def _reads_input(self, node: Node) -> bool:
         """In backward."""
@@ -298,25 +328,23 @@ class Program:
                 first = loss if tensor.seed else back
                 if tensor.grad_array == -1:
                     floats = lanes * _pixels(tensor.shape, tensor.grad_halo)
-                    tensor.grad_array = self._plan.add(floats, back, back)
-                self._plan.extend(tensor.grad_array, first, back)
+                    tensor.grad_array = self._arrays.add(floats, back, back)
+                self._arrays.extend(tensor.grad_array, first, back)
 
-    def _scratch(self, step: _Step, in_region: bool) -> Scratch:
+    def _situation(self, step: _Step, in_region: bool) -> Situation:
         examples, panels = self.mode.examples, -(-self.mode.examples // PANEL_LANES)
         if in_region:
             panels = min(panels, self.mode.group_panels)
         most = panels * PANEL_LANES
-        situation = Situation(
+        return Situation(
             examples=min(examples, most),
             lanes=min(padded(examples), most),
             panels=panels,
             training=step.training and step.backward,
-            dense_rows=self.mode.dense_rows.get(f"{step.node.name}.weight", 0),
+            dense_rows=0,
             needs_grad_in=any(self._tensors[source].needs_grad for source in step.inputs),
             threads=self.mode.threads,
         )
-        shape = self._tensors[step.output].shape
-        return scratch(self.spec, step.node, shape, self.kept, self.where, situation)
 
 
 def padded(examples: int) -> int:

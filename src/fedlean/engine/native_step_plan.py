@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-from fedlean.engine.native_program import Mode, Program
+from fedlean.engine.native_program import Mode, program
 from fedlean.engine.native_storage import FLOAT_BYTES, Geometry, stored_bytes
-from fedlean.engine.native_structure import Structure, geometries, structure
+from fedlean.engine.native_structure import geometries
 from fedlean.engine.pieces import Pieces, dense_rows, whole
 from fedlean.spec import ModelSpec
 
@@ -32,12 +32,10 @@ class SessionPlan:
     slower: frozenset[str] = frozenset()
 
     @cached_property
-    def structure(self) -> Structure:
-        return structure(self.spec, self.frozen)
-
-    @cached_property
     def where(self) -> Mapping[str, Geometry]:
-        return geometries(self.spec, self.structure, self.slower)
+        training = Mode(self.batch_size, self.threads, training=True)
+        own = program(self.spec, self.frozen, training).structure
+        return geometries(self.spec, own, self.slower)
 
     def stored_bytes(self, optimizer_floats: int = 0) -> int:
         """Values, patterns, masks, and so many floats for each trained value."""
@@ -49,24 +47,40 @@ class SessionPlan:
 
     def step_bytes(self, summed: Iterable[Pieces] = ()) -> int:
         """The arena of a session that has taken steps, which summed g² of such pieces."""
-        training = Mode(self.batch_size, self.threads, training=True)
-        modes = [training, replace(training, training=False)]
         # pieces of the same sizes want the same scratch
-        sizes = {tuple(sorted(dense_rows(pieces).items())) for pieces in summed}
-        modes += [replace(training, dense_rows=dict(each)) for each in sizes]
-        return max(map(self._pass_bytes, modes))
+        sizes = frozenset(tuple(sorted(dense_rows(pieces).items())) for pieces in summed)
+        kept = tuple(sorted(self.kept.items()))
+        return FLOAT_BYTES * _step_floats(
+            self.spec, self.frozen, self.slower, self.batch_size, self.threads, kept, sizes
+        )
 
     def forward_bytes(self, examples: int, taps: Collection[str], *, training: bool) -> int:
         """The arena of a `forward`, whose gradients may all be asked for where it is a training."""
-        mode = Mode(
-            examples,
-            self.threads,
-            training=training,
-            dense_rows=dense_rows(whole(self.spec, self.frozen)) if training else {},
-            taps=frozenset(taps),
-        )
-        return self._pass_bytes(mode)
+        rows = dense_rows(whole(self.spec, self.frozen)) if training else {}
+        mode = Mode(examples, self.threads, training=training, taps=frozenset(taps))
+        own = program(self.spec, self.frozen, mode)
+        return FLOAT_BYTES * own.floats(self.kept, self.where, rows)
 
-    def _pass_bytes(self, mode: Mode) -> int:
-        program = Program(self.spec, self.kept, self.frozen, self.structure, self.where, mode)
-        return FLOAT_BYTES * program.floats
+
+Counts = tuple[tuple[str, int], ...]  # by tensor, sorted
+
+
+@lru_cache(maxsize=512)
+def _step_floats(
+    spec: ModelSpec,
+    frozen: frozenset[str],
+    slower: frozenset[str],
+    batch_size: int,
+    threads: int,
+    kept: Counts,
+    summed_rows: frozenset[Counts],
+) -> int:
+    """Methods that keep the same are asked for the same, whatever their optimiser and steps."""
+    training = Mode(batch_size, threads, training=True)
+    own, counts = program(spec, frozen, training), dict(kept)
+    where = geometries(spec, own.structure, slower)
+    floats = own.floats(counts, where)
+    for rows in summed_rows:
+        floats = own.floats(counts, where, dict(rows), least=floats)
+    evaluating = program(spec, frozen, replace(training, training=False))
+    return evaluating.floats(counts, where, least=floats)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from fedlean.algorithm import Device
 from fedlean.core import Scalar
 from fedlean.cost.profile import Profile
-from fedlean.planning.pricing import peak_bytes, phases, pricer
+from fedlean.planning.pricing import Search, peak_bytes, phases, pricer
 from fedlean.planning.records import Knob, MethodPlan
 from fedlean.planning.rehearse import Settings, Stage, Walked
 from fedlean.planning.search import largest, value_at
@@ -120,7 +119,7 @@ class _Planner:
         assert self.knob is not None
         base, density = self._base(walked)
         for _ in range(TRIES):
-            found = largest(partial(self._need_at, base, density), self.limit)
+            found = largest(Search(_all_clients(base.walk.kinds), self.pricer, density).fits)
             if found is None:
                 return None
             if found == 1.0:  # what is dense was walked, too

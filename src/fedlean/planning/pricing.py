@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -96,17 +96,43 @@ def peak_bytes(
 
     With `value`: if masks of `density` had that instead.
     """
-    most = 0
+    cases = _cases(kinds, density, value)
+    return max((pricer.price(kind.task, way)[1].peak_bytes for kind, way in cases), default=0)
+
+
+@dataclass
+class Search:
+    """Whether `kinds`, walked with masks of `density`, fit with others, however those are split."""
+
+    kinds: Sequence[Kind]
+    pricer: Pricer
+    density: float
+    _needy: int = 0  # the case that did not fit at the last value that did not
+
+    def fits(self, value: float) -> bool:
+        """Whether `peak_bytes` there is within the memory: known from the first case that is not."""
+        cases = list(_cases(self.kinds, self.density, value))
+        for at in sorted(range(len(cases)), key=lambda at: at != self._needy):  # that one first
+            kind, way = cases[at]
+            peak = self.pricer.price(kind.task, way)[1].peak_bytes
+            if peak > self.pricer.profile.memory_bytes:
+                self._needy = at
+                return False
+        return True
+
+
+def _cases(
+    kinds: Sequence[Kind], density: float, value: float | None
+) -> Iterator[tuple[Kind, Sequence[Work]]]:
+    """Every kind as walked, and where it has masks in each other split of them."""
     for kind in kinds:
         works, spec = kind.works, kind.task.spec
         if value is not None:
             works = [moved(work, spec.tensor_shapes, density, value) for work in works]
-        ways: list[Sequence[Work]] = [works]
+        yield kind, works
         if any(work.kept for work in works):
-            ways += zip(*(uneven(work, spec) for work in works), strict=True)
-        for way in ways:
-            most = max(most, pricer.price(kind.task, way)[1].peak_bytes)
-    return most
+            for way in zip(*(uneven(work, spec) for work in works), strict=True):
+                yield kind, way
 
 
 def moved(work: Work, shapes: Mapping[str, Shape], density: float, value: float) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 
 DECADES = 3  # from 0.001 on: of smaller models there is little left
@@ -18,16 +18,16 @@ def value_at(place: int) -> float:
     return (100 + digits) / 10 ** (DECADES + 2 - decade)
 
 
-def largest(need: Callable[[float], float], limit: float) -> float | None:
-    """The largest of them with need(x) <= limit, or None; `need` never falls.
+def largest(fits: Callable[[float], bool]) -> float | None:
+    """The largest of them that fits, or None; below what fits, everything does.
 
-    >>> largest(lambda x: 100 * x, 12.3456)
+    >>> largest(lambda x: 100 * x <= 12.3456)
     0.123
-    >>> largest(lambda x: 100 * x, 1000), largest(lambda x: 100 * x, 0.01)
+    >>> largest(lambda x: True), largest(lambda x: False)
     (1.0, None)
     """
-    if need(1.0) <= limit:
+    if fits(1.0):
         return 1.0
     places = range(900 * DECADES + 1)
-    found = bisect_right(places, limit, key=lambda place: need(value_at(place)))
+    found = bisect_left(places, True, key=lambda place: not fits(value_at(place)))
     return value_at(found - 1) if found else None
