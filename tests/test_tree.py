@@ -544,6 +544,16 @@ def test_uncovered_variance_keeps_the_base():
     np.testing.assert_array_equal(merged["bn.running_var"], floats(2, 5))
 
 
+def test_apply_mask_leaves_every_bit_of_what_it_keeps():
+    values = np.array([-0.0, np.nan, -np.inf, 1e-45, -2.5, -np.nan, np.inf, -1e-45], np.float32)
+    for w in (values, np.stack([values, values[::-1]]).T):
+        mask = np.arange(w.size).reshape(w.shape) % 3 > 0
+        found = apply_mask({"w": w}, {"w": mask})["w"]
+        assert found.dtype == np.float32
+        assert found[mask].tobytes() == w[mask].tobytes()
+        assert found[~mask].tobytes() == bytes(4 * np.count_nonzero(~mask))
+
+
 def test_apply_mask_prunes_to_positive_zero():
     params = {"w": floats(-1, -0.0, np.nan, 5, -0.0), "b": floats(-0.0)}
     masked = apply_mask(params, {"w": np.array([False, False, False, True, True])})

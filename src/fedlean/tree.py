@@ -31,9 +31,16 @@ _hashed: dict[tuple[str | int, ...], tuple[_References, str]] = {}  # by names a
 def apply_mask(params: Params, masks: Masks) -> dict[str, np.ndarray]:
     """params · mask: pruned coordinates are exactly +0, the others unchanged bit for bit."""
     return {
-        name: np.where(masks[name], value, np.float32(0)) if name in masks else value
+        name: _masked(value, masks[name]) if name in masks else value
         for name, value in params.items()
     }
+
+
+def _masked(value: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Of float32 the bits as integers times 0 or 1: no branch, which `np.where` has per value."""
+    if value.dtype == np.float32 and mask.dtype == np.bool_:
+        return np.multiply(value.view(np.uint32), mask).view(np.float32)
+    return np.where(mask, value, np.float32(0))
 
 
 def pack(params: Params, masks: Masks) -> dict[str, np.ndarray]:

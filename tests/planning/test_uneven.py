@@ -17,6 +17,8 @@ from fedlean.cost.split import memory_split
 from fedlean.engine.forms import step_forms
 from fedlean.models.lenet300 import lenet300
 from fedlean.planning import plan
+from fedlean.planning.pricing import Search, peak_bytes, pricer
+from fedlean.planning.rehearse import Stage
 from fedlean.planning.uneven import uneven
 
 SPEC = lenet300((1, 8, 8), 10)
@@ -51,6 +53,20 @@ def test_nor_where_memory_asks_for_the_smaller_forms(shares):
         return memory_split(SPEC, [way], slower=[forms]).peak_bytes
 
     assert least(work) <= 1.05 * max(map(least, uneven(work, SPEC)))
+
+
+def test_a_search_says_of_every_value_what_all_splits_do():
+    profile, stage = load_profile("raspberry_pi_4"), Stage(SPEC)
+    device = Device(0, profile=profile, memory_bytes=230_000)
+    base = stage.walked("synflow", {"density": 0.2}, device, profile)
+    kinds, here = base.walk.kinds, pricer(device, profile, {})
+    search, found = Search(kinds, here, 0.2), set()
+    for value in (0.3, 0.001, 1.0, 0.15, 0.56, 0.02, 0.2, 0.5, 0.1):
+        fits = peak_bytes(kinds, here, density=0.2, value=value) <= 230_000
+        assert search.fits(value) == fits, value
+        found.add(fits)
+    assert found == {True, False}
+    assert Search([], here, 0.2).fits(1.0)
 
 
 @pytest.mark.parametrize("method", ["synflow", "ntk_zo"])

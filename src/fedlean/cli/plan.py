@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedlean.algorithm import Device
 from fedlean.cli.options import Place, Whole
-from fedlean.cli.screen import show
+from fedlean.cli.screen import show, show_lines
 from fedlean.core import Scalar
 from fedlean.cost.profile import Profile, load_profile
 from fedlean.data import digits
@@ -109,8 +109,7 @@ def plan(
     if out is not None:
         write_page(out, plan_page(found))
     if json:
-        for line in dumps(to_document(found), indent=1).splitlines():
-            show(line)
+        show_lines(dumps(to_document(found), indent=1).splitlines())
         return
     for part in plan_parts(found):
         show(Text(printable(part)) if isinstance(part, str) else part)  # text that is wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,12 @@ def show(what: Any) -> None:
     """A line, or a table, whose cells are printable already."""
     what = printable(what) if isinstance(what, str) else what
     out.print(what, highlight=False, markup=False, emoji=False, soft_wrap=isinstance(what, str))
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """All at once: a console takes its time for each."""
+    text = "\n".join(map(printable, lines))
+    out.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def say(line: str, style: str | None = "yellow") -> None:

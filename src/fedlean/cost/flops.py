@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from fedlean.core import Work
@@ -45,8 +46,17 @@ def weight_size(spec: ModelSpec, node: Node) -> int:
 
 def positions(spec: ModelSpec, node: Node) -> int:
     """How often each weight of the layer is used per example."""
-    assert isinstance(node.layer, Linear | Conv2d)
-    return node.layer.positions(spec.input_shapes(node))
+    return _uses(spec)[node.name][1]
+
+
+@lru_cache(maxsize=64)
+def _uses(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """(size, positions) of each weighted layer: prices of many masks ask for the same."""
+    found = {}
+    for node in spec.weighted:
+        assert isinstance(node.layer, Linear | Conv2d)
+        found[node.name] = weight_size(spec, node), node.layer.positions(spec.input_shapes(node))
+    return found
 
 
 def layer_flops(
@@ -86,8 +96,8 @@ def _of_layer(
 
 def _pass_flops(spec: ModelSpec, node: Node, kept: Mapping[str, int], examples: int) -> int:
     """Each kept weight at each of its positions, once."""
-    values = kept.get(f"{node.name}.weight", weight_size(spec, node))
-    return 2 * values * positions(spec, node) * examples
+    size, uses = _uses(spec)[node.name]
+    return 2 * kept.get(f"{node.name}.weight", size) * uses * examples
 
 
 def forward_flops(spec: ModelSpec, kept: Mapping[str, int], examples: int) -> int:

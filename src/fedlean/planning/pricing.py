@@ -110,7 +110,7 @@ class Search:
     _needy: int = 0  # the case that did not fit at the last value that did not
 
     def fits(self, value: float) -> bool:
-        """Whether `peak_bytes` there is within the memory: known from the first case that is not."""
+        """Whether `peak_bytes` there is within the memory; the first case that is not tells."""
         cases = list(_cases(self.kinds, self.density, value))
         for at in sorted(range(len(cases)), key=lambda at: at != self._needy):  # that one first
             kind, way = cases[at]

@@ -8,9 +8,8 @@ Where memory asks for the smaller of the two forms, it is where both take about 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from math import ceil, prod
 
 from fedlean.core import Work
@@ -24,8 +23,6 @@ from fedlean.engine.native_storage import (
 from fedlean.layers import Linear
 from fedlean.spec import ModelSpec
 
-Level = Callable[[ModelSpec, str], int]  # so many weights of a tensor
-
 
 def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
     """`work` with as many kept weights, split over its masked tensors in 16 other ways.
@@ -35,6 +32,13 @@ def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
     both forms take as much; then all of them, with what is left, to all but one, and wholly.
     """
     sizes = {name: prod(spec.tensor_shapes[name]) for name in work.kept}
+    total = sum(work.kept.values())
+    dense_from = {name: _dense_from(spec, name, size) for name, size in sizes.items()}
+    below = {name: max(0, least - 1) for name, least in dense_from.items()}
+    but_one = {name: size - 1 for name, size in sizes.items()}
+    either = {
+        name: _either(work.optimizer_floats, spec, name, size) for name, size in sizes.items()
+    }
     orders = (
         list(sizes),
         list(reversed(sizes)),
@@ -42,37 +46,27 @@ def uneven(work: Work, spec: ModelSpec) -> Iterator[Work]:
         sorted(sizes, key=lambda name: sizes[name]),
     )
     for order in orders:
-        for level in (_below, _dense_from, _but_one, partial(_either, work.optimizer_floats)):
-            left, kept = sum(work.kept.values()), dict.fromkeys(sizes, 0)
-            for upto in (level, _but_one, _whole):
+        for level in (below, dense_from, but_one, either):
+            left, kept = total, dict.fromkeys(sizes, 0)
+            for upto in (level, but_one, sizes):
+                if not left:
+                    break
                 for name in order:
-                    more = min(left, max(0, upto(spec, name) - kept[name]))
+                    more = min(left, max(0, upto[name] - kept[name]))
                     kept[name] += more
                     left -= more
             yield replace(work, kept=kept)
 
 
-def _below(spec: ModelSpec, name: str) -> int:
-    return max(0, _dense_from(spec, name) - 1)
-
-
-def _dense_from(spec: ModelSpec, name: str) -> int:
+def _dense_from(spec: ModelSpec, name: str, size: int) -> int:
     layer = spec.by_name[name.rsplit(".", 1)[0]].layer
     share = SPARSE_LINEAR_BELOW if isinstance(layer, Linear) else SPARSE_CONV_BELOW
-    return ceil(share * prod(spec.tensor_shapes[name]))
+    return ceil(share * size)
 
 
-def _either(optimizer_floats: int, spec: ModelSpec, name: str) -> int:
+def _either(optimizer_floats: int, spec: ModelSpec, name: str, size: int) -> int:
     """A mask against offsets, and for a convolution's second order another and a place."""
     layer = spec.by_name[name.rsplit(".", 1)[0]].layer
     values = FLOAT_BYTES * (1 + optimizer_floats)
     index = OFFSET_BYTES if isinstance(layer, Linear) else 2 * OFFSET_BYTES + START_BYTES
-    return ceil((values + 1) / (values + index) * prod(spec.tensor_shapes[name]))
-
-
-def _but_one(spec: ModelSpec, name: str) -> int:
-    return _whole(spec, name) - 1
-
-
-def _whole(spec: ModelSpec, name: str) -> int:
-    return prod(spec.tensor_shapes[name])
+    return ceil((values + 1) / (values + index) * size)
