@@ -222,6 +222,12 @@ class ModelSpec:
         """Of `hash`, which is computed once: caches by spec are asked often."""
         return hash(self.hash)
 
+    def __eq__(self, other: object) -> bool:
+        """By `hash`, too: a spec that was decoded again is found in a cache without a walk."""
+        if not isinstance(other, ModelSpec):
+            return NotImplemented
+        return self is other or self.hash == other.hash
+
 
 _ENTRIES = {"name": str, "layer": str, "inputs": list, "block": str, "prunable": bool}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 from fedlean import layers as L
@@ -215,20 +216,8 @@ def _gather_bytes(channels: int, chunk: int, outputs: int, groups: int, values: 
 
 
 def _window(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> _Window:
-    layer = node.layer
-    assert isinstance(layer, Conv2d)
-    ((_, height, width),) = spec.input_shapes(node)
-    _, out_height, out_width = spec.shapes[node.name]
-    size = prod(spec.param_shapes[f"{node.name}.weight"])
-    stride, padding = layer.stride, layer.padding
-    if stride > 1:
-        phases = min(stride, layer.kernel_size) ** 2
-        in_pixels = phases * prod(-(-(side + 2 * padding) // stride) for side in (height, width))
-    else:
-        phases = 1
-        in_pixels = prod(side + 2 * geometry.in_halo for side in (height, width))
-    grad_pixels = prod(side + 2 * geometry.grad_halo for side in (out_height, out_width))
-    side = layer.kernel_size
+    phases, in_pixels, grad_pixels = _images(spec, node.name, geometry.in_halo, geometry.grad_halo)
+    size, side = prod(spec.param_shapes[f"{node.name}.weight"]), _side(node)
     wanted = int(20 / (side**2 * max(values / size, 1e-3)) + 0.5)
     wanted = max(wanted, 28000 // ((side + 3) * (side + 7) * 64))
 
@@ -236,3 +225,27 @@ def _window(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> _Wi
         return max(1, min(wanted, MOST_PIXELS // pixels, 128))
 
     return _Window(phases, in_pixels, grad_pixels, size, chunk(in_pixels), chunk(grad_pixels))
+
+
+def _side(node: Node) -> int:
+    assert isinstance(node.layer, Conv2d)
+    return node.layer.kernel_size
+
+
+@lru_cache(maxsize=1024)
+def _images(spec: ModelSpec, name: str, in_halo: int, grad_halo: int) -> tuple[int, int, int]:
+    """Phases, and pixels of an input and of an output channel: the same for all masks."""
+    node = spec.by_name[name]
+    layer = node.layer
+    assert isinstance(layer, Conv2d)
+    ((_, height, width),) = spec.input_shapes(node)
+    _, out_height, out_width = spec.shapes[node.name]
+    stride, padding = layer.stride, layer.padding
+    if stride > 1:
+        phases = min(stride, layer.kernel_size) ** 2
+        in_pixels = phases * prod(-(-(side + 2 * padding) // stride) for side in (height, width))
+    else:
+        phases = 1
+        in_pixels = prod(side + 2 * in_halo for side in (height, width))
+    grad_pixels = prod(side + 2 * grad_halo for side in (out_height, out_width))
+    return phases, in_pixels, grad_pixels
