@@ -21,7 +21,7 @@ def naive(arrays):
         alive = taken[first : last + 1]
         at = next(at for at in range(taken.shape[1]) if not alive[:, at : at + floats].any())
         alive[:, at : at + floats] = True
-    return int(taken.any(0).nonzero()[0].max(initial=-1)) + 1
+    return int(np.flatnonzero(taken.any(axis=0)).max(initial=-1)) + 1
 
 
 @settings(deadline=None)
