@@ -21,6 +21,9 @@ SHORT = {
     "cohort": 10,
 }
 # 5 epochs over 500 examples are 39 steps of 64
+# With a constant rate a part does a random walk long before it has converged: a longer window
+# sees the drift in it, and later.
+PATIENT = {"window": 20, "below": 1.1, "patience": 5}
 PAPER = {
     "lr": 0.01,
     "momentum": 0.9,
@@ -65,7 +68,7 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
         "allsmall_widest": make("fedavg", settings, width=4 * narrow),
         "heterofl": make("heterofl", settings),
         "depthfl": make("depthfl", settings),
-        "smartfreeze": make("smartfreeze", settings),
+        "smartfreeze": make("smartfreeze", {**settings, **PATIENT}),
         "profl": make("profl", settings),
         "neulite": make("neulite", settings),
         "slt": make("slt", settings),

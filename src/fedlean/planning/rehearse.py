@@ -20,7 +20,7 @@ from fedlean.pruning.equal_density import keep_largest
 from fedlean.runtime.method import build, complete, find_method, hyperparameters
 from fedlean.spec import ModelSpec
 from fedlean.train.rehearsal import Rehearsal
-from fedlean.tree import apply_mask
+from fedlean.tree import apply_mask, read_only
 
 Settings = Mapping[str, Scalar | None]
 LONG = 1000  # rounds of a run for methods of others that the short one is too short for
@@ -102,11 +102,11 @@ class Stage:
     def _model(self, density: float | None) -> Model:
         """What a run starts from, perhaps with so much of every prunable tensor."""
         if None not in self._models:
-            self._models[None] = Model(self.spec, init_params(self.spec, self.seed))
+            self._models[None] = Model(self.spec, read_only(init_params(self.spec, self.seed)))
         if density not in self._models:
             params = self._models[None].params
             masks = keep_largest(params, {}, density or 1.0, self.spec.prunable)
-            self._models[density] = Model(self.spec, apply_mask(params, masks), masks)
+            self._models[density] = Model(self.spec, read_only(apply_mask(params, masks)), masks)
         return self._models[density]
 
     def _built(

@@ -62,6 +62,7 @@ from fedlean.runtime.summary import summary_of
 from fedlean.runtime.together import check_classes, check_together
 from fedlean.runtime.trust import Named, read_trusted
 from fedlean.spec import ModelSpec
+from fedlean.tree import read_only
 
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
 CHECKPOINT_SHARE = 0.005  # of a run's time
@@ -104,7 +105,7 @@ def start(
         given = first is not None or bool(config.start)
         run = _prepare(config, folder, _load(config, how), devices, how, lock, given=given)
         spec = run.server.spec
-        model = given_model(first, spec) if first else first_model(run.config, spec)
+        model = _fixed(given_model(first, spec) if first else first_model(run.config, spec))
         state = run.algorithm.init(model)
         if line := about_start(run.config, model, first is not None):
             how.say(line)
@@ -121,6 +122,11 @@ def start(
         write_document(folder, document)
         log = RunLog(folder / "rounds.jsonl")
         return _go(run, LoopState(state, ClientStore()), Totals(), log)
+
+
+def _fixed(model: Model) -> Model:
+    """With tensors that nobody can change, so that frozen ones are hashed once."""
+    return replace(model, params=read_only(model.params))
 
 
 def _anywhere(config: RunConfig) -> RunConfig:
@@ -179,7 +185,7 @@ def resume(
         _refuse_other_model(document, run.server.spec)
         if document["environment"] != environment(run.server.engine):
             lines.append("made with other versions or on another machine: the last bits may differ")
-        initial = run.algorithm.init(kept(folder, config, run.server.spec))
+        initial = run.algorithm.init(_fixed(kept(folder, config, run.server.spec)))
         if tree is None:
             progress, totals, log_bytes = LoopState(initial, ClientStore()), Totals(), 0
         else:
