@@ -18,6 +18,7 @@ from fedlean.cost.profile import Profile, load_profile
 from fedlean.data import digits
 from fedlean.data.load import load_source
 from fedlean.fleet.load import load_fleet
+from fedlean.measure.machine import cores
 from fedlean.models import catalog
 from fedlean.planning.document import to_document
 from fedlean.planning.page import plan_page
@@ -102,6 +103,7 @@ def plan(
         fleet=loaded,
         seed=seed,
         examples=examples,
+        processes=cores(),
     )
     every = [one for block in found.devices for one in block.methods]
     if not any(one.planned for one in every):

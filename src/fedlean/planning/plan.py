@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from math import isfinite
+from multiprocessing import get_context
 
 from fedlean.algorithm import Device, profile_of
 from fedlean.cost.profile import Profile, other_model
@@ -25,6 +27,10 @@ THREADS = 2  # large models are arrays of many MB, on which NumPy leaves the int
 LEFT_OUT = {"fixed_mask": "it trains the masks of a finished run, which a plan does not have"}
 
 
+def _silent(line: str) -> None:
+    """Nobody watches."""
+
+
 def plan(
     models: ModelSpec | Mapping[str, ModelSpec],
     devices: Sequence[Device] = (),
@@ -35,14 +41,16 @@ def plan(
     fleet: Fleet | None = None,
     seed: int = 0,
     examples: int = 100,
-    watch: Callable[[str], None] = lambda line: None,
+    watch: Callable[[str], None] = _silent,
+    processes: int = 1,
 ) -> Plan:
     """A block for each of `models`, by name, on each of `devices`, and on a `fleet`, if any.
 
     devices: profile and memory count; without its own a device has `profile`, which is what the
     server plans by, and that profile's memory.  methods: names or package.module:function; None:
     the built-in ones.  settings: of every method that has them.  seed: of the first weights, on
-    which a mask may depend, and of the fleet's draws.  examples: of a client.
+    which a mask may depend, and of the fleet's draws.  examples: of a client.  processes: in which
+    the models are planned, of their own where there are several (`watch` then hears of none).
 
     Raises ValueError where a method is unknown, a setting is of none of them, or a model's input
     or classes are not those of the first.
@@ -54,17 +62,39 @@ def plan(
     if first is None or not (devices or fleet):
         raise ValueError("a plan needs a model, and a device or a fleet")
     drawn = draw(fleet, seed) if fleet else []
-    blocks = []
-    for name, spec in specs.items():
-        stage = Stage(spec, seed, examples)
-        for device in devices:
-            watch(f"{name} on {label(device, profile)}")
-            blocks.append(_block(stage, name, device, asked, profile, ()))
-        if drawn:
-            watch(f"{name} on the fleet")
-            device = median_device(drawn)
-            blocks.append(_block(stage, name, device, asked, profile, drawn))
-    return Plan(tuple(first.input_shape), first.output_shape[0], tuple(blocks), left_out)
+    one = partial(
+        _of_model, devices=devices, asked=asked, profile=profile, drawn=drawn, draw=(seed, examples)
+    )
+    if processes > 1 and len(specs) > 1:
+        # the interpreter runs one thread at a time; "spawn", since a fork has no threads of NumPy's
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            found = list(pool.map(one, specs, specs.values()))
+    else:
+        found = [one(name, spec, watch=watch) for name, spec in specs.items()]
+    blocks = tuple(block for blocks in found for block in blocks)
+    return Plan(tuple(first.input_shape), first.output_shape[0], blocks, left_out)
+
+
+def _of_model(
+    name: str,
+    spec: ModelSpec,
+    *,
+    devices: Sequence[Device],
+    asked: Mapping[str, Settings],
+    profile: Profile,
+    drawn: Sequence[Device],
+    draw: tuple[int, int],
+    watch: Callable[[str], None] = _silent,
+) -> list[DevicePlan]:
+    """The blocks of one model; `draw` is the seed and a client's examples."""
+    stage, blocks = Stage(spec, *draw), []
+    for device in devices:
+        watch(f"{name} on {label(device, profile)}")
+        blocks.append(_block(stage, name, device, asked, profile, ()))
+    if drawn:
+        watch(f"{name} on the fleet")
+        blocks.append(_block(stage, name, median_device(drawn), asked, profile, drawn))
+    return blocks
 
 
 def label(device: Device, profile: Profile) -> str:
