@@ -12,13 +12,13 @@ import pytest
 from fedlean import cli
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint
 
-QUICK = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch", "4"]
+QUICK = ["--clients", "2", "--local-steps", "1", "--batch", "4"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("restored") / "run"
-    cli.main(["run", "snip", *QUICK, "--set", "density=0.5", "--out", str(folder)])
+    cli.main(["run", "snip", *QUICK, "--rounds", "1", "--set", "density=0.5", "--out", str(folder)])
     return folder
 
 
@@ -93,3 +93,31 @@ def test_what_does_not_fit_is_named_in_one_line(run, tree, capsys, change, said)
 def test_the_checkpoint_as_it_was_fits(run, tree):
     save_checkpoint(run / "checkpoint", 1000, tree)
     cli.main(["resume", str(run)])
+
+
+@pytest.mark.parametrize("method", ["smartfreeze", "profl", "neulite", "slt"])
+def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, method):
+    """What is evaluated then is another model than the whole one, which the state has."""
+
+    def save(folder, step, tree):
+        if step == 1:
+            save_checkpoint(folder, step, tree)
+
+    folder, settings = tmp_path / "run", ["shrink=false"] if method == "profl" else ["lr=0.05"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fedlean.runtime.run.CHECKPOINT_SECONDS", (0.0, 0.0))
+        patch.setattr("fedlean.runtime.run.save_checkpoint", save)
+        quick = [*QUICK, "--rounds", "4", "--set", *settings]
+        cli.main(["run", method, *quick, "--out", str(folder)])
+    whole = (folder / "model.safetensors").read_bytes()
+    tree = load_checkpoint(folder / "checkpoint")[0]
+    cli.main(["resume", str(folder)])
+    assert "continuing after step 1, round 1 of 4" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+    del tree["state"]["params"]["fc2.bias"]  # of the last part
+    save_checkpoint(folder / "checkpoint", 1000, tree)
+    with pytest.raises(SystemExit):
+        cli.main(["resume", str(folder)])
+    said = capsys.readouterr().err
+    assert "does not fit its run" in said and "fc2.bias" in said

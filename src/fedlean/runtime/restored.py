@@ -22,6 +22,7 @@ from fedlean.runtime.clientstore import FROZEN, ClientStore
 from fedlean.runtime.moves import Moves
 from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, LoopState
 from fedlean.runtime.runlog import Totals
+from fedlean.spec import ModelSpec
 from fedlean.tree import read_only
 
 
@@ -35,17 +36,22 @@ class Restored(NamedTuple):
 
 
 def restored(
-    folder: Path, tree: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Model]
+    folder: Path,
+    tree: Mapping[str, Any],
+    initial: Any,
+    modelled: Callable[[Any], Model],
+    whole: ModelSpec,
 ) -> Restored:
     """Of the checkpoint `tree` in `folder`; `initial` is a state of the run's method.
 
-    modelled: what of a state is evaluated and saved.
+    modelled: what of a state is evaluated and saved.  whole: the run's model, which a state holds
+    where only a stage of it is evaluated.
 
     Raises ValueError naming what of it does not fit the method or the model.
     """
     try:
         progress = LoopState(
-            _state(tree["state"], initial, modelled),
+            _state(tree["state"], initial, modelled, whole),
             ClientStore(_store(tree["store"])),
             _count("step", tree["step"]),
             _below("empty_steps", tree["empty_steps"], EMPTY_STEPS),
@@ -71,7 +77,9 @@ def recorded_round(tree: Mapping[str, Any] | None) -> int:
     return round if isinstance(round, int) else 0
 
 
-def _state(values: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Model]) -> Any:
+def _state(
+    values: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Model], whole: ModelSpec
+) -> Any:
     """A state of the method, with model and masks of the shapes of its spec."""
     for field in fields(initial):
         now, then = values.get(field.name), getattr(initial, field.name)
@@ -81,9 +89,11 @@ def _state(values: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Mo
     _count("round", state.round)
     _arrays("params", state.params)
     _arrays("masks", state.masks)
-    spec = modelled(state).spec
-    check_params(spec, state.params)
-    check_masks(spec, state.masks)
+    model = modelled(state)
+    check_params(model.spec, model.params)
+    if model.params is not state.params:  # a part of the whole model, which the state has
+        check_params(whole, state.params)
+    check_masks(model.spec, state.masks)
     return replace(state, params=read_only(state.params))  # frozen ones are hashed once, then
 
 
