@@ -61,6 +61,25 @@ def test_json_and_page(capsys, tmp_path):
     assert again > 2 * small
 
 
+def test_the_stages_of_resnet18(capsys, monkeypatch):
+    """Each of them by its name, in its order."""
+    monkeypatch.setenv("COLUMNS", "80")
+    chosen = ["--model", "resnet18", "--input-shape", "3x32x32", "--classes", "10"]
+    out = said(capsys, *chosen, "--method", "smartfreeze", "profl", "neulite")
+    words = [" ".join(line.split()[:3]) for line in out.splitlines()]
+    first = words.index("smartfreeze")
+    stages = [f"stage{number}" for number in (1, 2, 3, 4)]
+    shrinking = [(way, stage) for stage in stages[:0:-1] for way in ("shrink", "map")]
+    listed = [
+        *("smartfreeze", *(f"stage {stage}" for stage in stages)),
+        *("profl", *(f"{way} stage {stage}" for way, stage in shrinking)),
+        *(f"grow stage {stage}" for stage in stages),
+        *("neulite", *(f"stage {stage}" for stage in stages)),
+    ]
+    found = words[first : first + len(listed)]
+    assert all(word.startswith(name) for word, name in zip(found, listed, strict=True)), found
+
+
 def test_shapes_and_settings(capsys):
     document = json.loads(
         said(capsys, "--json", "--input-shape", "3x16x16", "--classes", "7",

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -28,10 +29,18 @@ PROGRAM = (
 RNG = np.random.default_rng()
 
 
-def arguments(folder: Path, rounds: int = ROUNDS) -> list[str]:
+PRUNEFL = ("initial_passes=40", "reconfigure_every=25")
+STAGED = {
+    "smartfreeze": ("local_steps=20", "momentum=0.5"),
+    "profl": ("local_steps=20", "map_steps=40"),
+}
+
+
+def arguments(
+    folder: Path, rounds: int = ROUNDS, method: str = "prunefl", settings: Sequence[str] = PRUNEFL
+) -> list[str]:
     options = ["--clients", "4", "--cohort", "3", "--rounds", str(rounds), "--seed", "2"]
-    settings = ["--set", "initial_passes=40", "reconfigure_every=25"]
-    return ["run", "prunefl", *options, *settings, "--out", str(folder)]
+    return ["run", method, *options, "--set", *settings, "--out", str(folder)]
 
 
 def launch(*arguments: str, checkpoint_seconds: float = 0.1) -> subprocess.Popen[str]:
@@ -46,7 +55,11 @@ def launch(*arguments: str, checkpoint_seconds: float = 0.1) -> subprocess.Popen
 
 
 def stop_when(
-    process: subprocess.Popen[str], ready: Callable[[], bool], how: signal.Signals
+    process: subprocess.Popen[str],
+    ready: Callable[[], bool],
+    how: signal.Signals,
+    *,
+    later_seconds: float = 0.1,
 ) -> tuple[int, str]:
     """Signals the process once `ready`, a random moment later; its exit status and what it said."""
     deadline = time.monotonic() + 60
@@ -55,7 +68,7 @@ def stop_when(
             process.kill()
             raise AssertionError(f"ended or hung before its time: {process.communicate()[1]}")
         time.sleep(0.002)
-    time.sleep(RNG.uniform(0, 0.1))
+    time.sleep(RNG.uniform(0, later_seconds))
     process.send_signal(how)
     said = process.communicate(timeout=60)[1]
     return process.returncode, said
@@ -157,6 +170,50 @@ def test_killed_at_every_stage(tmp_path, whole):
     stop_when(process, checkpointed_after(folder, known), signal.SIGKILL)
 
     cli.main(["resume", str(folder)])
+    assert_same(folder, whole)
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory) -> Callable[[str], Path]:
+    """The undisturbed run of a method that trains the model part by part."""
+
+    @cache
+    def made(method: str) -> Path:
+        folder = tmp_path_factory.mktemp("faults") / method
+        cli.main(arguments(folder, 36, method, STAGED[method]))
+        return folder
+
+    return made
+
+
+def borders(folder: Path) -> list[int]:
+    """The rounds after which another stage begins."""
+    stages = [(entry["phase"], entry["stage"]) for entry in log(folder)]
+    return [at for at in range(1, len(stages)) if stages[at] != stages[at - 1]]
+
+
+@pytest.mark.parametrize(
+    ("method", "border", "after"),
+    [
+        ("smartfreeze", 0, 0),  # while the next stage is begun, or in its first round
+        ("smartfreeze", 0, 1),
+        ("smartfreeze", 0, 6),
+        ("profl", 0, 0),  # before a map of two rounds
+        ("profl", 0, 1),  # in the middle of it
+        ("profl", 1, 0),  # after it, where growing begins
+    ],
+)
+def test_killed_around_the_border_of_a_stage(staged, tmp_path, capsys, method, border, after):
+    whole, folder = staged(method), tmp_path / "run"
+    target = borders(whole)[border] + after
+    process = launch(*arguments(folder, 36, method, STAGED[method]), checkpoint_seconds=0)
+    status, _ = stop_when(process, has(folder, target), signal.SIGKILL, later_seconds=0.005)
+    assert status == -signal.SIGKILL
+    assert target - 1 <= int(checkpoints(folder)[-1]) < 36
+    capsys.readouterr()
+    cli.main(["resume", str(folder)])
+    said = capsys.readouterr().err
+    assert "continuing after step" in said and "starting from the beginning" not in said
     assert_same(folder, whole)
 
 

@@ -20,7 +20,10 @@ METHODS = {
     "fedavg": {"local_steps": 2},
     "prunefl": {"local_steps": 2, "reconfigure_every": 2, "initial_max_passes": 4},
     "ntk_zo": {"directions": 8, "prune_steps": 2, "scalars": "int8", "download": "scalars"},
+    # two rounds a stage; one client of two a round, drawn by what the one before it has sent
+    "smartfreeze": {"local_steps": 2, "ends": "stage1", "cohort": 1, "momentum": 0.5},
 }
+MODELS = {"smartfreeze": "resnet8,norm=batch"}
 ROUNDS = 4
 
 
@@ -96,6 +99,7 @@ def run_settings(method: str, out: Path, **more) -> str:
     settings = " ".join(f"{key}={value}" for key, value in METHODS[method].items())
     fields = {
         "method": method,
+        "model": MODELS.get(method, "lenet300"),
         "settings": settings,
         "out": str(out),
         "clients": 2,
@@ -113,7 +117,12 @@ def run_settings(method: str, out: Path, **more) -> str:
 def local(method: str, folder: Path, rounds: int = ROUNDS) -> dict[str, np.ndarray]:
     """The same run in this process: its final model."""
     config = RunConfig(
-        method=method, clients=2, rounds=rounds, engine="native", settings=METHODS[method]
+        method=method,
+        model=MODELS.get(method, "lenet300"),
+        clients=2,
+        rounds=rounds,
+        engine="native",
+        settings=METHODS[method],
     )
     start(config, folder, How())
     return model(folder)

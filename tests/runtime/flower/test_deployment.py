@@ -61,6 +61,9 @@ def test_light_nodes(method, superlink, light_nodes, app, tmp_path):
     out = tmp_path / "deployed"
     superlink.run(app, "-c", run_settings(method, out), timeout_seconds=150)
     assert json.loads((out / "summary.json").read_text())["rounds"] == ROUNDS
+    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    stages = [line["stage"] for line in lines if line["stage"]]
+    assert stages == (["stage1"] * 2 + ["head"] * 2 if method == "smartfreeze" else [])
     assert same(model(out), local(method, tmp_path / "local"))
     assert (out / "report.html").is_file()
 

@@ -1,0 +1,33 @@
+"""`fedlean run METHOD` with nothing else said learns the digits."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+
+import pytest
+
+from fedlean import cli
+
+pytestmark = pytest.mark.slow
+
+
+SHRINKING = [("shrink", "head"), ("map", "head")]
+PHASES = {
+    "smartfreeze": [("train", "fc1"), ("train", "head")],
+    "profl": [*SHRINKING, ("grow", "fc1"), ("grow", "head")],
+    "neulite": [("train", "fc1"), ("train", "head")] * 50,
+}
+
+
+@pytest.mark.parametrize("method", PHASES)
+def test_a_model_trained_part_by_part_learns_the_digits(method, tmp_path):
+    """Every stage in its place, and nine of ten are right at the end of the default rounds."""
+    folder = tmp_path / "run"
+    cli.main(["run", method, "--out", str(folder)])
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    seen = [key for key, _ in groupby((line["phase"], line["stage"]) for line in lines)]
+    assert seen == PHASES[method]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == 100 and summary["density"] == 1.0
+    assert summary["final_accuracy"] >= 0.9
