@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from engine.cases import start
 
-from fedlean.algorithm import Device
 from fedlean.core import ClientUpdate, SubModel
-from fedlean.freezing.stages import able, deadline, merge_stage, module_params, stage, stage_model
+from fedlean.freezing.stages import deadline, merge_stage, module_params, stage, stage_model
 from fedlean.models.initialise import init_params
 from fedlean.models.resnet import resnet8
 from fedlean.submodels.parts import parts
@@ -89,11 +88,6 @@ def test_the_merge_leaves_what_no_answer_trains_the_same_arrays():
     assert all(PARAMS[name].flags.writeable for name in PARAMS)  # what was given is left as it is
     alone, _, _ = merge_stage(WHOLE, PARAMS, extra, [])
     assert all(alone[name] is PARAMS[name] for name in PARAMS)
-
-
-def test_who_is_able():
-    there = [Device(0, memory_bytes=99), Device(1, memory_bytes=100), Device(2)]
-    assert [one.id for one in able(there, 100)] == [1, 2]
 
 
 @pytest.mark.parametrize(

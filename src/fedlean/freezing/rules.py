@@ -19,6 +19,7 @@ import numpy as np
 from fedlean.core import Params, generator
 from fedlean.train.hyperparameters import at_least, in_range
 
+SCALARS = 10_000  # of a part, over which its movement is taken, as in ProFL
 RuleState = Mapping[str, Any]  # arrays, tuples and numbers, as checkpoints hold them
 ANY = 1e3  # movement on the scale of a random walk: more than any window gives
 
@@ -33,10 +34,12 @@ class FreezingRule(NamedTuple):
     update: Callable[[RuleState, np.ndarray], RuleState]
 
 
-def scalars(params: Params, names: Iterable[str], *, at_most: int, seed: int) -> np.ndarray:
+def scalars(
+    params: Params, names: Iterable[str], *, seed: int, at_most: int = SCALARS
+) -> np.ndarray:
     """The values of these tensors, or so many of them, the same at every call: float32 (n,).
 
-    ProFL samples 10,000 of a part; the seed and the shapes decide which.
+    The seed and the shapes decide which.
     """
     every = np.concatenate([params[name].reshape(-1) for name in sorted(names)])
     if every.size <= at_most:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlean.algorithm import Device
 from fedlean.core import ClientUpdate, Model, Params
 from fedlean.freezing.output_module import output_module
 from fedlean.models.initialise import init_params
@@ -27,6 +26,11 @@ class Stage:
     frozen: frozenset[str]  # parameters and buffers of the parts before it
     own: frozenset[str]  # of the part
     module: frozenset[str]  # of the output module; none in the last stage
+
+    @property
+    def own_params(self) -> frozenset[str]:
+        """Of the part, without running statistics."""
+        return self.own.intersection(self.spec.param_shapes)
 
 
 def stage(
@@ -88,11 +92,6 @@ def settled(before: Params, merge: Fold) -> dict[str, np.ndarray]:
     merged = merge.params()
     read_only({name: value for name, value in merged.items() if value is not before[name]})
     return merged
-
-
-def able(devices: Sequence[Device], needed_bytes: int) -> list[Device]:
-    """The devices that can hold so much; one whose memory is not known can."""
-    return [one for one in devices if one.memory_bytes is None or one.memory_bytes >= needed_bytes]
 
 
 def deadline(number: int, count: int, rounds: int) -> int:

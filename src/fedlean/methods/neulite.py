@@ -48,17 +48,18 @@ from fedlean.core import (
     Scalar,
     Work,
 )
-from fedlean.cost.way import peak_memory_bytes
 from fedlean.engine.protocol import Engine
 from fedlean.freezing.beginning import frozen_beginning, split_alone
 from fedlean.freezing.client import open_stage, stage_update, stage_work
-from fedlean.freezing.stages import Stage, able, merge_stage, module_params, stage, stage_model
+from fedlean.freezing.eligible import Eligibility
+from fedlean.freezing.stages import Stage, merge_stage, module_params, stage, stage_model
 from fedlean.freezing.staging import Staging, stage_tasks
 from fedlean.freezing.tail import tail
 from fedlean.layers import Flatten, GlobalAvgPool, Layer, Linear, ReLU
 from fedlean.spec import INPUT, ModelSpec, Node
 from fedlean.submodels.parts import Part
 from fedlean.submodels.stages import graft
+from fedlean.train.cohort import devices_of
 from fedlean.train.descent import local_descent
 from fedlean.train.hsic import LEAST, Estimator, held_floats, nhsic
 from fedlean.train.hyperparameters import in_range, one_of
@@ -179,7 +180,7 @@ def neulite(
         for one in found:
             if frozen_beginning(one.stage.spec, one.stage.frozen):
                 split_alone(one.stage.spec, one.stage.frozen)
-    needs_bytes: dict[Any, int] = {}
+    eligible = Eligibility(work)
 
     def init(model: Model) -> State:
         extra = {
@@ -189,39 +190,20 @@ def neulite(
         }
         return State(0, "train", dense_params(model), extra)
 
-    def tasks(state: State, one: Mentored, devices: Sequence[Device], model: Model):
+    def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        one, round = found[state.round % len(found)], state.round + 1
         told = {**sgd.hparams(state.round), **one.hparams, "mu": mu, "sigma": sigma, "hsic": hsic}
+        fit = eligible(staging, devices, state.phase, one.stage, told)
         return stage_tasks(
             server,
             staging,
-            devices,
-            round=state.round + 1,
+            devices_of(fit, sgd.clients(server, fit, round)),
+            round=round,
             phase=state.phase,
             one=one.stage,
-            model=model,
+            model=stage_model(one.stage, state.params, state.extra),
             hparams=told,
         )
-
-    def needed(state: State, one: Mentored, device: Device) -> int:
-        """Memory of the stage's task on such a device."""
-        key = one.stage.number, *staging.hparams(device).items()
-        if key not in needs_bytes:
-            (task,) = tasks(state, one, [device], Model(one.stage.spec, {}))
-            frozen = task.sub_model.frozen
-            needs_bytes[key] = peak_memory_bytes(task.spec, work(task), frozen=frozen)
-        return needs_bytes[key]
-
-    def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
-        one = found[state.round % len(found)]
-        fit = [
-            device
-            for device in devices
-            if device.memory_bytes is None or able([device], needed(state, one, device))
-        ]
-        # where nobody is able, a cohort of all is asked, and the runtime says what each lacks
-        clients = set(sgd.clients(server, fit or devices, state.round + 1))
-        drawn = sorted((d for d in devices if d.id in clients), key=lambda device: device.id)
-        return tasks(state, one, drawn, stage_model(one.stage, state.params, state.extra))
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         params, extra, _ = merge_stage(server.spec, state.params, state.extra, updates)

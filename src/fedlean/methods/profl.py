@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -42,16 +42,14 @@ from fedlean.core import (
     Model,
     Params,
     Scalar,
-    SubModel,
     Work,
 )
-from fedlean.cost.way import peak_memory_bytes
 from fedlean.engine.protocol import Engine
 from fedlean.freezing.client import open_stage, stage_update, stage_work, train_stage
+from fedlean.freezing.eligible import Eligibility
 from fedlean.freezing.rules import RuleState, never, scalars, slope_of_movement
 from fedlean.freezing.stages import (
     Stage,
-    able,
     deadline,
     merge_stage,
     module_params,
@@ -63,6 +61,7 @@ from fedlean.layers import GlobalAvgPool, Linear
 from fedlean.spec import ModelSpec
 from fedlean.submodels.parts import Part
 from fedlean.submodels.stages import after, graft
+from fedlean.train.cohort import devices_of
 from fedlean.train.descent import local_descent
 from fedlean.train.hyperparameters import at_least, in_range, one_of
 from fedlean.train.local_sgd import LocalSGD, with_settings
@@ -71,7 +70,6 @@ from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.start import dense_params
 
 Freezing = Literal["movement", "never"]
-SAMPLED = 10_000  # scalars of a part whose movement is measured, as in the paper
 COPY = "student_"  # before the name of what the student holds a copy of
 MAP = "map"
 
@@ -164,6 +162,7 @@ def profl(
     stages = _stages(spec, staging)
     phases = _phases(stages, staging.parts(spec), server.rounds, shrink_share, map_rounds, shrink)
     together = replace(staging, beginning="together")
+    eligible = Eligibility(work)
 
     def staged(phase: Phase) -> Staging:
         """The student reads what is frozen in the middle: nothing can run apart in a map."""
@@ -181,25 +180,11 @@ def profl(
             "student": phase.student,
         }
 
-    @lru_cache(maxsize=1024)
-    def needed_bytes(at: int, device_told: tuple[tuple[str, Scalar], ...]) -> int:
-        phase = phases[at]
-        one = phase.stage
-        told = {**hparams(phase, 0), **dict(device_told)}
-        task = ClientTask(1, phase.name, 0, 0, one.spec, {}, SubModel(frozen=one.frozen), told)
-        return peak_memory_bytes(one.spec, work(task), frozen=one.frozen)
-
-    def holds(device: Device, at: int) -> bool:
-        way = tuple(staged(phases[at]).hparams(device).items())
-        return device.memory_bytes is None or bool(able([device], needed_bytes(at, way)))
-
-    def sampled(one: Stage, params: Params) -> np.ndarray:
-        """Of the part's parameters, without running statistics."""
-        names = one.own.intersection(spec.param_shapes)
-        return scalars(params, names, at_most=SAMPLED, seed=server.seed)
-
     def begun(phase: Phase, params: Params) -> RuleState:
-        return {} if phase.name == MAP else rule.init(sampled(phase.stage, params))
+        return {} if phase.name == MAP else rule.init(held(phase.stage, params))
+
+    def held(one: Stage, params: Params) -> np.ndarray:
+        return scalars(params, one.own_params, seed=server.seed)
 
     def init(model: Model) -> State:
         params = dense_params(model)
@@ -211,18 +196,17 @@ def profl(
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         phase, round = phases[state.at], state.round + 1
-        # where nobody can, all are asked, so that the log says what they lack
-        present = [device for device in devices if holds(device, state.at)] or devices
-        by_id = {device.id: device for device in present}
+        told = hparams(phase, state.round)
+        present = eligible(staged(phase), devices, phase.name, phase.stage, told)
         return stage_tasks(
             server,
             staged(phase),
-            [by_id[client] for client in sgd.clients(server, present, round)],
+            devices_of(present, sgd.clients(server, present, round)),
             round=round,
             phase=phase.name,
             one=phase.stage,
             model=stage_model(phase.stage, state.params, _with_copies(phase, state)),
-            hparams=hparams(phase, state.round),
+            hparams=told,
         )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -230,7 +214,7 @@ def profl(
         params, extra, _ = merge_stage(spec, state.params, state.extra, updates)
         moved, measured = state.rule, {}
         if phase.name != MAP:
-            moved = rule.update(moved, sampled(phase.stage, params))
+            moved = rule.update(moved, held(phase.stage, params))
             measured = moved["measured"]
         state = replace(state, params=params, extra=extra, rule=moved, measured=measured)
         state = replace(state, round=state.round + 1, shown=state.at)

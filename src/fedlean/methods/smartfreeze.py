@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,15 @@ from fedlean.core import (
 from fedlean.cost.price import cost
 from fedlean.cost.profile import Profile
 from fedlean.cost.time import VALUE_BYTES, link_seconds
-from fedlean.cost.way import peak_memory_bytes
 from fedlean.engine.protocol import Engine
 from fedlean.freezing import selection
 from fedlean.freezing.client import open_stage, stage_update, stage_work
+from fedlean.freezing.eligible import Eligibility, without_values
 from fedlean.freezing.rules import RuleState, never, scalars, slope_of_movement
 from fedlean.freezing.stages import Stage, deadline, merge_stage, module_params, stage_model
 from fedlean.freezing.staging import Staging, stage_tasks
 from fedlean.spec import ModelSpec
+from fedlean.train.cohort import devices_of
 from fedlean.train.hyperparameters import in_range
 from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.rehearsal import Rehearsal
@@ -60,7 +62,6 @@ from fedlean.train.start import dense_params
 
 SQUARED_LOSS = "squared_loss"  # what a client says of its losses
 OF_THE_PACE = ("window", "smoothing", "values", "threshold", "patience", "below")
-SCALARS = 10_000  # of a part, over which its movement is taken
 LONGEST = 64  # stages of a plan's walk, a round each: more than models have parts
 
 
@@ -125,6 +126,7 @@ def smartfreeze(
     )
     rule = settling if pace else never()
     choosing = select and sgd.cohort is not None
+    eligible = Eligibility(stage_work)
     if choosing:
         selection.check_louvain()
     spec = server.spec
@@ -139,8 +141,7 @@ def smartfreeze(
         """The scalars whose movement is measured; nobody looks at them without `pace`."""
         if not pace:
             return np.zeros(0, np.float32)
-        trained = one.own.intersection(spec.param_shapes)
-        return scalars(params, trained, at_most=SCALARS, seed=server.seed)
+        return scalars(params, one.own_params, seed=server.seed)
 
     def begin(state: State, number: int) -> State:
         """The state at the start of a stage."""
@@ -161,38 +162,36 @@ def smartfreeze(
     def present(state: State) -> State:
         return begin(state, state.stage + 1) if state.over else state
 
-    def order(state: State, devices: Sequence[Device]) -> list[ClientTask]:
-        one = stages[state.stage]
-        return stage_tasks(
-            server,
-            staging,
-            devices,
-            round=state.round + 1,
-            phase="train",
-            one=one,
-            model=stage_model(one, state.params, state.extra),
-            hparams=sgd.hparams(state.round),
-        )
-
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         state, round = present(state), state.round + 1
-        prices = _Prices(server.profile, staging, lambda device: order(state, [device])[0])
-        # where nobody is able, a cohort of all is asked, and the runtime says what each lacks
-        there = [device for device in devices if prices.fits(device)] or devices
+        one, hparams = stages[state.stage], sgd.hparams(state.round)
+        there = eligible(staging, devices, state.phase, one, hparams)
         if choosing and sgd.cohort is not None:
+            seconds = _Seconds(
+                server.profile,
+                lambda device: without_values(staging, device, state.phase, one, hparams),
+            )
             chosen = selection.choose(
                 there,
                 sgd.cohort,
                 state.known,
-                map(prices.seconds, there),
+                map(seconds, there),
                 penalty=straggler_penalty,
                 seed=server.seed,
                 round=round,
             )
         else:
             chosen = sgd.clients(server, there, round)
-        by_id = {device.id: device for device in there}
-        return order(state, [by_id[client] for client in chosen])
+        return stage_tasks(
+            server,
+            staging,
+            devices_of(there, chosen),
+            round=round,
+            phase=state.phase,
+            one=one,
+            model=stage_model(one, state.params, state.extra),
+            hparams=hparams,
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         state = present(state)
@@ -245,44 +244,24 @@ def _whole(spec: ModelSpec) -> Stage:
     return Stage(0, "whole", spec, frozenset(), every, frozenset())
 
 
-class _Prices:
-    """What the stage takes of each device; what is alike is priced once."""
+class _Seconds:
+    """Of a round of the stage on each device; what is alike is priced once."""
 
-    def __init__(
-        self, fallback: Profile, staging: Staging, order: Callable[[Device], ClientTask]
-    ) -> None:
-        self._fallback, self._staging, self._order = fallback, staging, order
-        self._tasks: dict[Any, ClientTask] = {}  # by what the device is told
-        self._bytes: dict[Any, int] = {}
-        self._seconds: dict[Any, float] = {}
+    def __init__(self, fallback: Profile, priced: Callable[[Device], ClientTask]) -> None:
+        self._fallback, self._priced = fallback, priced
+        self._known: dict[Any, float] = {}
 
-    def fits(self, device: Device) -> bool:
-        """Whether the device has the memory for the modelled peak, to the byte."""
-        if device.memory_bytes is None:
-            return True
-        told, task = self._task(device)
-        if told not in self._bytes:
-            frozen = task.sub_model.frozen
-            self._bytes[told] = peak_memory_bytes(task.spec, stage_work(task), frozen=frozen)
-        return self._bytes[told] <= device.memory_bytes
-
-    def seconds(self, device: Device) -> float:
-        """Of a round, with what trains going down and up."""
-        profile = device.profile or self._fallback
-        told, task = self._task(device)
-        key = (told, *_rates(profile))
-        if key not in self._seconds:
-            trained = task.spec.tensor_shapes.keys() - task.sub_model.frozen
-            sent = VALUE_BYTES * sum(task.params[name].size for name in trained)
+    def __call__(self, device: Device) -> float:
+        """With what trains going down and up."""
+        profile, task = device.profile or self._fallback, self._priced(device)
+        key = (*task.hparams.items(), *_rates(profile))
+        if key not in self._known:
+            shapes = task.spec.tensor_shapes
+            trained = shapes.keys() - task.sub_model.frozen
+            sent = VALUE_BYTES * sum(prod(shapes[name]) for name in trained)
             computing = cost(task, stage_work(task), profile).seconds
-            self._seconds[key] = computing + link_seconds(sent, sent, profile)
-        return self._seconds[key]
-
-    def _task(self, device: Device) -> tuple[Any, ClientTask]:
-        told = tuple(self._staging.hparams(device).items())
-        if told not in self._tasks:
-            self._tasks[told] = self._order(device)
-        return told, self._tasks[told]
+            self._known[key] = computing + link_seconds(sent, sent, profile)
+        return self._known[key]
 
 
 def _rates(profile: Profile) -> tuple[Any, ...]:

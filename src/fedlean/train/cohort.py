@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedlean.algorithm import Device, Server
 from fedlean.core import (
@@ -28,6 +28,12 @@ def sample_cohort(
         return ids
     drawn = generator(seed, round, 0, "cohort").choice(len(ids), size, replace=False)
     return sorted(ids[position] for position in drawn)
+
+
+def devices_of(devices: Sequence[Device], ids: Iterable[int]) -> list[Device]:
+    """The devices with these ids, in their order."""
+    by_id = {device.id: device for device in devices}
+    return [by_id[each] for each in ids]
 
 
 def cohort_tasks(
