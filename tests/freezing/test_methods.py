@@ -7,14 +7,19 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-from federation import SEED, client_data, same, server
+from federation import ENGINE, SEED, client_data, same, server
 
 from fedlean.algorithm import Device, FederatedAlgorithm
 from fedlean.core import ClientTask, Model
 from fedlean.engine.open import open_engine
-from fedlean.methods import neulite, profl, smartfreeze
+from fedlean.freezing.client import train_stage
+from fedlean.freezing.stages import merge_stage, stage, stage_model
+from fedlean.freezing.staging import Staging, stage_tasks
+from fedlean.methods import fedavg, neulite, profl, smartfreeze
 from fedlean.models.initialise import init_params
 from fedlean.models.resnet import resnet8
+from fedlean.submodels.parts import Part
+from fedlean.train.local_sgd import LocalSGD
 
 NORM = resnet8((1, 8, 8), 3, norm="batch")
 DATA = client_data()[:2]
@@ -64,7 +69,7 @@ def stage_of(task: ClientTask) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize("beginning", ["together", "pieces", "memory"])
+@pytest.mark.parametrize("beginning", ["together", "pieces", "memory", "disk"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_frozen_stays_bit_for_bit(method, beginning, engine):
     """On the devices, in their answers and in the merge; BatchNorm's running statistics, too.
@@ -94,7 +99,11 @@ def test_what_is_frozen_stays_bit_for_bit(method, beginning, engine):
         for name in now.keys() & before.keys():
             assert same(before[name], now[name]) == (name not in trained), name
         stages.add(stage_of(tasks[0]))
-        statistics |= any(name.endswith(RUNNING) for name in frozen)
+        weights = {name for name in frozen if name.endswith(".weight")}
+        running = {name for name in tasks[0].spec.tensor_shapes if name.endswith(RUNNING)}
+        of_frozen = {name for name in running if f"{name.rsplit('.', 1)[0]}.weight" in weights}
+        assert of_frozen <= frozen
+        statistics |= bool(of_frozen)
         state = after
     assert statistics and len(stages) == (7 if method == "profl" else 3)
 
@@ -118,3 +127,33 @@ def test_what_is_frozen_has_no_state_of_an_optimiser(method, beginning):
         weights = sum(prod(task.spec.param_shapes[name]) for name in trained)
         assert peaks[1] - peaks[0] == 4 * weights, stage_of(task)
         state = plain.server_update(state, ())
+
+
+def test_one_part_and_nothing_frozen_is_a_round_of_fedavg():
+    """Bit for bit, from the tasks to the merge; the model has BatchNorm."""
+    settings = LocalSGD(**SGD, momentum=0.9)
+    alone = replace(server(3), spec=NORM)
+    params, every = init_params(NORM, SEED), frozenset(NORM.tensor_shapes)
+    whole = Part("all", NORM.nodes[-1].name, tuple(NORM.by_name), every)
+    one = stage(NORM, [whole], 0)
+    assert one.spec == NORM and not one.frozen and not one.module
+    tasks = stage_tasks(
+        alone,
+        Staging(beginning="pieces"),  # there is none
+        DEVICES,
+        round=1,
+        phase="train",
+        one=one,
+        model=stage_model(one, params, {}),
+        hparams=settings.hparams(0),
+    )
+    updates = [replace(train_stage(task, DATA[task.client], ENGINE), task=task) for task in tasks]
+    merged, extra, _ = merge_stage(NORM, params, {}, updates)
+    plain = fedavg.fedavg(alone, **SGD, momentum=0.9)
+    state = plain.init(Model(NORM, params))
+    answers = [
+        replace(fedavg.client_update(task, DATA[task.client], ENGINE, {})[0], task=task)
+        for task in plain.configure(state, DEVICES)
+    ]
+    assert same(merged, dict(plain.server_update(state, answers).params)) and not extra
+    assert not same(merged, dict(params))

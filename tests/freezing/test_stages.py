@@ -32,6 +32,11 @@ def test_stages_by_hand():
     }
     assert FIRST.module == SECOND.module | {"surrogate_stage2.weight"}
     assert LAST.module == frozenset() and LAST.spec == WHOLE
+    convs = {f"stage2_1_{layer}.weight" for layer in ("conv1", "conv2", "down")}
+    norms = [f"stage2_1_{norm}" for norm in ("norm1", "norm2", "down_norm")]
+    assert SECOND.own_params == convs | {
+        f"{n}.{kind}" for n in norms for kind in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("one", [FIRST, SECOND, LAST], ids=lambda one: one.name)

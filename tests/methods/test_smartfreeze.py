@@ -30,7 +30,6 @@ from fedlean.cost.profile import load_profile
 from fedlean.cost.time import link_seconds
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.data.batches import ClientData
-from fedlean.engine.open import open_engine
 from fedlean.freezing import selection
 from fedlean.freezing.client import stage_work
 from fedlean.freezing.rules import slope_of_movement
@@ -131,34 +130,6 @@ def test_a_part_stays_bit_for_bit_once_it_is_frozen():
     for before, after in pairwise(states[:4]):
         assert same(before.params["fc1.weight"], after.params["fc1.weight"])
         assert not same(before.params["conv.weight"], after.params["conv.weight"])
-
-
-@pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize("way", ["together", "pieces", "memory", "disk"])
-def test_parameters_and_buffers_stay_after_momentum_and_weight_decay(engine, way):
-    """BatchNorm's running statistics, too, on the device and in the merge."""
-    own, opened = parts(NORM), open_engine(engine, 1)
-    small = replace(server(3), spec=NORM)
-    algorithm = smartfreeze(
-        small, **SGD, pace=False, momentum=0.9, weight_decay=0.1, beginning=way, micro_batch=3
-    )
-    state = algorithm.init(Model(NORM, init_params(NORM, 1)))
-    data = client_data()
-    present = [Device(client, num_examples=data[client].num_examples) for client in range(4)]
-    for number in range(3):
-        frozen = set().union(*(part.tensors for part in own[:number]))
-        tasks = algorithm.configure(state, present)
-        updates = [client_update(task, data[task.client], opened, {})[0] for task in tasks]
-        for task, update in zip(tasks, updates, strict=True):
-            assert task.sub_model.frozen == frozen and task.hparams["stage"] == own[number].name
-            assert update.params.keys() == task.spec.tensor_shapes.keys() - frozen
-        after = algorithm.server_update(state, updates)
-        later = set().union(*(part.tensors for part in own[number + 1 :]))
-        for name, value in state.params.items():
-            # a bias right before a BatchNorm has no gradient, but weight decay
-            assert same(after.params[name], value) == (name in frozen | later), name
-        state = after
-    assert any(name.endswith("running_var") for name in own[0].tensors)
 
 
 def test_the_beginning_runs_in_four_ways_with_one_result():

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from fedlean.algorithm import Device
-from fedlean.train.cohort import sample_cohort
+from fedlean.train.cohort import devices_of, sample_cohort
 
 DEVICES = [Device(id) for id in (9, 4, 30, 2, 17, 11, 5)]
 IDS = sorted(device.id for device in DEVICES)
@@ -56,3 +56,9 @@ def test_uniform():
     together = Counter(map(tuple, cohorts))
     assert len(together) == 35
     assert all(abs(count - 200) < 5 * 13.9 for count in together.values())
+
+
+def test_devices_in_the_order_of_their_ids():
+    there = [Device(7), Device(3), Device(5)]
+    assert [device.id for device in devices_of(there, [3, 7])] == [3, 7]
+    assert devices_of(there, []) == []
