@@ -11,6 +11,7 @@ converged does a random walk, so its movement stops to fall.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -41,11 +42,27 @@ def scalars(
 
     The seed and the shapes decide which.
     """
-    every = np.concatenate([params[name].reshape(-1) for name in sorted(names)])
-    if every.size <= at_most:
-        return every
-    at = generator(seed, 0, 0, "movement").choice(every.size, at_most, replace=False)
-    return every[np.sort(at)]
+    sizes = tuple((name, params[name].size) for name in sorted(names))
+    found = [params[name].reshape(-1)[at] for name, at in _sampled(sizes, at_most, seed) if len(at)]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+@lru_cache(maxsize=64)
+def _sampled(
+    sizes: tuple[tuple[str, int], ...], at_most: int, seed: int
+) -> tuple[tuple[str, np.ndarray], ...]:
+    """Which scalars of each tensor: drawn over all of them, in their order."""
+    total = sum(size for _, size in sizes)
+    at = np.arange(total)
+    if total > at_most:
+        drawn = generator(seed, 0, 0, "movement").choice(total, at_most, replace=False)
+        at = np.sort(drawn)
+    ends = np.cumsum([size for _, size in sizes])
+    pieces = np.split(at, np.searchsorted(at, ends[:-1]))
+    return tuple(
+        (name, piece - (end - size))
+        for (name, size), end, piece in zip(sizes, ends, pieces, strict=True)
+    )
 
 
 def movement(moves: np.ndarray) -> float:
