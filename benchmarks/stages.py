@@ -7,8 +7,8 @@ on disk (`--examples` a client).
 
 1. The native engine's plans, which tests hold to the byte, and the FLOPs of a round of `--steps`
    steps.  Mean and most are over the stages.
-2. With `--parts processes`, how much resident memory (VmHWM) of a fresh process grows in two steps
-   of each stage, beside the plan.
+2. With `--parts processes`, how much resident memory (VmHWM) of a fresh process that has the order
+   grows while it opens a session and takes two steps, beside the plan.
 3. With `--parts time`, a step of each stage and a step of the whole model, in turns, CPU time.
 
     python benchmarks/stages.py --json stages.json
@@ -31,14 +31,13 @@ import numpy as np
 from interleaved import Child, Contenders, compare, serve
 from machine import describe
 
-from fedlean.core import ClientTask, SubModel, Work
+from fedlean.core import ClientTask, Params, SubModel, Work
 from fedlean.cost.price import cost
 from fedlean.cost.profile import load_profile
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD, Session
 from fedlean.freezing.beginning import split
 from fedlean.freezing.session import BeginningSession, open_rest
-from fedlean.freezing.stages import Stage
 from fedlean.freezing.staging import Staging
 from fedlean.models.catalog import build
 from fedlean.models.initialise import init_params
@@ -126,18 +125,19 @@ def summary(table: list[Row]) -> Iterator[dict[str, Any]]:
 # Sessions that really run
 
 
-def stage_of(model: str, name: str) -> Stage | None:
-    """None: the whole model."""
-    found = (one for one in Staging().stages(build(model, SHAPE, CLASSES)) if one.name == name)
-    return next(found, None)
+def stage_of(model: str, name: str) -> tuple[ModelSpec, frozenset[str]]:
+    """What a stage trains on, and what is frozen in it; the whole model for name ""."""
+    spec = build(model, SHAPE, CLASSES)
+    found = (one for one in Staging().stages(spec) if one.name == name)
+    one = next(found, None)
+    return (one.spec, one.frozen) if one else (spec, frozenset())
 
 
-def opened(model: str, name: str, way: str, batch: int, micro: int) -> tuple[Session, ModelSpec]:
-    """A session of the stage, or of the whole model for name ""; "disk": of what is trained."""
-    one = stage_of(model, name) if name else None
-    spec = one.spec if one else build(model, SHAPE, CLASSES)
-    held = SubModel(frozen=one.frozen if one else frozenset())
-    engine, params = open_engine("native", 1), init_params(spec, 0)
+def opened(
+    spec: ModelSpec, frozen: frozenset[str], params: Params, way: str, batch: int, micro: int
+) -> tuple[Session, ModelSpec]:
+    """A session of that, and the model that its batches are for; "disk": of what is trained."""
+    held, engine = SubModel(frozen=frozen), open_engine("native", 1)
     how: dict[str, Any] = {"batch_size": batch, "optimizer": SGD(0.01, MOMENTUM)}
     if way == TOGETHER or not held.frozen:
         return engine.open(spec, params, held, **how), spec
@@ -155,20 +155,16 @@ def batch_of(spec: ModelSpec, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def one_process(model: str, name: str, way: str, batch: int, micro: int) -> dict[str, int]:
     """How far resident memory grows from before the session is opened, in two steps."""
-    spec = build(model, SHAPE, CLASSES)
-    x, y = batch_of(spec, batch)
-    opened("resnet8", "", TOGETHER, 1, 1)  # what the first session of a process loads
+    spec, frozen = stage_of(model, name)
+    params, (x, y) = init_params(spec, 0), batch_of(spec, batch)
+    small = build("resnet8", SHAPE, CLASSES)
+    opened(small, frozenset(), init_params(small, 0), TOGETHER, 1, 1)  # loads what sessions need
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
     before = resident()
-    session, _ = opened(model, name, way, batch, micro)
+    session, _ = opened(spec, frozen, params, way, batch, micro)
     for _ in range(2):
         session.step(x, y)
-    params = 4 * sum(int(np.prod(shape)) for shape in spec.tensor_shapes.values())
-    return {
-        "grown_bytes": resident() - before,
-        "planned_bytes": session.peak_memory_bytes,
-        "given_bytes": params,  # the order itself: the tensors that the session is opened with
-    }
+    return {"grown_bytes": resident() - before, "planned_bytes": session.peak_memory_bytes}
 
 
 def resident() -> int:
@@ -195,7 +191,9 @@ def child() -> None:
     def prepare(model: str, names: list[str], batch: int, micro: int) -> None:
         for name in names:
             for way in WAYS:
-                session, spec = opened(model, name, way, batch, micro)
+                whole, frozen = stage_of(model, name)
+                given = init_params(whole, 0)
+                session, spec = opened(whole, frozen, given, way, batch, micro)
                 x, y = batch_of(spec, batch)
                 contenders[f"{name}/{way}"] = lambda s=session, x=x, y=y: s.step(x, y)
 
@@ -210,7 +208,9 @@ def times(model: str, options: argparse.Namespace, batch: int) -> list[dict[str,
         "prepare", model=model, names=["", *names], batch=batch, micro=options.micro_batch
     )
     keys = [f"{name}/{way}" for name in ["", *names] for way in WAYS]
-    found = compare(dict.fromkeys(keys, contestants), repeats=options.repeats)
+    found = compare(
+        dict.fromkeys(keys, contestants), repeats=options.repeats, budget_seconds=options.budget
+    )
     contestants.close()
     seconds = {key: timing.cpu_seconds for key, timing in found.timings.items()}
     return [
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of a model's times")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine = describe()
@@ -281,11 +282,9 @@ def print_memory(table: list[Row], means: list[dict[str, Any]]) -> None:
 
 
 def print_processes(found: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{'model':30} {'batch':>5} {'stage':10} {'way':9} {'plan':>7} {'VmHWM':>7} {'off':>6}"
-    )
+    print(f"\n{'model':30} {'batch':>5} {'stage':10} {'way':9} {'plan':>7} {'VmHWM':>7} {'off':>6}")
     for one in found:
-        plan = one["planned_bytes"] + one["given_bytes"]
+        plan = one["planned_bytes"]
         print(
             f"{one['model']:30} {one['batch']:5} {one['stage']:10} {one['way']:9} "
             f"{plan / MB:7.1f} {one['grown_bytes'] / MB:7.1f} "
