@@ -88,7 +88,9 @@ class _Walker:
         self._engine, self._batches, self._until = engine, batches, until
         self._store = ClientStore()
         self._held: dict[int, ClientState] = {}
-        self._seen: dict[Any, Any] = {}  # what tasks alike share -> the key of their kind
+        self._moved: set[str] = set()  # tensors that were trained since they were sent frozen
+        # what tasks alike share -> the key of their kind, and the answer without its values
+        self._seen: dict[Any, tuple[Any, ClientUpdate]] = {}
         self.kinds: dict[Any, Kind] = {}
         self.answered = False  # whether the last step was
         self.last = False
@@ -103,12 +105,14 @@ class _Walker:
             return self._algorithm.server_update(state, ())
         task = tasks[0]
         self.last = task.phase == TRAIN and task.round >= self._until
-        down = wire.task_bytes(task, self._store.known(task.client))
+        down = wire.task_bytes(task, self._known(task))
+        self._move(task)
         ordered = self._algorithm.work(task) if self._algorithm.work else None
         alike = (*_alike(task, ordered), *sorted(self._algorithm.statistics(task)))
         if alike in self._seen:
-            kind = self.kinds[self._seen[alike]]
-            self.kinds[self._seen[alike]] = replace(kind, downlink_bytes=down)
+            key, answer = self._seen[alike]
+            self.kinds[key] = replace(self.kinds[key], downlink_bytes=down)
+            self._store.acknowledge(task, answer)
             if self.last:
                 return state
             after = self._algorithm.server_update(state, ())  # nobody answered: the same, sooner
@@ -122,6 +126,21 @@ class _Walker:
         merged = replace(update, task=task, sub_model=nothing)
         self.answered = True
         return self._algorithm.server_update(state, iter([merged]))
+
+    def _known(self, task: ClientTask) -> wire.Known:
+        """What need not be sent: not those frozen values that a run would have changed since.
+
+        Here nothing is trained, so that they have the hash which the client holds.
+        """
+        known = self._store.known(task.client)
+        frozen = wire.frozen_params(task)
+        moved = {name: frozen[name] for name in self._moved & frozen.keys()}
+        hashes = wire.frozen_hashes(moved, task.sub_model.masks)
+        return replace(known, frozen=known.frozen.difference(hashes.values()))
+
+    def _move(self, task: ClientTask) -> None:
+        self._moved -= wire.frozen_params(task).keys()
+        self._moved |= task.spec.tensor_shapes.keys() - task.sub_model.frozen
 
     def _answer(self, task: ClientTask) -> ClientUpdate:
         held = self._held.get(task.client, {})
@@ -145,7 +164,7 @@ class _Walker:
         up = wire.update_bytes(update, task)
         self._store.acknowledge(task, update)
         key = (_model(task), _key(works), statistics)
-        self._seen[alike] = key
+        self._seen[alike] = key, replace(update, params={}, statistics={})
         if key in self.kinds:
             kind = self.kinds[key]
             most = max(up, kind.uplink_bytes)
