@@ -108,6 +108,7 @@ def test_where_nobody_fits_the_run_says_so_and_ends_with_need_and_budget():
     )
     assert len(records) == EMPTY_STEPS
     assert [record.notes[0] for record in records] == [said] * EMPTY_STEPS
+    assert [(record.present, record.able) for record in records] == [(4, 0)] * EMPTY_STEPS
     assert all(
         (list(one.tasks), one.attempts, one.asked_round, sorted(one.left_out), one.server_only)
         == ([], 0, 1, [0, 1, 2, 3], False)

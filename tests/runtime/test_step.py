@@ -454,6 +454,7 @@ def test_where_nobody_is_able_it_stops_looking():
     for record in records:
         assert len(record.left_out) == CHOICES and not record.tasks
         assert record.notes[0].endswith(f"; {clients - CHOICES} others were not chosen")
+        assert (record.present, record.able) == (clients, 0)
 
 
 def test_where_nobody_could_hold_what_others_were_asked_for_smaller_tasks_are_found():

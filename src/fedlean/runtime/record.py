@@ -16,8 +16,8 @@ from fedlean.runtime.prices import Lack
 class StepRecord:
     """tasks: of the last attempt, after those of earlier ones whose clients were not asked again.
 
-    present: devices that were there at the last attempt; able: those of them that could hold the
-    smallest of its tasks, None where the method does not say what tasks take.
+    present: devices that were there when tasks were last ordered; able: those of them that could
+    hold the smallest of these, None where the method does not say what tasks take.
     answered: clients whose updates are in the model, in cohort order.  asked_round: of the tasks,
     those for clients that were left out among them; None where there was none.
     """

@@ -104,7 +104,12 @@ class Step:
         return [task for task in tasks if task.client not in not_again]
 
     def _count(self, devices: Sequence[Device], tasks: Sequence[ClientTask]) -> None:
-        """Of the devices that are there, those that could hold the smallest of the tasks."""
+        """Of the devices that are there, those that could hold the smallest of the tasks.
+
+        A choice that orders nothing, as when all who could be asked were left out, changes neither.
+        """
+        if not tasks and self.record.able is not None:
+            return
         needs = [
             self._prices.of(task, work).peak_memory_bytes
             for task in tasks
