@@ -18,6 +18,7 @@ from fedlean.freezing.staging import Staging, stage_tasks
 from fedlean.methods import fedavg, neulite, profl, smartfreeze
 from fedlean.models.initialise import init_params
 from fedlean.models.resnet import resnet8
+from fedlean.report.stage_plots import FROZEN
 from fedlean.submodels.parts import Part
 from fedlean.train.local_sgd import LocalSGD
 
@@ -127,6 +128,14 @@ def test_what_is_frozen_has_no_state_of_an_optimiser(method, beginning):
         weights = sum(prod(task.spec.param_shapes[name]) for name in trained)
         assert peaks[1] - peaks[0] == 4 * weights, stage_of(task)
         state = plain.server_update(state, ())
+
+
+@pytest.mark.parametrize("method", ["smartfreeze", "profl"])
+def test_a_rule_reports_what_the_page_of_a_run_marks(method):
+    algorithm, state, _ = begun(method)
+    state = algorithm.server_update(state, ())
+    assert algorithm.report is not None
+    assert algorithm.report(state)[FROZEN] == 0.0
 
 
 def test_one_part_and_nothing_frozen_is_a_round_of_fedavg():

@@ -368,6 +368,7 @@ def test_movement_decides_when_a_part_ends():
     algorithm, first = of(POOLED, 40, **quick, below=9.0)
     states = driven(algorithm, algorithm.init(first), [1] * 3)
     assert [state.phase for state in states] == ["shrink", "shrink", "map"]
+    assert [algorithm.report(state)["frozen"] for state in states] == [0, 0, 1]
     algorithm, first = of(POOLED, 40, **quick, below=1.25)
     states = driven(algorithm, algorithm.init(first), [1] * 5)
     assert {state.phase for state in states} == {"shrink"}

@@ -159,7 +159,7 @@ def test_the_pace_controller_is_asked_with_the_parts_scalars():
     paced = rule.init(flat(states[0]))
     for state in states[1:3]:
         paced = rule.update(paced, flat(state))
-        expected = {**paced["measured"], "froze": float(paced["frozen"])}
+        expected = {**paced["measured"], "frozen": float(paced["frozen"])}
         assert algorithm.report(state) == expected
     # by hand in the second round: P_b of two moves, and the floor of a random walk of two
     moves = np.diff([flat(state).astype(np.float64) for state in states[:3]], axis=0)
@@ -190,7 +190,7 @@ def test_a_part_is_frozen_when_its_movement_has_fallen_and_is_level():
         states = moved_by(algorithm, states, 0.25)
     straight = [algorithm.report(state) for state in states[3:]]
     assert all(one["movement"] == 1 and one["slope"] == 0 for one in straight)
-    assert not any(one["froze"] for one in straight)
+    assert not any(one["frozen"] for one in straight)
     for by in (-0.25, 0.25, -0.25):
         assert not states[-1].over
         states = moved_by(algorithm, states, by)
@@ -198,7 +198,7 @@ def test_a_part_is_frozen_when_its_movement_has_fallen_and_is_level():
     assert [one["movement"] for one in found] == pytest.approx([0, 0, 0], abs=1e-6)
     # √2·P_b falls from √2 to 0, then stays: the second level value in a row freezes
     assert [one["slope"] for one in found] == pytest.approx([-(2**0.5), 0, 0], abs=1e-6)
-    assert [one["froze"] for one in found] == [0, 0, 1]
+    assert [one["frozen"] for one in found] == [0, 0, 1]
     assert states[-1].over and states[-1].round == 11
     ever = smartfreeze(server(100), **SGD, window=2, values=2, patience=2, below=9.0)
     states = [ever.init(first_model())]
@@ -211,7 +211,7 @@ def test_the_last_part_is_never_frozen():
     """It trains to the end, however level its movement."""
     states = steps(smartfreeze(server(10), **SGD, **PACE), 10)
     assert [state.stage for state in states] == [0] * 4 + [1] * 7
-    assert [state.measured["froze"] for state in states[1:]] == [0, 0, 1] + [0] * 7
+    assert [state.measured["frozen"] for state in states[1:]] == [0, 0, 1] + [0] * 7
     assert abs(states[-1].measured["slope"]) < PACE["threshold"]
 
 

@@ -215,7 +215,7 @@ def profl(
         moved, measured = state.rule, {}
         if phase.name != MAP:
             moved = rule.update(moved, held(phase.stage, params))
-            measured = moved["measured"]
+            measured = {**moved["measured"], "frozen": float(moved["frozen"])}
         state = replace(state, params=params, extra=extra, rule=moved, measured=measured)
         state = replace(state, round=state.round + 1, shown=state.at)
         return _next(state) if _is_over(state) else state

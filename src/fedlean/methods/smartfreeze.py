@@ -203,7 +203,7 @@ def smartfreeze(
         more = state.stage < len(stages) - 1
         froze = more and bool(paced["frozen"])
         known = selection.remember(state.known, heard, server.seed)
-        measured = {**paced["measured"], "froze": float(froze)}
+        measured = {**paced["measured"], "frozen": float(froze)}
         if choosing:
             measured["communities"] = float(len(set(known["communities"].tolist())))
         return replace(
