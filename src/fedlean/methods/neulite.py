@@ -16,10 +16,10 @@ Wu et al., "NeuLite: Memory-Efficient Federated Learning via Elastic Progressive
 
 **Deviations.**  What is frozen runs as in evaluation; the release leaves it in training mode, so
 that the BatchNorm statistics of frozen parts drift.  λ1, λ2 and μ are not known: the release has
-None and multiplies its last term by 0.  Ours are straight lines over the stages, and μ = 0; that R
-is the proximal term is taken from the paper's description.  nHSIC is estimated without bias
-(`train/hsic.py`); `hsic="biased"` is the release's, which is 0.98 on independent noise.  Z is the
-part's output; the release takes what the classifier reads, behind the stand-ins, as
+None and multiplies its last term by 0.  Ours are straight lines over the stages, and μ = 0; that λ1
+falls and λ2 rises, and that R is the proximal term, is our reading.  nHSIC is estimated without
+bias (`train/hsic.py`); `hsic="biased"` is the release's, which is 0.98 on independent noise.  Z is
+the part's output; the release takes what the classifier reads, behind the stand-ins, as
 `representation="module"` does (the last stage always does).  The projector is smaller, with ReLU
 between its layers, where the release has 512-2056-1024-512 without.  Means are weighted by
 examples.  Only devices that can hold a stage are drawn for it; the release's lists are empty.
@@ -304,7 +304,8 @@ def work(task: ClientTask) -> tuple[Work, ...]:
     size, held = int(h["batch_size"]), 0
     for name in taps:
         features = prod(task.spec.shapes[name])
-        held += size * features + held_floats(size, features)
+        other = prod(task.spec.input_shape) if name == h["z"] else task.spec.output_shape[0]
+        held += size * features + held_floats(size, features, other)
     floats = steps.optimizer_floats + bool(h["mu"])
     return *before, replace(steps, held_floats=held, optimizer_floats=floats)
 

@@ -66,9 +66,12 @@ def nhsic(
         return value, _at_features(z, at_kernel * (ours + 1), sigma)
 
 
-def held_floats(examples: int, features: int) -> int:
-    """float32s that `nhsic` holds beside its arguments: the gradient, matrices, some columns."""
-    columns = 5 * 2 * examples * min(features, COLUMNS)
+def held_floats(examples: int, features: int, other: int) -> int:
+    """float32s that `nhsic` holds beside its arguments: the gradient, matrices, some columns.
+
+    features, other: of an example in z and in `other`.
+    """
+    columns = examples * max(10 * min(features, COLUMNS), 5 * min(other, COLUMNS))
     return examples * features + columns + 10 * 2 * examples**2
 
 
