@@ -30,8 +30,9 @@ from fedlean.wire.values import check_params, decode_params, encode_params, valu
 
 NO_FROZEN = "0" * 32  # the hash of no values
 _HASH_BYTES = 16
-# Of read-only arrays while they live, by id: a round asks for the same ones once a client.
-_hashed: dict[int, tuple[weakref.ref[np.ndarray], str, str, str]] = {}  # name, pattern, hash
+# Of read-only arrays while they live, by id, name and pattern: a round asks for the same ones once
+# a client, perhaps of one under two names.
+_hashed: dict[tuple[int, str, str], tuple[weakref.ref[np.ndarray], str]] = {}
 
 
 class FrozenSection(NamedTuple):
@@ -95,16 +96,16 @@ def packed_hash(name: str, packed: np.ndarray, pattern: str) -> str:
 
 def _tensor_hash(name: str, value: np.ndarray, mask: np.ndarray | None) -> str:
     pattern = NO_PATTERN if mask is None else pattern_hash({name: mask})
-    key = id(value)
+    key = id(value), name, pattern
     known = _hashed.get(key)
-    if known is not None and known[0]() is value and known[1:3] == (name, pattern):
-        return known[3]
+    if known is not None and known[0]() is value:
+        return known[1]
     packed = value
     if mask is not None and not is_packed(value, mask):
         packed = kept_values(value, mask)
     found = packed_hash(name, packed, pattern)
     if fixed(value):
-        _hashed[key] = (weakref.ref(value, lambda _: _hashed.pop(key, None)), name, pattern, found)
+        _hashed[key] = (weakref.ref(value, lambda _: _hashed.pop(key, None)), found)
     return found
 
 

@@ -190,6 +190,18 @@ def test_the_newest_values_stay_and_are_read_as_they_were(tmp_path):
     assert len(held) == 2
 
 
+@pytest.mark.parametrize("ahead_seconds", [0, 86400])
+def test_what_came_last_is_the_newest_whatever_the_clock_says(ahead_seconds, tmp_path):
+    """A board that restarts without a network begins in the past; a coarse clock stands still."""
+    held = HeldFrozen(tmp_path)
+    for number in range(8):
+        held.keep(values(number), MASKS)
+        assert held["fc1.bias"].tolist() == HeldFrozen(tmp_path)["fc1.bias"].tolist() == [number]
+        (path,) = tmp_path.iterdir()
+        later = path.stat().st_mtime_ns + ahead_seconds * 10**9
+        os.utime(path, ns=(later, later))
+
+
 def test_what_changed_or_is_new_is_written_alone(tmp_path):
     held = HeldFrozen(tmp_path)
     held.keep(values(1), MASKS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
@@ -71,6 +72,7 @@ class HeldFrozen(Mapping[str, np.ndarray]):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, chain((len(text).to_bytes(4, "little"), text), pieces))
+            _make_newest(path)
         except OSError as error:
             log.warning("the frozen tensors are not kept: %s", error)
         self._known = None
@@ -125,6 +127,14 @@ def _written(path: Path) -> tuple[int, str]:
         return path.stat().st_mtime_ns, path.name
     except OSError:
         return 0, path.name
+
+
+def _make_newest(path: Path) -> None:
+    """Later than the others by its time: a board's clock may stand still, or begin in the past."""
+    others = (one for one in path.parent.glob("frozen-*.values") if one != path)
+    last = max((_written(one)[0] for one in others), default=0)
+    if _written(path)[0] <= last:
+        os.utime(path, ns=(last + 1, last + 1))
 
 
 def _read_table(path: Path) -> dict[str, _Place]:
