@@ -75,7 +75,7 @@ class Row:
 def rows(model: str, options: argparse.Namespace, batch: int) -> Iterator[Row]:
     spec = build(model, SHAPE, CLASSES)
     whole = price(order(spec, frozenset(), options.steps, batch), None)
-    for one in Staging().stages(spec):
+    for one in Staging(ends=options.ends).stages(spec):
         task = order(one.spec, one.frozen, options.steps, batch)
         for way in WAYS:
             found = price(task, works(task, way, options))
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), help="as `fedlean run` has them"
     )
+    parser.add_argument("--ends", default="", help="divides after these, for --parts memory")
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--parts", nargs="+", choices=known, default=["memory"])
     parser.add_argument("--steps", type=int, default=20)
