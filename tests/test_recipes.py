@@ -155,6 +155,7 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
             runs[name],
             dataset=str(data),
             clients=3,
+            fleet=None,  # of as many devices as the recipe has clients
             rounds=1,
             eval_examples=20,
             settings=settings,
@@ -165,6 +166,7 @@ def test_a_round_of_each_run_and_the_comparison(path, tmp_path):
     recipe.compare(folders, tmp_path)
     recipe.compare_seeds([tmp_path], [first, second], tmp_path, in_turns=True)
     assert (tmp_path / "compare.html").stat().st_size > 10_000
+    assert second in (tmp_path / "accuracy.svg").read_text()
     for table in ("seeds.md", "clock.md"):
         assert f"| {second} |" in (tmp_path / table).read_text()
     assert set(reported(folders[1])) > {"median_round_seconds", "density"}

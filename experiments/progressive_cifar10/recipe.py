@@ -83,5 +83,7 @@ GROUPS = {
     "paper": runs(paper, PAPER, narrow=8),
 }
 
+SMOKE = {"rounds": 13}  # what the phases of ProFL need
+
 if __name__ == "__main__":
-    main(GROUPS, default_out="runs/progressive_cifar10")
+    main(GROUPS, default_out="runs/progressive_cifar10", smoke=SMOKE)

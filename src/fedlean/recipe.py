@@ -29,6 +29,7 @@ from fedlean.report.card import (
     seeds_table,
     targets_table,
 )
+from fedlean.report.card_plot import write_card_plot
 from fedlean.report.console import cost_table
 from fedlean.report.page import comparison_page, run_page, write_page
 from fedlean.report.run_folder import read_run
@@ -137,7 +138,7 @@ def _run(
 def short(config: RunConfig, most: Mapping[str, int] = MappingProxyType({})) -> RunConfig:
     """A version of the run that takes seconds, to see that all of it works.
 
-    most: of further settings, beside SMOKE_AT_MOST
+    most: of further settings, beside SMOKE_AT_MOST; as `rounds` those that are needed to see all
     """
     settings = complete(config.method, config.settings)
     if "cohort" in settings:
@@ -149,7 +150,7 @@ def short(config: RunConfig, most: Mapping[str, int] = MappingProxyType({})) -> 
     }
     return replace(
         with_settings(config, **capped),
-        rounds=SMOKE_ROUNDS,
+        rounds=most.get("rounds", SMOKE_ROUNDS),
         eval_examples=SMOKE_EXAMPLES,
         final_eval_examples=SMOKE_EXAMPLES,
     )
@@ -239,9 +240,10 @@ def _loaded(name: str) -> Dataset:
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:
-    """`compare.html`, `results.json`, the card's tables in `out`; one of them on screen."""
+    """`compare.html`, `results.json`, the card's plot and tables in `out`; one table on screen."""
     loaded = [read_run(folder) for folder in folders]
     write_page(out / "compare.html", comparison_page(loaded))
+    write_card_plot(loaded, [folder.name for folder in folders], out / "accuracy.svg")
     results = {folder.name: reported(folder) for folder in folders}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(card_table(results))
