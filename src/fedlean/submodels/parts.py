@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlean.spans import crossing, upto
@@ -30,8 +32,8 @@ def parts(spec: ModelSpec, ends: str = "") -> tuple[Part, ...]:
     it unless it has more than half of the model's parameters; without images that is so of a lone
     classifier.  A model of one block counts each layer with weights as a block.
 
-    Raises ValueError naming an end that the model lacks or cannot be divided at, and for a model
-    that cannot be divided at all.
+    Raises ValueError naming an end that the model lacks or cannot be divided at, or before which
+    nothing is left to train, and for a model that cannot be divided at all.
 
     >>> from fedlean.models.resnet import resnet18
     >>> [part.name for part in parts(resnet18((3, 32, 32), 10))]
@@ -39,7 +41,8 @@ def parts(spec: ModelSpec, ends: str = "") -> tuple[Part, ...]:
     >>> [part.name for part in parts(resnet18((3, 32, 32), 10), "stage1 stage3")]
     ['stage1', 'stage3', 'head']
     """
-    found = _named(spec, ends) if ends.strip() else _own(spec)
+    named = bool(ends.strip())
+    found = _named(spec, ends) if named else _own(spec)
     made, before = [], set[str]()
     for name, end in found.items():
         needed = upto(spec, end).by_name
@@ -49,7 +52,22 @@ def parts(spec: ModelSpec, ends: str = "") -> tuple[Part, ...]:
         made.append(_part(spec, name, end, layers))
         before |= needed.keys()
     rest = _in_order(spec, spec.by_name.keys() - before)
-    return (*made, _part(spec, _last_name(spec, rest), spec.nodes[-1].name, rest))
+    divided = (*made, _part(spec, _last_name(spec, rest), spec.nodes[-1].name, rest))
+    if named:
+        _all_train(divided, list(found))
+    return divided
+
+
+def _all_train(divided: Sequence[Part], ends: Sequence[str]) -> None:
+    """Raises ValueError for a part without weights, of those that end at `ends` and the last."""
+    for number, part in enumerate(divided):
+        if not part.tensors:
+            after = f"after {ends[number - 1]!r}" if number else "at the beginning"
+            until = f"up to {ends[number]!r}" if number < len(ends) else "to the end"
+            raise ValueError(
+                f"the model has no weights to train {after} {until}: of the ends "
+                f"{' '.join(ends)!r}, leave one of these out"
+            )
 
 
 def _in_order(spec: ModelSpec, layers: set[str]) -> tuple[str, ...]:
@@ -76,19 +94,36 @@ def _named(spec: ModelSpec, ends: str) -> dict[str, str]:
         elif name in spec.by_name:
             end = name
         else:
+            near = difflib.get_close_matches(name, [*spec.blocks, *spec.by_name], n=2)
+            hint = f" (nearest: {' and '.join(near)})" if near else ""
             raise ValueError(
-                f"the model has no block or layer {name!r} to be divided after; its blocks are "
-                f"{', '.join(spec.blocks)}"
+                f"the model has no block or layer {name!r} to be divided after{hint}{_able(spec)}"
             )
-        if end == spec.nodes[-1].name or not _alone(spec, end):
-            others = [f"{one!r}" for one in _own(spec)]
+        if end == spec.nodes[-1].name:
             raise ValueError(
-                f"the model cannot be divided after {name!r}: what follows must read it through "
-                f"one activation; it can be divided after {', '.join(others)}"
+                f"the model cannot be divided after {name!r}, its last layer: nothing follows"
+                f"{_able(spec)}"
+            )
+        if not _alone(spec, end):
+            raise ValueError(
+                f"the model cannot be divided after {name!r}: what follows must read the model "
+                f"through one activation, and here reads several{_able(spec)}"
             )
         found[name] = end
     order = [node.name for node in spec.nodes]
     return dict(sorted(found.items(), key=lambda item: order.index(item[1])))
+
+
+def _able(spec: ModelSpec) -> str:
+    """Where the model can be divided, for a message: blocks, or layers where there are none."""
+
+    def divides(end: str) -> bool:
+        weighted = len(upto(spec, end).weighted)
+        return 0 < weighted < len(spec.weighted) and _alone(spec, end)
+
+    able = [name for name, nodes in spec.blocks.items() if divides(nodes[-1].name)]
+    able = able or [name for name in spec.by_name if divides(name)]
+    return f"; it can be divided after {', '.join(able)}" if able else ""
 
 
 def _alone(spec: ModelSpec, end: str) -> bool:
@@ -111,8 +146,9 @@ def _own(spec: ModelSpec) -> dict[str, str]:
         del found[next(iter(found))]
     if not found:
         raise ValueError(
-            "the model cannot be divided into parts: it needs two blocks or more, each read "
-            "through its last layer only"
+            "the model cannot be divided into parts: it needs two blocks or more with weights, "
+            f"each read through its last layer only, and has {', '.join(spec.blocks)}: train it "
+            f"with fedavg, or name layers as ends{_able(spec)}"
         )
     return found
 
