@@ -212,6 +212,8 @@ def test_options_after_a_name():
     ("name", "message"),
     [
         ("resnet18,block=unit", "'resnet18' has no option 'block=unit'; .* norm, blocks, width"),
+        ("resnet18,blocks", "option 'blocks' of model 'resnet18' has no value"),
+        ("resnet18 blocks=unit", "options follow a name after a comma"),
         ("resnet18,unit", "has no option 'unit'; expected name=value with one of norm"),
         ("resnet18,", "has no option ''"),
         ("resnet18,blocks=units", "blocks must be one of stage, unit, got 'units'"),

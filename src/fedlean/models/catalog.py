@@ -74,7 +74,9 @@ def build(name: str, input_shape: Shape, classes: int) -> ModelSpec:
 def _argument(name: str, model: Callable[..., ModelSpec], text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     known = _options(model)
-    if not separator or key not in known:
+    if key in known and not separator:
+        raise ValueError(f"option {key!r} of model {name!r} has no value; expected {key}=value")
+    if key not in known:
         among = f"one of {', '.join(known)}" if known else "none: the model has no options"
         raise ValueError(
             f"model {name!r} has no option {text!r:.60}; expected name=value with {among}"
@@ -111,6 +113,11 @@ def _is_model(function: Callable[..., object]) -> bool:
 def _listed(name: str) -> Callable[..., ModelSpec]:
     models = dict(_models())
     if name not in models:
+        if "=" in name:
+            raise ValueError(
+                f"unknown model {name!r}: options follow a name after a comma, as "
+                "resnet18,blocks=unit"
+            )
         near = difflib.get_close_matches(name.lower(), models, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(models)}"
         raise ValueError(f"unknown model {name!r}: {hint}")
