@@ -202,6 +202,14 @@ def test_where_nothing_fits_it_says_what_would():
 # --- fleets ---
 
 
+def test_stages_are_no_choice_of_a_device():
+    """All devices of a round train the same stage; only width and depth differ among them."""
+    fleet = Fleet((always(Member(PROFILE, {"memory_bytes": Quantity((1e9,))})),), 1)
+    found = plan(MLP, profile=PROFILE, methods=["smartfreeze", "slt"], fleet=fleet).devices[0]
+    assert [one.choices for one in found.methods] == [{}, {}]
+    assert all(one.fits for one in found.methods)
+
+
 def test_shares_of_a_fleet_are_counted():
     dense = method(None, "fedavg").needs_bytes
     # of ten devices three hold the whole model

@@ -26,7 +26,7 @@ def recommend(methods: Sequence[MethodPlan]) -> tuple[str | None, str]:
     best, why = _best([one for one in able if (one.share or 0) == most], methods)
     if most in (0, 1):
         return best, why + (" All devices of the fleet can take part." if most else "")
-    return best, f"{why} Only {percent(most, 0)} of the fleet's devices can take part in it."
+    return best, f"{why} Only {percent(most, 0)} of the fleet's devices can take part in all of it."
 
 
 def _best(able: Sequence[MethodPlan], methods: Sequence[MethodPlan]) -> tuple[str, str]:

@@ -69,6 +69,9 @@ def _share(kind: Kind, devices: Sequence[Device], prices: Prices) -> float:
 
 
 def _choices(kind: Kind, devices: Sequence[Device]) -> Mapping[str, float]:
+    """None where there are stages: then the round decides what is trained, not the device."""
+    if "stage" in kind.task.hparams:
+        return {}
     counts = Counter(choice(task) for task in kind.algorithm.configure(kind.state, devices))
     counts.pop("", None)
     return {name: count / len(devices) for name, count in sorted(counts.items())}

@@ -160,7 +160,7 @@ def choice(task: ClientTask) -> str:
     for name in CHOICES:
         if (value := task.hparams.get(name)) is not None:
             short = str(value).removesuffix(".0")  # a number, or text that is one
-            said.append(f"{name} {short}")
+            said.append(short if short.startswith(name) else f"{name} {short}")
     return ", ".join(said)
 
 
