@@ -92,3 +92,14 @@ def test_one_run_that_reached_nothing_and_was_interrupted(make):
     assert second.startswith("It stands at 50.0% after 1 round, ")
     assert third.startswith("r has no summary")
     assert run_outcome(run, [])[0].startswith("r stands at 50.0%")
+
+
+@pytest.mark.parametrize(("factor", "said"), [(0.5, "50% of"), (1.5, "1.5×"), (1.004, "")])
+def test_peak_memory_is_compared(make, factor, said):
+    """40 MB in every step of the baseline, `factor` times that in one step and less in others."""
+    a, b = make("a", {20: 0.9}), make("b", {20: 0.9})
+    for row in b.rounds:
+        row["peak_memory_bytes"] *= factor / 2 if row["round"] != 7 else factor
+    (found,) = comparison_outcome([a, b], ())
+    assert ("modelled peak memory" in found) == bool(said)
+    assert f", with {said} its modelled peak memory" in found or not said

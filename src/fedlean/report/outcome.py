@@ -184,7 +184,8 @@ def _end_against(run: Run, base_name: str, base: Run) -> str:
     length = ""
     if run.num_rounds != base.num_rounds:
         length = f" after {_rounds(run.num_rounds)} against {base.num_rounds}"
-    return f"{_ended(run)} at {units.percent(mine)}, {level}{length}{_bytes_against(run, base)}"
+    costs = f"{_bytes_against(run, base)}{_memory_against(run, base)}"
+    return f"{_ended(run)} at {units.percent(mine)}, {level}{length}{costs}"
 
 
 def _bytes_against(run: Run, base: Run) -> str:
@@ -199,3 +200,13 @@ def _bytes_against(run: Run, base: Run) -> str:
         if share < 1
         else f", at {units.times(share)} its bytes"
     )
+
+
+def _memory_against(run: Run, base: Run) -> str:
+    """Of the neediest client; nothing where both need the same to half a hundredth."""
+    mine, theirs = peak_memory(run), peak_memory(base)
+    if not mine or not theirs or 1 / 1.005 < mine / theirs < 1.005:
+        return ""
+    share = mine / theirs
+    text = f"{100 * share:.2g}% of" if share < 1 else units.times(share)
+    return f", with {text} its modelled peak memory"
