@@ -26,7 +26,7 @@ from fedlean.core import Model, SubModel
 from fedlean.cost.price import cost
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
-from fedlean.layers import Conv2d, GlobalAvgPool, Linear, ReLU
+from fedlean.layers import Conv2d, GlobalAvgPool, GroupNorm, Linear, ReLU
 from fedlean.methods.fedavg import client_update as plain_update
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.neulite import MOST_STAGES, client_update, neulite, unused
@@ -448,7 +448,7 @@ def test_a_plan_walks_through_every_stage(name: str):
         ({"loss": "bce"}, "loss must be 'ce'"),
         ({"batch_size": 3}, "batch_size must be at least 4, got 3: nHSIC compares"),
         ({"ends": "nowhere"}, "no block or layer 'nowhere'"),
-        ({"ends": "conv relu1"}, "part 'relu1' has no convolution or linear layer"),
+        ({"ends": "conv relu1"}, "no weights to train after 'conv' up to 'relu1'"),
         ({"beginning": "eagerly"}, "beginning must be one of"),
         ({"lr": 0.0}, "lr"),
     ],
@@ -456,6 +456,18 @@ def test_a_plan_walks_through_every_stage(name: str):
 def test_bad_hyperparameters_are_named(setting, said):
     with pytest.raises(ValueError, match=said):
         of(SPEC, **setting)
+
+
+def test_a_part_of_a_norm_alone_is_refused():
+    layers = [("first", Conv2d(2, 1)), ("norm", GroupNorm()), ("second", Conv2d(2, 1))]
+    spec = sequential((1, 2, 2), [*layers, ("pool", GlobalAvgPool()), ("out", Linear(3))])
+    with pytest.raises(ValueError, match="part 'norm' has no convolution or linear layer"):
+        of(spec, ends="first norm")
+
+
+def test_fewer_rounds_than_stages_are_refused():
+    with pytest.raises(ValueError, match="3 stages need 3 rounds or more, got 2: take more"):
+        neulite(replace(server(rounds=2), spec=THREE), ends="one two")
 
 
 def test_a_small_batch_is_enough_without_the_mentor():

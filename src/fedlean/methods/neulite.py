@@ -140,8 +140,8 @@ def neulite(
       projector: widths of its linear layers, as "2056 1024 512" (the release's).
 
     Raises ValueError naming the hyper-parameter that is out of range, for a model that cannot be
-    divided, for a part without a convolution or linear layer, and where `beginning` is not
-    "together" and no cut is passed by one tensor.
+    divided, for a part without a convolution or linear layer, for fewer rounds than stages, and
+    where `beginning` is not "together" and no cut is passed by one tensor.
     """
     lines = {
         "lambda1_first": lambda1_first,
@@ -176,6 +176,11 @@ def neulite(
         )
         for number in range(len(own))
     )
+    if server.rounds < len(found):
+        raise ValueError(
+            f"{len(found)} stages need {len(found)} rounds or more, got {server.rounds}: take more "
+            "rounds, or divide the model into fewer parts with ends"
+        )
     if staging.beginning != "together":
         for one in found:
             if frozen_beginning(one.stage.spec, one.stage.frozen):
