@@ -69,7 +69,7 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
         "heterofl": make("heterofl", settings),
         "depthfl": make("depthfl", settings),
         "smartfreeze": make("smartfreeze", {**settings, **PATIENT}),
-        "profl": make("profl", settings),
+        "profl": make("profl", {**settings, "lr": 0.01}),  # diverges at 0.03 when it grows
         "neulite": make("neulite", settings),
         "slt": make("slt", settings),
     }
