@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fedlean.freezing.tail import tail
+from fedlean.layers import Conv2d, Flatten, GroupNorm, Linear
 from fedlean.models.catalog import build
+from fedlean.spec import sequential
 from fedlean.submodels.parts import parts
 
 NORM = ("weight", "bias")
@@ -39,7 +41,9 @@ def test_the_last_layer_with_weights_and_its_norm(model, part, layer, suffixes, 
 
 
 def test_a_part_without_weights_has_none():
-    spec = build("vgg11", (1, 32, 32), 10)
-    own = parts(spec, "conv1 relu1")
-    with pytest.raises(ValueError, match="part 'relu1' has no convolution or linear layer"):
+    """A norm alone."""
+    layers = [("a", Conv2d(4, 3)), ("n", GroupNorm(groups=2)), ("f", Flatten()), ("c", Linear(3))]
+    spec = sequential((1, 8, 8), layers)
+    own = parts(spec, "a n")
+    with pytest.raises(ValueError, match="part 'n' has no convolution or linear layer"):
         tail(spec, own[1])

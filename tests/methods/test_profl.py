@@ -352,7 +352,7 @@ def driven(algorithm, state, amounts):
 def test_effective_movement_by_hand():
     """Over H = 4: |Σ moves| / Σ |moves| of moves 1, 1, -1, 1, 1, 0."""
     algorithm, first = of(
-        POOLED, 40, freezing="movement", window=4, slope_values=9, shrink_share=0.9, below=9.0
+        POOLED, 40, freezing="movement", window=4, values=9, shrink_share=0.9, below=9.0
     )
     zero = {name: np.zeros_like(value) for name, value in first.params.items()}
     states = driven(algorithm, algorithm.init(Model(POOLED, zero)), [1, 1, -1, 1, 1, 0])
@@ -364,7 +364,7 @@ def test_effective_movement_by_hand():
 def test_movement_decides_when_a_part_ends():
     """A straight line stands still at 1, so W values of a window of 2 are there after 3 rounds; an
     oscillation has movement 0, which is below every limit."""
-    quick = {"freezing": "movement", "window": 2, "slope_values": 2, "patience": 1}
+    quick = {"freezing": "movement", "window": 2, "values": 2, "patience": 1}
     algorithm, first = of(POOLED, 40, **quick, below=9.0)
     states = driven(algorithm, algorithm.init(first), [1] * 3)
     assert [state.phase for state in states] == ["shrink", "shrink", "map"]
@@ -377,8 +377,8 @@ def test_movement_decides_when_a_part_ends():
 
 
 def test_the_last_stage_goes_on_until_the_rounds_are_over():
-    quick = {"freezing": "movement", "window": 2, "slope_values": 2, "patience": 1, "below": 9.0}
-    found = walked(POOLED, 30, **quick, slope_threshold=900.0)
+    quick = {"freezing": "movement", "window": 2, "values": 2, "patience": 1, "below": 9.0}
+    found = walked(POOLED, 30, **quick, threshold=900.0)
     ends = {(task.phase, task.hparams["stage"]): after.round for task, _, after in found}
     assert list(ends.values()) == [3, 4, 7, 8, 11, 14, 30]
 

@@ -114,8 +114,8 @@ def profl(
     map_weight_decay: float = 0.0,
     freezing: Freezing = "movement",
     window: int = 6,
-    slope_values: int = 5,
-    slope_threshold: float = 0.05,
+    values: int = 5,
+    threshold: float = 0.05,
     patience: int = 3,
     smoothing: float = 0.5,
     below: float = 1.25,
@@ -136,7 +136,7 @@ def profl(
       freezing: "movement": a part ends when its effective movement stops to fall.  "never": each
         takes its whole share of the rounds.
       window: H, rounds of the effective movement (released code: 6, its configuration: 20).
-      slope_values, slope_threshold, patience, smoothing, below: of `rules.slope_of_movement`, on
+      values, threshold, patience, smoothing, below: of `rules.slope_of_movement`, on
         its scale (released configuration: 15 evaluations, 0.2; the others are ours).
 
     Raises ValueError naming the hyper-parameter that is out of range, for a model that cannot be
@@ -154,8 +154,8 @@ def profl(
         window=window,
         smoothing=smoothing,
         below=below,
-        values=slope_values,
-        threshold=slope_threshold,
+        values=values,
+        threshold=threshold,
         patience=patience,
     )
     rule = movement if freezing == "movement" else never()
@@ -262,7 +262,7 @@ def work(task: ClientTask) -> tuple[Work, ...]:
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
     maps = ("shrink_share", "map_rounds", "map_steps", "map_lr", "map_momentum", "map_weight_decay")
-    rule = ("window", "slope_values", "slope_threshold", "patience", "smoothing", "below")
+    rule = ("window", "values", "threshold", "patience", "smoothing", "below")
     found: dict[str, str] = {}
     if not settings["shrink"]:
         found |= dict.fromkeys(maps, "shrink is false: nothing is mapped")

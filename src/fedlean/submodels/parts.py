@@ -39,18 +39,15 @@ def parts(spec: ModelSpec, ends: str = "") -> tuple[Part, ...]:
     >>> [part.name for part in parts(resnet18((3, 32, 32), 10))]
     ['stage1', 'stage2', 'stage3', 'stage4']
     >>> [part.name for part in parts(resnet18((3, 32, 32), 10), "stage1 stage3")]
-    ['stage1', 'stage3', 'head']
+    ['stage1', 'stage3', 'stage4']
     """
     named = bool(ends.strip())
     found = _named(spec, ends) if named else _own(spec)
     made, before = [], set[str]()
     for name, end in found.items():
-        needed = upto(spec, end).by_name
-        layers = tuple(
-            node.name for node in spec.nodes if node.name in needed and node.name not in before
-        )
-        made.append(_part(spec, name, end, layers))
-        before |= needed.keys()
+        own = upto(spec, end).by_name.keys() - before
+        made.append(_part(spec, name, end, _in_order(spec, own)))
+        before |= own
     rest = _in_order(spec, spec.by_name.keys() - before)
     divided = (*made, _part(spec, _last_name(spec, rest), spec.nodes[-1].name, rest))
     if named:
@@ -97,17 +94,18 @@ def _named(spec: ModelSpec, ends: str) -> dict[str, str]:
             near = difflib.get_close_matches(name, [*spec.blocks, *spec.by_name], n=2)
             hint = f" (nearest: {' and '.join(near)})" if near else ""
             raise ValueError(
-                f"the model has no block or layer {name!r} to be divided after{hint}{_able(spec)}"
+                f"ends: the model has no block or layer {name!r} to be divided after{hint}"
+                f"{_able(spec)}"
             )
         if end == spec.nodes[-1].name:
             raise ValueError(
-                f"the model cannot be divided after {name!r}, its last layer: nothing follows"
+                f"ends: the model cannot be divided after {name!r}, its last layer: nothing follows"
                 f"{_able(spec)}"
             )
         if not _alone(spec, end):
             raise ValueError(
-                f"the model cannot be divided after {name!r}: what follows must read the model "
-                f"through one activation, and here reads several{_able(spec)}"
+                f"ends: the model cannot be divided after {name!r}: what follows must read the "
+                f"model through one activation, and here reads several{_able(spec)}"
             )
         found[name] = end
     order = [node.name for node in spec.nodes]
