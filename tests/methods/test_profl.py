@@ -381,6 +381,8 @@ def test_the_last_stage_goes_on_until_the_rounds_are_over():
     found = walked(POOLED, 30, **quick, threshold=900.0)
     ends = {(task.phase, task.hparams["stage"]): after.round for task, _, after in found}
     assert list(ends.values()) == [3, 4, 7, 8, 11, 14, 30]
+    frozen = [after.round for _, _, after in found if after.measured.get("frozen")]
+    assert frozen == [3, 7, 11, 14]  # the last part never is
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,8 @@ def profl(
         moved, measured = state.rule, {}
         if phase.name != MAP:
             moved = rule.update(moved, held(phase.stage, params))
-            measured = {**moved["measured"], "frozen": float(moved["frozen"])}
+            froze = moved["frozen"] and state.at + 1 < len(phases)  # the last part goes on
+            measured = {**moved["measured"], "frozen": float(froze)}
         state = replace(state, params=params, extra=extra, rule=moved, measured=measured)
         state = replace(state, round=state.round + 1, shown=state.at)
         return _next(state) if _is_over(state) else state
