@@ -70,6 +70,7 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
         "depthfl": make("depthfl", settings),
         "smartfreeze": make("smartfreeze", {**settings, **PATIENT}),
         "profl": make("profl", {**settings, "lr": 0.01}),  # diverges at 0.03 when it grows
+        "profl_patient": make("profl", {**settings, **PATIENT, "lr": 0.01}),
         "neulite": make("neulite", settings),
         "slt": make("slt", settings),
     }
