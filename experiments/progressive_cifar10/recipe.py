@@ -1,6 +1,6 @@
 """Progressive training and its controls, ResNet-18 on CIFAR-10, on devices of little memory.
 
-100 clients of whom 7 or 8 can hold the full model (`fleet.toml`).  `short` is sized for an hour on
+100 clients of whom 8 can hold the full model (`fleet.toml`).  `short` is sized for an hour on
 two cores, `paper` has ProFL's released length and the full width.  README.md is the card.
 """
 

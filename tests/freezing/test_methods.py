@@ -157,7 +157,7 @@ def test_one_part_and_nothing_frozen_is_a_round_of_fedavg():
         hparams=settings.hparams(0),
     )
     updates = [replace(train_stage(task, DATA[task.client], ENGINE), task=task) for task in tasks]
-    merged, extra, _ = merge_stage(NORM, params, {}, updates)
+    merged, extra = merge_stage(NORM, params, {}, updates)
     plain = fedavg.fedavg(alone, **SGD, momentum=0.9)
     state = plain.init(Model(NORM, params))
     answers = [

@@ -14,6 +14,7 @@ from fedlean.cost.split import MemorySplit
 from fedlean.fleet.fleet import Fleet, Member, always
 from fedlean.fleet.quantity import Quantity
 from fedlean.models.lenet300 import lenet300
+from fedlean.models.mlp import mlp_13_7
 from fedlean.planning import plan
 from fedlean.planning.choose import recommend
 from fedlean.planning.document import to_document
@@ -35,6 +36,21 @@ def block(memory_bytes, methods=None, spec=SPEC, **more):
 
 def method(memory_bytes, name, spec=SPEC, **more):
     return block(memory_bytes, [name], spec, **more).methods[0]
+
+
+def test_models_in_processes_of_their_own_have_the_same_plan():
+    models = {"wide": lenet300((1, 8, 8), 10), "narrow": mlp_13_7((1, 8, 8), 10)}
+
+    def planned(processes):
+        return plan(
+            models,
+            [Device(0, memory_bytes=10**6)],
+            profile=PROFILE,
+            methods=["fedavg", "smartfreeze"],
+            processes=processes,
+        )
+
+    assert to_document(planned(2)) == to_document(planned(1))
 
 
 def test_every_built_in_method_is_planned_or_left_out():

@@ -53,10 +53,11 @@ def _sampled(
 ) -> tuple[tuple[str, np.ndarray], ...]:
     """Which scalars of each tensor: drawn over all of them, in their order."""
     total = sum(size for _, size in sizes)
-    at = np.arange(total)
     if total > at_most:
         drawn = generator(seed, 0, 0, "movement").choice(total, at_most, replace=False)
         at = np.sort(drawn)
+    else:
+        at = np.arange(total)
     ends = np.cumsum([size for _, size in sizes])
     pieces = np.split(at, np.searchsorted(at, ends[:-1]))
     return tuple(

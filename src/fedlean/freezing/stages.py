@@ -71,20 +71,15 @@ def stage_model(one: Stage, params: Params, extra: Params) -> Model:
 
 def merge_stage(
     spec: ModelSpec, params: Params, extra: Params, updates: Iterable[ClientUpdate]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Fold]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`params` of the whole model and `extra`, those of modules, with the answers merged into them.
 
     Tensors that no answer trains are the same arrays as before.  The others are read-only, so that
     those of a part that is frozen from now on are hashed once and not for every message.
     """
     before = {**params, **extra}
-    result = fold(before, updates, variances=spec.variances)
-    merged = settled(before, result)
-    return (
-        {name: merged[name] for name in params},
-        {name: merged[name] for name in extra},
-        result,
-    )
+    merged = settled(before, fold(before, updates, variances=spec.variances))
+    return {name: merged[name] for name in params}, {name: merged[name] for name in extra}
 
 
 def settled(before: Params, merge: Fold) -> dict[str, np.ndarray]:

@@ -211,7 +211,7 @@ def neulite(
         )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
-        params, extra, _ = merge_stage(server.spec, state.params, state.extra, updates)
+        params, extra = merge_stage(server.spec, state.params, state.extra, updates)
         return replace(state, round=state.round + 1, params=params, extra=extra)
 
     def done(state: State) -> bool:

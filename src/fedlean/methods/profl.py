@@ -211,7 +211,7 @@ def profl(
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         phase = phases[state.at]
-        params, extra, _ = merge_stage(spec, state.params, state.extra, updates)
+        params, extra = merge_stage(spec, state.params, state.extra, updates)
         moved, measured = state.rule, {}
         if phase.name != MAP:
             moved = rule.update(moved, held(phase.stage, params))

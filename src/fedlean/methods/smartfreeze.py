@@ -198,7 +198,7 @@ def smartfreeze(
         one, heard = stages[state.stage], dict[int, selection.Heard]()
         if choosing:
             updates = _listening(one, {**state.params, **state.extra}, updates, server.seed, heard)
-        params, extra, _ = merge_stage(spec, state.params, state.extra, updates)
+        params, extra = merge_stage(spec, state.params, state.extra, updates)
         paced, round = rule.update(state.pace, held(one, params)), state.round + 1
         more = state.stage < len(stages) - 1
         froze = more and bool(paced["frozen"])

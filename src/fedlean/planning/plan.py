@@ -63,7 +63,13 @@ def plan(
         raise ValueError("a plan needs a model, and a device or a fleet")
     drawn = draw(fleet, seed) if fleet else []
     one = partial(
-        _of_model, devices=devices, asked=asked, profile=profile, drawn=drawn, draw=(seed, examples)
+        _of_model,
+        devices=devices,
+        asked=asked,
+        profile=profile,
+        drawn=drawn,
+        seed=seed,
+        examples=examples,
     )
     if processes > 1 and len(specs) > 1:
         # the interpreter runs one thread at a time; "spawn", since a fork has no threads of NumPy's
@@ -83,11 +89,12 @@ def _of_model(
     asked: Mapping[str, Settings],
     profile: Profile,
     drawn: Sequence[Device],
-    draw: tuple[int, int],
+    seed: int,
+    examples: int,
     watch: Callable[[str], None] = _silent,
 ) -> list[DevicePlan]:
-    """The blocks of one model; `draw` is the seed and a client's examples."""
-    stage, blocks = Stage(spec, *draw), []
+    """The blocks of one model; `drawn` are the devices of the fleet."""
+    stage, blocks = Stage(spec, seed, examples), []
     for device in devices:
         watch(f"{name} on {label(device, profile)}")
         blocks.append(_block(stage, name, device, asked, profile, ()))
