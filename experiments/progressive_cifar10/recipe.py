@@ -1,7 +1,8 @@
-"""Progressive training and its controls, ResNet-18 on CIFAR-10, on devices of little memory.
+"""Progressive training and its controls, ResNet-18 and VGG-11 on CIFAR-10, on small devices.
 
-100 clients of whom 8 can hold the full model (`fleet.toml`).  `short` is sized for an hour on
-two cores, `paper` has ProFL's released length and the full width.  README.md is the card.
+100 clients of whom 8 can hold the full model (`fleet*.toml`).  `short` and `iid` are sized for an
+hour on two cores, `long` trains three times as long, `vgg11` is the other model, and `paper` has
+ProFL's released length and the full width.  README.md is the card.
 """
 
 from functools import partial
@@ -20,10 +21,10 @@ SHORT = {
     "batch_size": 16,
     "cohort": 10,
 }
-# 5 epochs over 500 examples are 39 steps of 64
 # With a constant rate a part does a random walk long before it has converged: a longer window
 # sees the drift in it, and later.
 PATIENT = {"window": 20, "below": 1.1, "patience": 5}
+# 5 epochs over 500 examples are 39 steps of 64
 PAPER = {
     "lr": 0.01,
     "momentum": 0.9,
@@ -38,14 +39,16 @@ def config(
     method: str,
     settings: dict,
     *,
+    model: str = "resnet18",
     width: int = 16,
     rounds: int = 400,
     partition: str = "dirichlet:0.5",
     fleet: str | None = "fleet.toml",
+    init: str = "torch",
 ) -> RunConfig:
     return RunConfig(
         method=method,
-        model=f"resnet18,width={width}",
+        model=f"{model},width={width}",
         partition=partition,
         clients=100,
         rounds=rounds,
@@ -55,6 +58,7 @@ def config(
         eval_every=20,
         eval_examples=2000,
         settings=settings,
+        init=init,
     )
 
 
@@ -77,10 +81,14 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
 
 
 short = partial(config)
+# VGG-11 has no norms: from PyTorch's first weights its loss stays where it is
+vgg11 = partial(config, model="vgg11", fleet="fleet_vgg11.toml", init="he")
 paper = partial(config, width=64, rounds=1600, fleet="fleet_paper.toml")
 GROUPS = {
     "short": runs(short, SHORT, narrow=2),
     "iid": runs(partial(short, partition="iid"), SHORT, narrow=2),
+    "long": runs(partial(short, partition="iid", rounds=1200), SHORT, narrow=2),
+    "vgg11": runs(vgg11, {**SHORT, "lr": 0.01}, narrow=2),
     "paper": runs(paper, PAPER, narrow=8),
 }
 

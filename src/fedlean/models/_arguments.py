@@ -18,3 +18,9 @@ def check_image(model: str, input_shape: Shape) -> None:
             f"{model} reads images: input_shape must be (channels, height, width), "
             f"got {tuple(input_shape)}"
         )
+
+
+def check_width(width: int) -> None:
+    """The channels of a model's first layer, of which its others are multiples."""
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ValueError(f"width must be an integer of at least 1, got {width!r:.40}")
