@@ -44,7 +44,7 @@ def config(
     rounds: int = 400,
     partition: str = "dirichlet:0.5",
     fleet: str | None = "fleet.toml",
-    init: str = "torch",
+    init: str = "pytorch",
 ) -> RunConfig:
     return RunConfig(
         method=method,
