@@ -31,7 +31,7 @@ from fedlean.runtime.prices import Prices
 from fedlean.runtime.remote.limit import LimitedEngine
 from fedlean.runtime.remote.room import TooLarge
 from fedlean.submodels.cut import Cut, ids_of
-from fedlean.submodels.levels import fold_cuts
+from fedlean.submodels.cut_round import fold_cuts
 from fedlean.submodels.width import width
 from fedlean.train.local_sgd import LocalSGD, train_kept_weights
 from fedlean.train.work import only_sgd

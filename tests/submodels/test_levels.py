@@ -10,7 +10,8 @@ from fedlean.algorithm import Device
 from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.submodels.cut import whole
-from fedlean.submodels.levels import fold_cuts, levels, rates_from
+from fedlean.submodels.cut_round import fold_cuts
+from fedlean.submodels.levels import levels, rates_from
 from fedlean.submodels.width import width
 
 WORK = Work(1, 4)

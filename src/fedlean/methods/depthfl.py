@@ -32,13 +32,14 @@ from fedlean.core import (
     Masks,
     Model,
     Params,
+    Scalar,
     Work,
 )
 from fedlean.engine.protocol import Engine
 from fedlean.models.initialise import init_params
+from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
 from fedlean.submodels.exits import ending_at, with_exits
-from fedlean.submodels.levels import fold_cuts, levels
-from fedlean.train.cohort import cohort_tasks
+from fedlean.submodels.levels import levels
 from fedlean.train.descent import local_descent
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
@@ -108,25 +109,19 @@ def depthfl(
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round, by_id = state.round + 1, {device.id: device for device in devices}
         weight = distillation * _rise(state.round, distillation_rounds)
-        tasks = []
-        for client in sgd.clients(server, devices, round):
-            at = level(by_id[client])
-            cut = choice.cuts[at]
-            hparams = {
-                **sgd.hparams(state.round),
-                "depth": choice.names[at],
-                "exits": ".".join(exits.names[: int(choice.names[at])]),  # no name has a dot
-                "distillation": weight,
-            }
-            tasks += cohort_tasks(
-                server,
-                [client],
-                round=round,
-                phase="train",
-                model=Model(cut.spec, cut.take(state.params)),
-                hparams=hparams,
-            )
-        return tasks
+        chosen = {c: level(by_id[c]) for c in sgd.clients(server, devices, round)}
+        return cut_tasks(
+            server,
+            [Given(c, choice.cuts[at], depth_said(choice.names[at])) for c, at in chosen.items()],
+            round=round,
+            phase=state.phase,
+            model=Model(exits.spec, state.params),
+            hparams={**sgd.hparams(state.round), "distillation": weight},
+        )
+
+    def depth_said(name: str) -> dict[str, Scalar]:
+        """What a task says of its depth; no name of an exit has a dot."""
+        return {"depth": name, "exits": ".".join(exits.names[: int(name)])}
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         merged = fold_cuts(

@@ -32,10 +32,10 @@ from fedlean.core import (
 )
 from fedlean.engine.protocol import Engine
 from fedlean.submodels.cut import whole
-from fedlean.submodels.levels import fold_cuts, levels, rates_from
+from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
+from fedlean.submodels.levels import levels, rates_from
 from fedlean.submodels.static_norm import calibrate
 from fedlean.submodels.width import width
-from fedlean.train.cohort import cohort_tasks
 from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
@@ -98,18 +98,15 @@ def heterofl(
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round, by_id = state.round + 1, {device.id: device for device in devices}
-        sent: dict[int, Model] = {}  # by level: what several clients get is one object
-        tasks = []
-        for client in sgd.clients(server, devices, round):
-            at = level(by_id[client], round)
-            if at not in sent:
-                cut = choice.cuts[at]
-                sent[at] = Model(cut.spec, cut.take(state.params))
-            hparams = {**sgd.hparams(state.round), "width": choice.names[at]}
-            tasks += cohort_tasks(
-                server, [client], round=round, phase="train", model=sent[at], hparams=hparams
-            )
-        return tasks
+        chosen = {c: level(by_id[c], round) for c in sgd.clients(server, devices, round)}
+        return cut_tasks(
+            server,
+            [Given(c, choice.cuts[at], {"width": choice.names[at]}) for c, at in chosen.items()],
+            round=round,
+            phase=state.phase,
+            model=Model(spec, state.params),
+            hparams=sgd.hparams(state.round),
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         merged = fold_cuts(

@@ -47,7 +47,7 @@ from fedlean.freezing.stages import deadline, settled
 from fedlean.printable import megabytes
 from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut, whole
-from fedlean.submodels.levels import fold_cuts
+from fedlean.submodels.cut_round import fold_cuts
 from fedlean.submodels.narrow import narrow_after
 from fedlean.submodels.parts import Part, parts
 from fedlean.train.cohort import cohort_tasks

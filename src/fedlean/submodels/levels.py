@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from fedlean.algorithm import Device
-from fedlean.core import ClientTask, ClientUpdate, Params, Work
+from fedlean.core import Work
 from fedlean.cost.way import peak_memory_bytes
-from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut
-from fedlean.tree import Fold
 
 
 @dataclass(frozen=True)
@@ -77,22 +75,3 @@ def rates_from(text: str) -> tuple[float, ...]:
             f"got {text!r:.60}"
         )
     return rates
-
-
-def fold_cuts(
-    full: ModelSpec,
-    base: Params,
-    updates: Iterable[ClientUpdate],
-    cut_of: Callable[[ClientTask], Cut],
-) -> Fold:
-    """The merge of sub-models into `base`, the tensors of `full`: each element is the mean over the
-    clients whose sub-model has it, and one that no client has keeps its value.
-
-    Updates are those that the runtime hands to `server_update`, which know their task.
-    """
-    result = Fold(base, variances=full.variances)
-    for update in updates:
-        if update.task is None:
-            raise ValueError("an update without its task cannot be merged: which part is it of?")
-        result.add(update, index=cut_of(update.task).index)
-    return result
