@@ -33,13 +33,16 @@ class Device:
     """One client of the federation, as the server knows it.
 
     memory_bytes: what it may hold of models, gradients and activations at once, the process and its
-    libraries apart.
+    libraries apart.  budget_bytes: what may travel for it in a round, both ways.  budget_seconds:
+    what a round may take it, computing and both ways of the link.
     """
 
     id: int
     num_examples: int | None = None  # as it said when it joined
     profile: Profile | None = None  # its own; `profile_of` says which one counts
-    memory_bytes: int | None = None  # None: no limit is known
+    memory_bytes: int | None = None  # None: no limit is known, here and below
+    budget_bytes: int | None = None
+    budget_seconds: float | None = None
 
 
 def profile_of(device: Device, fallback: Profile) -> Profile:
@@ -89,7 +92,8 @@ class FederatedAlgorithm(NamedTuple):
     is the most that a task takes, against which clients' claims are held (None: it is not known).
     `model` says what of a state is evaluated and saved; None: the run's whole model, with the
     state's `params` and `masks`.  `report` gives what the log says of a state beside that, finite
-    numbers by name: what a rule has measured, say.
+    numbers by name: what a rule has measured, say.  `sends_params` says whether the answers to a
+    task hold the tensors that it trains, or statistics alone.
     """
 
     init: Callable[[Model], Any]  # of the model that the run starts from
@@ -103,3 +107,4 @@ class FederatedAlgorithm(NamedTuple):
     work: Callable[[ClientTask], tuple[Work, ...]] | None = None
     model: Callable[[Any], Model] | None = None
     report: Callable[[Any], Mapping[str, float]] | None = None
+    sends_params: Callable[[ClientTask], bool] = lambda task: True

@@ -89,6 +89,27 @@ def test_kinds_of_devices(written):
     ]
 
 
+def test_budgets_of_a_round_are_given_or_drawn(written):
+    path = written(
+        "fleet.toml",
+        """
+        devices = 3
+        budget_bytes = 5e6
+        [budget_seconds]
+        uniform = [10, 60]
+        """,
+    )
+    first, second = present(path), present(path, step=2)
+    assert [device.budget_bytes for device in first] == [5_000_000] * 3
+    assert all(device.budget_seconds and 10 <= device.budget_seconds <= 60 for device in first)
+    assert len({device.budget_seconds for device in first + second}) == 6
+    for device in present(written("plain.toml", "devices = 2")):
+        assert device.budget_bytes is None and device.budget_seconds is None
+    table = "device,budget_bytes,budget_seconds\n0,1e6,\n1,,2.5\n"
+    found = present(written("fleet.csv", table))
+    assert [(one.budget_bytes, one.budget_seconds) for one in found] == [(10**6, None), (None, 2.5)]
+
+
 def test_profiles_of_ones_own_are_found_beside_the_file(written, tmp_path):
     slow = asdict(replace(GENERIC, name="slow", memory_bytes=1000))
     written("slow.json", json.dumps(slow))
@@ -177,6 +198,9 @@ DOCUMENTS = {
     "memory_bytes = {uniform = [3, 2, 1]}": "memory_bytes has uniform = [3, 2, 1], expected",
     "memory_bytes = {choice = []}": "memory_bytes has choice = [], expected a list of values",
     "present = {loguniform = [0, 1]}": "the lowest above 0",
+    "budget_bytes = 0": "budget_bytes is 0, expected bytes from 1 to 1e+18",
+    "budget_seconds = -1": "budget_seconds is -1, expected seconds from 1e-06 to 1e+12",
+    "budget_second = 3": "no key 'budget_second'; did you mean budget_seconds?",
     "present = 1.1": "present is 1.1, expected a probability from 0 to 1",
     "memory_bytes = {uniform = [1, 2], redrawn = 'daily'}": "memory_bytes has redrawn = 'daily'",
     "profile = 3": "profile is 3, expected a name from 'fedlean devices'",

@@ -244,6 +244,21 @@ def test_shares_of_a_fleet_are_counted():
     assert by_name["prunefl"].phases[0].share == 0  # g² of all weights beside the whole model
 
 
+def test_who_may_not_send_so_much_or_for_so_long_takes_no_part():
+    """A message of the whole model and its answer are two times its values, and a little."""
+    both = 2 * 4 * SPEC.num_params
+    cases = [{"budget_bytes": both}, {"budget_bytes": 2 * both + 10_000}, {"budget_seconds": 1e-6}]
+    members = [
+        Member(PROFILE, {name: Quantity((float(value),)) for name, value in own.items()})
+        for own in (*cases, {})
+    ]
+    fleet = Fleet(tuple(map(always, members)), 4)
+    (phase,) = (
+        plan(SPEC, profile=PROFILE, methods=["fedavg"], fleet=fleet).devices[0].methods[0].phases
+    )
+    assert phase.share == 0.5
+
+
 def test_in_a_fleet_what_all_can_do_is_chosen_and_the_share_is_said():
     dense = method(None, "fedavg", MLP).needs_bytes
     sizes = [dense] * 6 + [dense * 2 // 3] * 4  # the median device holds the whole model

@@ -56,7 +56,7 @@ def test_tasks_that_were_not_sent_and_steps_that_asked_nobody():
         "Round 2: x",
         "Round 2: pruned",
         f"2 steps asked nobody; the first, of round 2: {nobody}",
-        "3 tasks of 2 clients not sent, for lack of memory; the first, of client 3: round 1: "
+        "3 tasks of 2 clients not sent, beyond their devices; the first, of client 3: round 1: "
         "needs <2",
     ]
     page = notices_section(run_of(rows))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from federation import CLIENTS, ENGINE, SPEC, client_data, params, run, same, server
 
+from fedlean import wire
 from fedlean.algorithm import Device, FederatedAlgorithm
 from fedlean.core import SubModel, Work
 from fedlean.cost.price import Model, cost
@@ -17,9 +18,11 @@ from fedlean.methods.fedavg import fedavg
 from fedlean.methods.ntk_zo import ntk_zo
 from fedlean.methods.prunefl import prunefl
 from fedlean.methods.snip import snip
+from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.rounds import EMPTY_STEPS, RunFailed
+from fedlean.runtime.step import CHOICES
 
 BATCH = 4
 NEEDS = cost(
@@ -223,3 +226,137 @@ def test_what_a_method_is_priced_at_is_what_the_engine_of_its_devices_lets_it_ha
 
 def peak_of(records: Sequence[StepRecord]) -> int:
     return max(record.cost.peak_memory_bytes for record in records)
+
+
+# Budgets of a round: bytes and seconds
+
+
+ANY = 10**12
+
+
+def within(**budget: Any) -> Present:
+    """Client 1 has the budget, the others have no limit."""
+    devices = [Device(id, profile=server().profile) for id in range(CLIENTS)]
+    devices[1] = replace(devices[1], **budget)
+    return lambda step: devices
+
+
+def took(records: Sequence[StepRecord], client: int) -> list[tuple[int, float]]:
+    """Bytes and seconds of each round of `quick` for a client, from its messages themselves."""
+    store, found, profile = ClientStore(), [], server().profile
+    for record in records:
+        (task,) = (task for task in record.tasks if task.client == client)
+        update, _ = quick().client_update(task, client_data()[client], ENGINE, {})
+        down = len(wire.encode_task(task, store.known(client)))
+        up = len(wire.encode_update(update, task))
+        store.acknowledge(task, update)
+        seconds = cost(Model(SPEC, SubModel()), [Work(2, BATCH)], profile).seconds
+        link = down / profile.downlink_bytes_per_s + up / profile.uplink_bytes_per_s
+        found.append((down + up, seconds + link))
+    return found
+
+
+def test_a_task_that_the_budget_of_bytes_cannot_carry_is_not_sent():
+    """What is counted beforehand is the answer's size but for room for its metrics."""
+    free, records = taken(quick(), within())
+    first, later = (size for size, _ in took(records, 1)[:2])
+    assert later < first, "the model's structure travels once"
+    state, records = taken(quick(), within(budget_bytes=first + wire.METRICS_BYTES))
+    assert same(state, free) and all(not record.left_out for record in records)
+    state, records = taken(quick(), within(budget_bytes=first - 1))
+    for record in records:
+        assert record.answered == [0, 2, 3] and record.refused == {}
+        said = record.left_out[1]
+        assert said.startswith("needs ") and said.endswith(f" MB of traffic, has {mb(first - 1)}")
+    others = [Device(client, profile=server().profile) for client in (0, 2, 3)]
+    assert same(state, taken(quick(), lambda step: others)[0])
+
+
+def test_a_task_that_would_take_the_device_too_long_is_not_sent():
+    free, records = taken(quick(), within())
+    first = took(records, 1)[0][1]
+    slack = 2 * wire.METRICS_BYTES / server().profile.uplink_bytes_per_s
+    state, records = taken(quick(), within(budget_seconds=first + slack))
+    assert same(state, free) and all(not record.left_out for record in records)
+    state, records = taken(quick(), within(budget_seconds=0.99 * first))
+    for record in records:
+        assert record.answered == [0, 2, 3]
+        assert record.left_out[1].endswith(f" s, has {0.99 * first:.3g} s")
+    assert "traffic" not in records[0].left_out[1]
+
+
+def test_the_link_counts_in_the_budget_of_seconds():
+    """A device that computes as fast, on a link a thousand times as slow."""
+    slow = replace(server().profile, uplink_bytes_per_s=1e3, downlink_bytes_per_s=1e3)
+    _, records = taken(quick(), within())
+    seconds = took(records, 1)[0][1]
+    assert all(
+        not record.left_out for record in taken(quick(), within(budget_seconds=1.1 * seconds))[1]
+    )
+    _, records = taken(quick(), within(budget_seconds=1.1 * seconds, profile=slow))
+    assert all(list(record.left_out) == [1] for record in records)
+
+
+def test_answers_of_scalars_alone_are_counted_as_such():
+    """Those of zeroth order hold no tensor: a budget between the two ways lets them through."""
+    algorithm = ntk_zo(server(2), batch_size=BATCH, density=1.0)
+    _, records = taken(algorithm, within(), rounds=2)
+    assert records[0].cost.uplink_bytes < records[0].cost.downlink_bytes / 2
+    each = records[0].cost.downlink_bytes // CLIENTS
+    _, records = taken(algorithm, within(budget_bytes=int(1.5 * each)), rounds=2)
+    assert all(not record.left_out for record in records)
+    _, records = taken(quick(), within(budget_bytes=int(1.5 * each)))
+    assert all(list(record.left_out) == [1] for record in records)
+
+
+NEVER = {
+    "budget_bytes": (
+        1000,
+        r"smallest task needs .* MB of traffic and the largest budget is 0\.001 MB",
+    ),
+    "budget_seconds": (1e-6, r"quickest task needs .* s and the largest budget is 1e-06 s"),
+    "memory_bytes": (10, r"smallest task needs .* MB and the largest device has 0\.000 MB"),
+}
+
+
+@pytest.mark.parametrize("budget", NEVER)
+def test_where_no_budget_is_enough_the_run_says_of_what(budget):
+    has, said = NEVER[budget]
+    devices = [Device(id, profile=server().profile, **{budget: has}) for id in range(CLIENTS)]
+    with pytest.raises(RunFailed, match=rf"no task fits its device: 4 left out, the {said}: train"):
+        taken(quick(20), lambda step: devices, rounds=20)
+
+
+def test_others_whose_bytes_are_enough_are_found_at_once_and_the_search_ends():
+    """Cohorts of one of 300: one device has the bytes, and without it nobody is found."""
+    clients, able = 300, 177
+    for there in (True, False):
+        devices = [
+            Device(c, profile=server().profile, budget_bytes=ANY if there and c == able else 1)
+            for c in range(clients)
+        ]
+        algorithm = quick(1, cohort=1)
+        data = client_data()[:1] * clients
+        records: list[StepRecord] = []
+        dispatch = LocalDispatch(algorithm.client_update, ENGINE, data, lambda step, d=devices: d)
+        watch = {"watch": lambda progress, record, to=records: to.append(record)}
+        if there:
+            run(algorithm, dispatch=dispatch, rounds=1, **watch)
+            assert records[0].answered == [able] and len(records[0].left_out) <= 1
+            continue
+        with pytest.raises(RunFailed, match=f"{clients - CHOICES} others were not chosen"):
+            run(algorithm, dispatch=dispatch, rounds=1, **watch)
+        assert all(len(record.left_out) == CHOICES for record in records)
+
+
+def test_statistics_count_in_what_an_answer_takes():
+    """PruneFL's g² of every weight, in the round that asks for it."""
+    algorithm = prunefl(server(4), local_steps=2, batch_size=BATCH, reconfigure_every=2)
+    _, records = taken(algorithm, within(), rounds=4)
+    dense = next(r for r in records if algorithm.statistics(r.tasks[0]))
+    (task,) = (task for task in dense.tasks if task.client == 1)
+    forms = algorithm.statistics(task)
+    plain, all_of_it = wire.answer_bytes(task, {}), wire.answer_bytes(task, forms)
+    assert all_of_it - plain >= 4 * SPEC.num_params
+    update, _ = algorithm.client_update(task, client_data()[1], ENGINE, {})
+    assert plain < wire.update_bytes(update, task) <= all_of_it

@@ -10,16 +10,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlean.core import ClientTask, ClientUpdate, Statistic, SubModel, Work
+from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
 from fedlean.layers import BatchNorm, Conv2d, Flatten, Layer, Linear
 from fedlean.spec import ModelSpec, sequential
-from fedlean.tree import pack, unpack
+from fedlean.tree import apply_mask, kept_counts, pack, unpack
 from fedlean.wire import (
     HEADER_BYTES,
+    METRICS_BYTES,
     Known,
     UnknownPattern,
     UnknownSpec,
     WireError,
+    answer_bytes,
     decode_task,
     decode_update,
     encode_task,
@@ -497,3 +499,28 @@ def test_decoded_arrays_are_aligned_and_masks_and_frozen_values_read_only(task: 
 
 def writable(array: np.ndarray | None) -> bool:
     return array is not None and (array.flags.writeable or writable(array.base))
+
+
+def test_an_answer_is_no_larger_than_foretold(task: ClientTask) -> None:
+    """Values, a statistic that no code shortens, and what it says of its losses and its work."""
+    rng = np.random.default_rng(0)
+    shapes = task.spec.param_shapes
+    works = (Work(3, 5, kept=kept_counts(task.sub_model.masks)),)
+    drawn = {name: rng.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+    update = ClientUpdate(
+        task.client,
+        10**9,
+        apply_mask(
+            {n: rng.random(s, dtype=np.float32) for n, s in task.spec.tensor_shapes.items()},
+            task.sub_model.masks,
+        ),
+        task.sub_model,
+        {"score": Statistic(drawn, "mean")},
+        {"train_loss": 0.1234567890123456, "distance": 1.234567890123456},
+        works,
+    )
+    forms = {"score": StatisticForm(shapes)}
+    for one, holds in ((update, True), (replace(update, params={}), False)):
+        exact = len(encode_update(one, task))
+        most = answer_bytes(task, forms, works, params=holds)
+        assert exact <= most <= exact + METRICS_BYTES + 64 * len(shapes) + 64

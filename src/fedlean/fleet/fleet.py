@@ -16,6 +16,8 @@ QUANTITIES: Mapping[str, Bounds] = {
     "memory_bytes": Bounds("bytes", 1, 1e18),
     "uplink_bytes_per_second": Bounds("bytes per second", 1e-3, 1e18),
     "downlink_bytes_per_second": Bounds("bytes per second", 1e-3, 1e18),
+    "budget_bytes": Bounds("bytes", 1, 1e18),
+    "budget_seconds": Bounds("seconds", 1e-6, 1e12),
     "compute_factor": Bounds("a speed relative to the profile's", 1e-6, 1e6),
     "present": Bounds("a probability", 0, 1),
 }
@@ -43,8 +45,14 @@ class Member:
                 uplink_bytes_per_s=drawn.get(up, profile.uplink_bytes_per_s),
                 downlink_bytes_per_s=drawn.get(down, profile.downlink_bytes_per_s),
             )
-        memory = int(drawn.get("memory_bytes", profile.memory_bytes))
-        return Device(device, profile=profile, memory_bytes=memory)
+        bytes_a_round = drawn.get("budget_bytes")
+        return Device(
+            device,
+            profile=profile,
+            memory_bytes=int(drawn.get("memory_bytes", profile.memory_bytes)),
+            budget_bytes=None if bytes_a_round is None else int(bytes_a_round),
+            budget_seconds=drawn.get("budget_seconds"),
+        )
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,16 @@ def ntk_zo(
     def done(state: State) -> bool:
         return state.phase == "train" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
+    return FederatedAlgorithm(
+        init,
+        configure,
+        client_update,
+        server_update,
+        done,
+        statistics,
+        work,
+        sends_params=lambda task: False,
+    )
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:

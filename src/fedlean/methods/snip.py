@@ -142,7 +142,16 @@ def snip(
     def done(state: State) -> bool:
         return state.phase != "score" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
+    return FederatedAlgorithm(
+        init,
+        configure,
+        client_update,
+        server_update,
+        done,
+        statistics,
+        work,
+        sends_params=lambda task: task.phase != "score",
+    )
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fedlean import wire
 from fedlean.algorithm import Device
 from fedlean.cost.profile import Profile
 from fedlean.fleet.fleet import Fleet
@@ -56,7 +57,7 @@ def with_shares(
 
 
 def _share(kind: Kind, devices: Sequence[Device], prices: Prices) -> float:
-    """Of those who are asked and can hold what they are asked for, over all."""
+    """Of those who are asked for what is within their memory and their budgets, over all."""
     if kind.one_client:
         tasks = [replace(kind.task, client=device.id) for device in devices]
     else:
@@ -64,7 +65,9 @@ def _share(kind: Kind, devices: Sequence[Device], prices: Prices) -> float:
     able = 0
     for task in tasks:
         works = kind.algorithm.work(task) if kind.algorithm.work else kind.works
-        able += prices.lack(task, works) is None
+        lack = prices.lack(task, works)
+        lack = lack or prices.over_budget(task, works, kind.algorithm, wire.Known())
+        able += lack is None
     return able / len(devices)
 
 

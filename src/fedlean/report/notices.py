@@ -35,7 +35,7 @@ def notices(run: Run) -> list[str]:
         tasks = _count(sum(map(len, left_out.values())), "task")
         clients = _count(len(left_out), "client")
         lines.append(
-            f"{tasks} of {clients} not sent, for lack of memory; the first, of client {client}: "
+            f"{tasks} of {clients} not sent, beyond their devices; the first, of client {client}: "
             f"{reasons[0]}"
         )
     if rejected := _rejected(run):

@@ -16,7 +16,7 @@ _ABOUT = (
     "Memory is the modelled peak of each round's neediest client; mean and median count every "
     "round once, however long it took. Bytes are of all clients together, in the median round. "
     "Devices are those that could hold the smallest task of the median round, of those that were "
-    "there. Left out are tasks that were not sent, since their devices have too little memory."
+    "there. Left out are tasks that were not sent, since they are beyond their devices."
 )
 
 

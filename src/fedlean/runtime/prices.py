@@ -1,27 +1,34 @@
-"""What work costs on the devices of one step, each by its own profile, and who lacks the memory."""
+"""What work costs on the devices of a step, each by its own profile, and what they lack for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from fedlean.algorithm import Device, profile_of
+from fedlean import wire
+from fedlean.algorithm import Device, FederatedAlgorithm, profile_of
 from fedlean.core import ClientTask, Work
 from fedlean.cost.price import Cost, cost
 from fedlean.cost.profile import Profile
+from fedlean.cost.time import link_seconds
 from fedlean.printable import megabytes
 
 
 @dataclass(frozen=True)
 class Lack:
-    """What a task takes and its device has not."""
+    """What a task takes and its device has not: bytes, or seconds."""
 
-    needed_bytes: int
-    memory_bytes: int
+    needs: float
+    has: float
+    of: Literal["memory", "traffic", "time"] = "memory"
 
     def __str__(self) -> str:
-        return f"needs {megabytes(self.needed_bytes)}, has {megabytes(self.memory_bytes)}"
+        on_the_link = " of traffic" if self.of == "traffic" else ""
+        return f"needs {self.shown(self.needs)}{on_the_link}, has {self.shown(self.has)}"
+
+    def shown(self, amount: float) -> str:
+        return f"{amount:.3g} s" if self.of == "time" else megabytes(amount)
 
 
 class Prices:
@@ -67,6 +74,33 @@ class Prices:
             return None
         needs = self.of(task, works).peak_memory_bytes
         return Lack(needs, has) if needs > has else None
+
+    def over_budget(
+        self,
+        task: ClientTask,
+        works: Sequence[Work] | None,
+        algorithm: FederatedAlgorithm,
+        known: wire.Known,
+    ) -> Lack | None:
+        """Where a round of `task` exceeds what may travel for its device, or how long it may take.
+
+        Counted are its message to a device that holds `known` and the largest answer.  works: None
+        where the method does not say what it takes, so that its time is not known.
+        """
+        device = self.device(task.client)
+        if device.budget_bytes is None and device.budget_seconds is None:
+            return None
+        forms, with_params = algorithm.statistics(task), algorithm.sends_params(task)
+        down = wire.task_bytes(task, known)
+        up = wire.answer_bytes(task, forms, works or (), params=with_params)
+        if device.budget_bytes is not None and down + up > device.budget_bytes:
+            return Lack(down + up, device.budget_bytes, "traffic")
+        if device.budget_seconds is None or works is None:
+            return None
+        link = link_seconds(down, up, self.profile(task.client))
+        seconds = self.of(task, works).seconds + link
+        over = seconds > device.budget_seconds
+        return Lack(seconds, device.budget_seconds, "time") if over else None
 
 
 def _key(work: Work) -> tuple[Any, ...]:

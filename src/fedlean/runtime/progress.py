@@ -47,7 +47,7 @@ def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[
 def _with_refusals(show: Show, console: Console) -> Show:
     """Also shows at once whose updates were refused in a step, and what to do about it.
 
-    The same, once, of whom is left out for lack of memory, and of every step that asked nobody.
+    The same, once, of whom is left out for what a device lacks, and of steps that asked nobody.
     """
     said: list[str] = []
 
@@ -68,8 +68,9 @@ def _with_refusals(show: Show, console: Console) -> Show:
 def _left_out(entry: dict[str, Any]) -> str:
     client, reason = next(iter(entry["left_out"].items()))
     return (
-        f"round {entry['asked_round']}: {len(entry['left_out'])} left out, their devices have too "
-        f"little memory; client {client} {reason} (said once: rounds.jsonl has all, as left_out)"
+        f"round {entry['asked_round']}: {len(entry['left_out'])} left out, their tasks are "
+        f"beyond their devices; client {client} {reason} "
+        "(said once: rounds.jsonl has all, as left_out)"
     )
 
 

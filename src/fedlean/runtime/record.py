@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedlean.core import ClientTask
-from fedlean.printable import megabytes
 from fedlean.runtime.ledger import StepCost
 from fedlean.runtime.moves import Moved
 from fedlean.runtime.prices import Lack
@@ -42,14 +41,24 @@ class StepRecord:
     measured_seconds: float = 0.0  # of the median client, all attempts together
 
 
+_LACKS = (
+    ("memory", "smallest", "", "device has"),
+    ("traffic", "smallest", " of traffic", "budget is"),
+    ("time", "quickest", "", "budget is"),
+)
+
+
 def nobody_was_asked(record: StepRecord) -> str:
     """Why a step sent no task, in a sentence."""
     if not record.lacks:
         return "nobody was asked: no device is there"
-    least = min(lack.needed_bytes for lack in record.lacks)
-    most = max(lack.memory_bytes for lack in record.lacks)
     others = f"; {len(record.not_chosen)} others were not chosen" if record.not_chosen else ""
+    why = ", ".join(
+        f"the {smallest} task needs {lacks[0].shown(min(lack.needs for lack in lacks))}{of} and "
+        f"the largest {largest} {lacks[0].shown(max(lack.has for lack in lacks))}"
+        for kind, smallest, of, largest in _LACKS
+        if (lacks := [lack for lack in record.lacks if lack.of == kind])
+    )
     return (
-        f"nobody was asked: no task fits its device: {len(record.left_out)} left out, the smallest "
-        f"task needs {megabytes(least)} and the largest device has {megabytes(most)}{others}"
+        f"nobody was asked: no task fits its device: {len(record.left_out)} left out, {why}{others}"
     )

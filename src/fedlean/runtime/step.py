@@ -2,7 +2,8 @@
 
 Whose update was refused is left out of the next attempt, so that one bad client costs a round its
 time and not its result.  A merged state that is none is taken back, and the attempt was in vain.
-A task that its device cannot hold is not sent; where that leaves nobody, others are asked.
+A task that is beyond what its device has (memory, bytes or seconds of a round) is not sent; where
+that leaves nobody, others are asked.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fedlean.runtime.merged import fault, suspects
 from fedlean.runtime.moves import LEAST, MaxNorm, Moves, moved
 from fedlean.runtime.notices import some
 from fedlean.runtime.order import in_cohort_order
-from fedlean.runtime.prices import Prices
+from fedlean.runtime.prices import Lack, Prices
 from fedlean.runtime.record import StepRecord, nobody_was_asked
 
 ATTEMPTS = 3  # how often a step asks
@@ -51,7 +52,7 @@ class Step:
         self._prices = Prices(server.profile)  # on the devices of the attempt
         self._ordered: dict[int, Sequence[Work]] = {}  # by client: what the attempt's task takes
         self._choices = 0  # in vain, as CHOICES counts them
-        self._enough_bytes: int | None = None  # for the smallest task of the last such choice
+        self._lacks: list[Lack] = []  # of the last choice, where it was in vain
         self.record = StepRecord()
         self.failure: str | None = None
 
@@ -70,7 +71,7 @@ class Step:
                 break
             record.asked_round = tasks[0].round
             if fitting := self._fitting(tasks):
-                self._enough_bytes = None
+                self._lacks = []
                 after = self._attempt(state, fitting)
         if not record.tasks and not record.server_only:
             record.notes.append(nobody_was_asked(record))
@@ -93,8 +94,8 @@ class Step:
         self._prices, self._ordered = Prices(self._server.profile, devices), {}
         not_again = self.record.rejected.keys() | self.record.left_out.keys()
         left = [device for device in devices if device.id not in not_again]
-        if self._enough_bytes is not None:
-            left = [one for one in left if _has(one, self._enough_bytes)] or left
+        if self._lacks:
+            left = [one for one in left if _may_take(one, self._lacks)] or left
             if self._choices >= CHOICES:
                 self.record.not_chosen = [one.id for one in left]
                 return []
@@ -119,11 +120,10 @@ class Step:
         self.record.able = sum(_has(one, min(needs)) for one in devices) if needs else None
 
     def _fitting(self, tasks: Sequence[ClientTask]) -> list[ClientTask]:
-        """Without those that their devices cannot hold, which is noted."""
+        """Without those that are beyond what their devices have, which is noted."""
         fitting, lacks = [], []
         for task in tasks:
-            work = self._work(task)
-            lack = None if work is None else self._prices.lack(task, work)
+            lack = self._lack(task)
             if lack is None:
                 fitting.append(task)
             else:
@@ -132,8 +132,14 @@ class Step:
         self.record.lacks += lacks
         if not fitting:
             self._choices += 1
-            self._enough_bytes = min(lack.needed_bytes for lack in lacks)
+            self._lacks = lacks
         return fitting
+
+    def _lack(self, task: ClientTask) -> Lack | None:
+        work = self._work(task)
+        lack = None if work is None else self._prices.lack(task, work)
+        known = self._store.known(task.client)
+        return lack or self._prices.over_budget(task, work, self._algorithm, known)
 
     def _work(self, task: ClientTask) -> Sequence[Work] | None:
         """What the task takes, where the method says so."""
@@ -275,8 +281,18 @@ class Step:
         return update if beyond is None else replace(update, work=())
 
 
-def _has(device: Device, needed_bytes: int) -> bool:
+def _has(device: Device, needed_bytes: float) -> bool:
     return device.memory_bytes is None or device.memory_bytes >= needed_bytes
+
+
+def _may_take(device: Device, lacks: Sequence[Lack]) -> bool:
+    """Whether it has the memory and the bytes that the smallest of these tasks needs.
+
+    How long one takes depends on the device, and is seen when it is chosen.
+    """
+    memory = min((lack.needs for lack in lacks if lack.of == "memory"), default=0)
+    traffic = min((lack.needs for lack in lacks if lack.of == "traffic"), default=0)
+    return _has(device, memory) and (device.budget_bytes is None or device.budget_bytes >= traffic)
 
 
 def _without_frozen(update: ClientUpdate) -> ClientUpdate:

@@ -23,6 +23,8 @@ from fedlean.wire.errors import UnknownFrozen as UnknownFrozen
 from fedlean.wire.errors import UnknownPattern as UnknownPattern
 from fedlean.wire.errors import UnknownSpec as UnknownSpec
 from fedlean.wire.errors import WireError as WireError
+from fedlean.wire.expected import METRICS_BYTES as METRICS_BYTES
+from fedlean.wire.expected import answer_bytes as answer_bytes
 from fedlean.wire.frozen import NO_FROZEN as NO_FROZEN
 from fedlean.wire.frozen import frozen_hash as frozen_hash
 from fedlean.wire.frozen import frozen_hashes as frozen_hashes

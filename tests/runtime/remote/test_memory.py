@@ -243,3 +243,5 @@ def test_of_two_limits_the_smaller_counts_and_the_emulated_profile():
         connected = Device(3, num_examples=7, memory_bytes=said)
         assert _standing_for(emulated, connected) == Device(3, 7, PROFILE, counts)
     assert _standing_for(Device(3), Device(3, 7, memory_bytes=5)) == Device(3, 7, None, 5)
+    budgets = {"budget_bytes": 9, "budget_seconds": 2.0}
+    assert _standing_for(Device(3, **budgets), Device(3, 7)) == Device(3, 7, **budgets)

@@ -172,6 +172,8 @@ class Attendance:
 
 
 def _standing_for(emulated: Device, connected: Device) -> Device:
-    """With the emulated one's profile; of two limits of its memory the smaller counts."""
+    """The emulated one with what the connected one says: of two limits of memory the smaller."""
     limits = [each.memory_bytes for each in (connected, emulated) if each.memory_bytes is not None]
-    return replace(connected, profile=emulated.profile, memory_bytes=min(limits, default=None))
+    return replace(
+        emulated, num_examples=connected.num_examples, memory_bytes=min(limits, default=None)
+    )
