@@ -36,6 +36,19 @@ def test_taken_by_hand():
     assert all(value.flags.c_contiguous for value in taken.values())
 
 
+def test_what_is_put_back_is_what_was_taken():
+    params = start(FULL)
+    changed = {name: value + 1 for name, value in CUT.take(params).items()}
+    full = CUT.put(params, {n: v for n, v in changed.items() if n != "fc1.bias"})
+    assert full["fc1.bias"] is params["fc1.bias"]
+    for name in ("fc1.weight", "fc2.weight", "fc2.bias"):
+        assert np.array_equal(CUT.take(full)[name], changed[name])
+    assert np.array_equal(full["fc1.weight"][[1, 2, 5]], params["fc1.weight"][[1, 2, 5]])
+    assert params["fc1.weight"][0, 0] == start(FULL)["fc1.weight"][0, 0], "the caller's stay"
+    with pytest.raises(ValueError, match=r"'fc1.weight' must have the cut's shape \(3, 7\)"):
+        CUT.put(params, {"fc1.weight": params["fc1.weight"]})
+
+
 def test_masks_are_taken_as_the_tensors_are():
     mask = np.random.default_rng(0).random((4, 6)) < 0.5
     taken = CUT.take_masks({"fc2.weight": mask, "dropped.weight": mask})

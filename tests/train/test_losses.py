@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.losses import (
     distillation,
+    divergence,
     exits_cross_entropy,
     logits_mse,
     mutual_distillation,
@@ -36,6 +37,7 @@ LOSSES = {
     "mse": partial(logits_mse, student="one", teacher="two"),
     "kl": partial(distillation, student="one", teacher="two"),
     "kl, soft": partial(distillation, student="one", teacher="two", temperature=4.0),
+    "kl of the student": partial(divergence, student="one", teacher="two"),
 }
 
 
@@ -66,6 +68,12 @@ def in_torch(name: str, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         "mse": lambda: F.mse_loss(taps["one"], taps["two"].detach()),
         "kl": lambda: kl(taps["one"], taps["two"]),
         "kl, soft": lambda: kl(taps["one"], taps["two"], 4.0),
+        "kl of the student": lambda: F.kl_div(
+            F.log_softmax(taps["two"].detach(), 1),
+            F.log_softmax(taps["one"], 1),
+            reduction="batchmean",
+            log_target=True,
+        ),
     }[name]()
 
 

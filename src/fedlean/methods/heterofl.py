@@ -34,7 +34,7 @@ from fedlean.engine.protocol import Engine
 from fedlean.submodels.cut import whole
 from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
 from fedlean.submodels.levels import levels, rates_from
-from fedlean.submodels.static_norm import calibrate
+from fedlean.submodels.static_norm import calibrated, check_norms
 from fedlean.submodels.width import width
 from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
 from fedlean.train.start import dense_params
@@ -82,7 +82,7 @@ def heterofl(
     if assign not in get_args(Assign):
         raise ValueError(f"assign must be one of {', '.join(get_args(Assign))}, got {assign!r}")
     spec, rates = server.spec, rates_from(widths)
-    _check_norms(server, static_norm)
+    check_norms(server, static_norm)
     cuts = [whole(spec) if rate == 1 else width(spec, rate, scaler=scaler) for rate in rates]
     choice = levels([(str(rate), cut, sgd.work) for rate, cut in zip(rates, cuts, strict=True)])
 
@@ -112,9 +112,7 @@ def heterofl(
         merged = fold_cuts(
             spec, state.params, updates, lambda task: choice.cut(str(task.hparams["width"]))
         )
-        params = merged.params()
-        if static_norm and server.inputs is not None and merged.count:
-            params = calibrate(spec, params, server.inputs(), server.engine)
+        params = calibrated(server, static_norm, merged, merged.params())
         return replace(state, round=state.round + 1, params=params)
 
     def done(state: State) -> bool:
@@ -138,16 +136,3 @@ def client_update(
 ) -> tuple[ClientUpdate, ClientState]:
     """w_n <- w - η·g for `local_steps` steps on the slice."""
     return train_kept_weights(task, batches, engine), client_state
-
-
-def _check_norms(server: Server, static_norm: bool) -> None:
-    norms = [name.removesuffix(".running_mean") for name in server.spec.variances.values()]
-    if norms and not static_norm:
-        raise ValueError(
-            f"layer {norms[0]!r} is a BatchNorm, whose running statistics differ between widths: "
-            "take a model with GroupNorm, or static_norm=true"
-        )
-    if static_norm and not norms:
-        raise ValueError("static_norm is for models with BatchNorm, and this one has none")
-    if static_norm and server.inputs is None:
-        raise ValueError("static_norm needs inputs of the server's own, and there are none")

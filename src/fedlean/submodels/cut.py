@@ -61,6 +61,23 @@ class Cut:
             )
         return {name: self._taken("tensor", name, params[name]) for name in self.index}
 
+    def put(self, params: Params, values: Params) -> dict[str, np.ndarray]:
+        """The full model's tensors with `values` in the places of the cut: the inverse of `take`.
+
+        values: tensors of `spec`, some or all.  What is changed is copied, the rest is the array
+        that was given.  Raises ValueError naming the tensor that has not its shape.
+        """
+        full = dict(params)
+        for name, value in values.items():
+            if value.shape != self.spec.tensor_shapes[name]:
+                raise ValueError(
+                    f"tensor {name!r} must have the cut's shape {self.spec.tensor_shapes[name]}, "
+                    f"got {value.shape}"
+                )
+            full[name] = full[name].copy()
+            full[name][np.ix_(*map(ids_of, self.index[name]))] = value
+        return full
+
     def take_masks(self, masks: Masks) -> dict[str, np.ndarray]:
         """The masks of `spec` out of the full model's; a tensor without one stays without.
 

@@ -12,10 +12,33 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedlean.algorithm import Server
 from fedlean.core import Params, SubModel
 from fedlean.engine.protocol import SGD, Engine
 from fedlean.layers import BatchNorm
 from fedlean.spec import ModelSpec
+from fedlean.tree import Fold
+
+
+def check_norms(server: Server, static_norm: bool) -> None:
+    """Raises ValueError for a model with BatchNorm without `static_norm`, and for what it lacks."""
+    norms = [name.removesuffix(".running_mean") for name in server.spec.variances.values()]
+    if norms and not static_norm:
+        raise ValueError(
+            f"layer {norms[0]!r} is a BatchNorm, whose running statistics differ between widths: "
+            "take a model with GroupNorm, or static_norm=true"
+        )
+    if static_norm and not norms:
+        raise ValueError("static_norm is for models with BatchNorm, and this one has none")
+    if static_norm and server.inputs is None:
+        raise ValueError("static_norm needs inputs of the server's own, and there are none")
+
+
+def calibrated(server: Server, static_norm: bool, merged: Fold, params: Params) -> Params:
+    """What a round ends with: `params`, with static_norm and after any answer `calibrate`d."""
+    if not static_norm or server.inputs is None or not merged.count:
+        return params
+    return calibrate(server.spec, params, server.inputs(), server.engine)
 
 
 def calibrate(

@@ -92,6 +92,23 @@ def distillation(
     return value, {student: gradient}
 
 
+def divergence(
+    taps: Taps, y: np.ndarray, *, student: str, teacher: str
+) -> tuple[float, dict[str, np.ndarray]]:
+    """KL(softmax(student) || softmax(teacher)), mean over B; the gradient is the student's.
+
+    The other way round than `distillation`: the student loses where it is sure and the teacher is
+    not.  y is not looked at.  Raises ValueError as `distillation`.
+    """
+    _check_pair(taps, student, teacher)
+    with np.errstate(invalid="ignore", over="ignore"):  # a diverged model has no finite loss
+        ours, theirs = (_log_softmax(taps[name], 1.0) for name in (student, teacher))
+        each = np.exp(ours) * (ours - theirs)
+        lost = each.sum(1, keepdims=True)
+        gradient = (each - np.exp(ours) * lost) / len(lost)
+    return float(np.mean(lost)), {student: gradient.astype(np.float32)}
+
+
 def _kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
     """Of logits (B, C), and the gradient at the student's."""
     if not temperature > 0:

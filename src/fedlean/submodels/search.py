@@ -1,0 +1,119 @@
+"""The search for a sub-network that fits a device's budget of the round.
+
+Dynamic model selection (Yao, arXiv 2409.08858): a data base of sub-networks, the largest first, of
+which a device takes the first within its limits; now and then another one is drawn and added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+from fedlean.algorithm import Device, profile_of
+from fedlean.core import SubModel, Work, generator
+from fedlean.cost.flops import work_flops
+from fedlean.cost.price import Model, cost
+from fedlean.cost.profile import Profile
+from fedlean.cost.time import VALUE_BYTES, link_seconds
+from fedlean.cost.way import peak_memory_bytes
+from fedlean.spec import ModelSpec
+from fedlean.submodels.supernet import SubNet, Supernet
+
+# Of a message beside its values: names and shapes of tensors, settings, digests (ours, generous)
+_TENSOR_BYTES, _MESSAGE_BYTES = 96, 4096
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a client's round on a sub-network takes; each figure is computed when asked for."""
+
+    cut_spec: ModelSpec
+    work: Work
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """The peak, to the byte what the native engine plans."""
+        return peak_memory_bytes(self.cut_spec, [self.work])
+
+    @cached_property
+    def message_bytes(self) -> int:
+        """One way, at the most."""
+        shapes = self.cut_spec.tensor_shapes.values()
+        return sum(VALUE_BYTES * prod(s) + _TENSOR_BYTES for s in shapes) + _MESSAGE_BYTES
+
+    def seconds(self, profile: Profile) -> float:
+        """Of computing and of both ways of the link."""
+        computing = cost(Model(self.cut_spec, SubModel()), [self.work], profile).seconds
+        return computing + link_seconds(self.message_bytes, self.message_bytes, profile)
+
+    def within(self, device: Device, fallback: Profile) -> bool:
+        """Whether it exceeds no limit that is known of the device."""
+        return (
+            (device.memory_bytes is None or self.memory_bytes <= device.memory_bytes)
+            and (device.budget_bytes is None or 2 * self.message_bytes <= device.budget_bytes)
+            and (
+                device.budget_seconds is None
+                or self.seconds(profile_of(device, fallback)) <= device.budget_seconds
+            )
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Of the sub-networks of one supernet, on which a client's round is `work`.
+
+    probability: of drawing another before each look; tries: the most that are drawn so
+    """
+
+    supernet: Supernet
+    work: Work
+    probability: float
+    tries: int
+    seed: int
+    _needs: dict[SubNet, Needs] = field(default_factory=dict, repr=False)
+
+    def begun(self, count: int) -> tuple[str, ...]:
+        """A data base of the smallest, the largest and `count` more that are drawn."""
+        random = generator(self.seed, 0, 0, "sub-networks")
+        drawn = [self.supernet.draw(random) for _ in range(count)]
+        return self.with_more((), [self.supernet.smallest, self.supernet.largest, *drawn])
+
+    def with_more(self, base: Sequence[str], nets: Iterable[SubNet]) -> tuple[str, ...]:
+        """The data base with these, each once, from the largest to the smallest.
+
+        By values, then by operations; of equals by name, so that the order is nobody's choice.
+        """
+        names = {*base, *map(self.supernet.name, nets)}
+        return tuple(sorted(names, key=self._rank, reverse=True))
+
+    def drawn(self, round: int, client: int) -> list[SubNet]:
+        """What is added while a client's sub-network of the round is looked for."""
+        random = generator(self.seed, round, client, "explore")
+        found: list[SubNet] = []
+        while len(found) < self.tries and random.random() < self.probability:
+            found.append(self.supernet.draw(random))
+        return found
+
+    def fitting(self, base: Sequence[str], device: Device, fallback: Profile) -> SubNet:
+        """The first of `base` within the device's limits; the smallest where none is.
+
+        What a device that cannot hold even that one lacks is found out before a task is sent.
+        """
+        for name in base:
+            net = self.supernet.named(name)
+            if self.needs(net).within(device, fallback):
+                return net
+        return self.supernet.smallest
+
+    def needs(self, net: SubNet) -> Needs:
+        """Worked out once for each sub-network."""
+        if net not in self._needs:
+            self._needs[net] = Needs(self.supernet.cut(net).spec, self.work)
+        return self._needs[net]
+
+    def _rank(self, name: str) -> tuple[int, int, str]:
+        spec = self.supernet.cut(self.supernet.named(name)).spec
+        values = sum(map(prod, spec.tensor_shapes.values()))
+        return values, work_flops(spec, Work(forward_examples=1)), name
