@@ -8,6 +8,7 @@ from engine.cases import NET, start
 
 from fedlean.algorithm import Device
 from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
+from fedlean.cost.profile import load_profile
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.submodels.cut import whole
 from fedlean.submodels.cut_round import fold_cuts
@@ -16,7 +17,10 @@ from fedlean.submodels.width import width
 
 WORK = Work(1, 4)
 HALF, QUARTER = width(NET, 0.5), width(NET, 0.25, multiple=2)
-THREE = levels([("1", whole(NET), WORK), ("0.5", HALF, WORK), ("0.25", QUARTER, WORK)])
+PI = load_profile("raspberry_pi_4")
+THREE = levels([("1", whole(NET), WORK), ("0.5", HALF, WORK), ("0.25", QUARTER, WORK)], PI)
+
+NEEDS = [need.memory_bytes for need in THREE.needs]
 
 
 def device(memory_bytes: int | None) -> Device:
@@ -25,14 +29,14 @@ def device(memory_bytes: int | None) -> Device:
 
 def test_a_level_needs_what_a_step_on_it_takes():
     cuts = (whole(NET), HALF, QUARTER)
-    assert THREE.needs_bytes == tuple(peak_memory_bytes(cut.spec, [WORK]) for cut in cuts)
-    assert sorted(THREE.needs_bytes, reverse=True) == list(THREE.needs_bytes)
-    more = levels([("1", whole(NET), Work(1, 8, optimizer_floats=1))])
-    assert more.needs_bytes[0] > THREE.needs_bytes[0]
+    assert [peak_memory_bytes(cut.spec, [WORK]) for cut in cuts] == NEEDS
+    assert sorted(NEEDS, reverse=True) == NEEDS
+    more = levels([("1", whole(NET), Work(1, 8, optimizer_floats=1))], PI)
+    assert more.needs[0].memory_bytes > NEEDS[0]
 
 
 def test_a_device_gets_the_first_that_it_can_hold():
-    large, middle, small = THREE.needs_bytes
+    large, middle, small = NEEDS
     for memory, at in [
         (large, 0),
         (large - 1, 1),
@@ -50,6 +54,17 @@ def test_a_device_gets_the_first_that_it_can_hold():
     assert THREE.common([]) == 0
 
 
+def test_bytes_and_seconds_of_the_round_are_limits_as_well():
+    _, middle, _ = THREE.needs
+    for limits in (
+        {"budget_bytes": 2 * middle.message_bytes},
+        {"budget_seconds": middle.seconds(PI)},
+    ):
+        assert THREE.fitting(Device(0, memory_bytes=10**12, **limits)) == 1
+        less = {name: 0.99 * value for name, value in limits.items()}
+        assert THREE.fitting(Device(0, memory_bytes=10**12, **less)) == 2
+
+
 def test_levels_have_names():
     assert THREE.cut("0.5") is HALF and THREE.cut("1").spec is NET
     with pytest.raises(ValueError, match="not in tuple"):
@@ -58,7 +73,7 @@ def test_levels_have_names():
 
 def test_an_order_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"largest to the smallest, but 1 needs \d+ .* 0.5 before"):
-        levels([("0.5", HALF, WORK), ("1", whole(NET), WORK)])
+        levels([("0.5", HALF, WORK), ("1", whole(NET), WORK)], PI)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from fedlean.core import ClientTask, SubModel, Work
 from fedlean.cost.profile import load_profile
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.models.catalog import build
-from fedlean.submodels.search import Needs, Search
+from fedlean.submodels.needs import Needs
+from fedlean.submodels.search import Search
 from fedlean.submodels.supernet import supernet
 from fedlean.train.local_sgd import LocalSGD
 

@@ -63,7 +63,7 @@ def allsmall(
     """
     in_range("width", width, 0.0, 1.0)
     cuts = {rate: narrow(server.spec, rate) for rate in ((width,) if width else rates_from(widths))}
-    choice = levels([(str(rate), cut, sgd.work) for rate, cut in cuts.items()])
+    choice = levels([(str(rate), cut, sgd.work) for rate, cut in cuts.items()], server.profile)
     rates = tuple(cuts)
 
     def begun(state: State, width: float) -> State:

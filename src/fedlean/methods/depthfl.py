@@ -95,7 +95,8 @@ def depthfl(
     exits = with_exits(server.spec)
     depths = range(len(exits.names), 0, -1)  # as `levels` has them, the largest first
     choice = levels(
-        [(str(d), ending_at(exits, d), replace(sgd.work, taps=exits.names[:d])) for d in depths]
+        [(str(d), ending_at(exits, d), replace(sgd.work, taps=exits.names[:d])) for d in depths],
+        server.profile,
     )
     evaluated = choice.cuts[0].spec if ensemble else exits.spec
 

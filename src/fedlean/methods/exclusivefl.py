@@ -23,9 +23,9 @@ from fedlean.core import (
     Model,
     Params,
 )
-from fedlean.cost.way import peak_memory_bytes
 from fedlean.engine.protocol import Engine
 from fedlean.submodels.narrow import first_params, narrow
+from fedlean.submodels.needs import Needs
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import in_range
 from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
@@ -57,13 +57,13 @@ def exclusivefl(server: Server, sgd: LocalSGD, *, width: float = 1.0) -> Federat
     """
     in_range("width", width, 0.0, 1.0, open_low=True)
     cut = narrow(server.spec, width)
-    needs_bytes = peak_memory_bytes(cut.spec, [sgd.work])
+    needs = Needs(cut.spec, sgd.work)
 
     def init(model: Model) -> State:
         return State(0, "train", first_params(cut, dense_params(model), server))
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
-        able = [d for d in devices if d.memory_bytes is None or d.memory_bytes >= needs_bytes]
+        able = [device for device in devices if needs.within(device, server.profile)]
         round = state.round + 1
         return cohort_tasks(
             server,

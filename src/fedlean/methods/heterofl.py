@@ -84,7 +84,9 @@ def heterofl(
     spec, rates = server.spec, rates_from(widths)
     check_norms(server, static_norm)
     cuts = [whole(spec) if rate == 1 else width(spec, rate, scaler=scaler) for rate in rates]
-    choice = levels([(str(rate), cut, sgd.work) for rate, cut in zip(rates, cuts, strict=True)])
+    choice = levels(
+        [(str(rate), cut, sgd.work) for rate, cut in zip(rates, cuts, strict=True)], server.profile
+    )
 
     def level(device: Device, round: int) -> int:
         if assign == "memory":

@@ -8,28 +8,28 @@ from itertools import pairwise
 
 from fedlean.algorithm import Device
 from fedlean.core import Work
-from fedlean.cost.way import peak_memory_bytes
+from fedlean.cost.profile import Profile
 from fedlean.submodels.cut import Cut
+from fedlean.submodels.needs import Needs
 
 
 @dataclass(frozen=True)
 class Levels:
-    """`names` say which one a task is of; what each needs is to the byte what the native engine
-    plans for it."""
+    """`names` say which one a task is of; the memory that each needs is to the byte what the native
+    engine plans for it.  `profile`: of devices that have none of their own."""
 
     names: tuple[str, ...]
     cuts: tuple[Cut, ...]
-    needs_bytes: tuple[int, ...]
+    needs: tuple[Needs, ...]
+    profile: Profile
 
     def fitting(self, device: Device) -> int:
-        """The first that the device can hold; the last where none is small enough.
+        """The first within the device's limits of the round; the last where none is.
 
-        A device whose memory is not known takes the first.  One that cannot hold the last is found
-        out before the task is sent (`runtime.step`), with what it lacks.
+        A limit that is not known is none.  A device that cannot hold the last is found out before
+        the task is sent (`runtime.step`), with what it lacks.
         """
-        if device.memory_bytes is None:
-            return 0
-        fits = (at for at, need in enumerate(self.needs_bytes) if need <= device.memory_bytes)
+        fits = (at for at, need in enumerate(self.needs) if need.within(device, self.profile))
         return next(fits, len(self.names) - 1)
 
     def common(self, devices: Sequence[Device]) -> int:
@@ -40,20 +40,22 @@ class Levels:
         return self.cuts[self.names.index(name)]
 
 
-def levels(cuts: Sequence[tuple[str, Cut, Work]]) -> Levels:
+def levels(cuts: Sequence[tuple[str, Cut, Work]], profile: Profile) -> Levels:
     """Of named cuts, largest first, each with the work that a client does on it.
 
-    Raises ValueError where a later one needs more memory than one before it.
+    profile: of devices that have none of their own.  Raises ValueError where a later cut needs more
+    memory than one before it.
     """
     names, kept = tuple(name for name, _, _ in cuts), tuple(cut for _, cut, _ in cuts)
-    needs = tuple(peak_memory_bytes(cut.spec, [work]) for _, cut, work in cuts)
-    for (before, name), (more, less) in zip(pairwise(names), pairwise(needs), strict=True):
+    needs = tuple(Needs(cut.spec, work) for _, cut, work in cuts)
+    held = [need.memory_bytes for need in needs]
+    for (before, name), (more, less) in zip(pairwise(names), pairwise(held), strict=True):
         if less > more:
             raise ValueError(
                 f"sub-models go from the largest to the smallest, but {name} needs {less} bytes "
                 f"and {before} before it {more}"
             )
-    return Levels(names, kept, needs)
+    return Levels(names, kept, needs, profile)
 
 
 def rates_from(text: str) -> tuple[float, ...]:

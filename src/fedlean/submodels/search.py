@@ -8,56 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 
-from fedlean.algorithm import Device, profile_of
-from fedlean.core import SubModel, Work, generator
+from fedlean.algorithm import Device
+from fedlean.core import Work, generator
 from fedlean.cost.flops import work_flops
-from fedlean.cost.price import Model, cost
 from fedlean.cost.profile import Profile
-from fedlean.cost.time import VALUE_BYTES, link_seconds
-from fedlean.cost.way import peak_memory_bytes
-from fedlean.spec import ModelSpec
+from fedlean.submodels.needs import Needs
 from fedlean.submodels.supernet import SubNet, Supernet
-
-# Of a message beside its values: names and shapes of tensors, settings, digests (ours, generous)
-_TENSOR_BYTES, _MESSAGE_BYTES = 96, 4096
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a client's round on a sub-network takes; each figure is computed when asked for."""
-
-    cut_spec: ModelSpec
-    work: Work
-
-    @cached_property
-    def memory_bytes(self) -> int:
-        """The peak, to the byte what the native engine plans."""
-        return peak_memory_bytes(self.cut_spec, [self.work])
-
-    @cached_property
-    def message_bytes(self) -> int:
-        """One way, at the most."""
-        shapes = self.cut_spec.tensor_shapes.values()
-        return sum(VALUE_BYTES * prod(s) + _TENSOR_BYTES for s in shapes) + _MESSAGE_BYTES
-
-    def seconds(self, profile: Profile) -> float:
-        """Of computing and of both ways of the link."""
-        computing = cost(Model(self.cut_spec, SubModel()), [self.work], profile).seconds
-        return computing + link_seconds(self.message_bytes, self.message_bytes, profile)
-
-    def within(self, device: Device, fallback: Profile) -> bool:
-        """Whether it exceeds no limit that is known of the device."""
-        return (
-            (device.memory_bytes is None or self.memory_bytes <= device.memory_bytes)
-            and (device.budget_bytes is None or 2 * self.message_bytes <= device.budget_bytes)
-            and (
-                device.budget_seconds is None
-                or self.seconds(profile_of(device, fallback)) <= device.budget_seconds
-            )
-        )
 
 
 @dataclass(frozen=True, eq=False)
