@@ -210,6 +210,16 @@ def test_utilisation_of_links_is_the_mean_share_of_the_step_in_which_they_are_bu
     assert charge(update(0, SLOW)).link_utilisation is None  # no link of its own is known
 
 
+def test_utilisation_of_byte_budgets_is_the_mean_over_answers_of_devices_with_one():
+    down, up = sizes(0, QUICK)
+    prices = fleet(Device(0, budget_bytes=4 * (down + up)), Device(1, budget_bytes=2 * (down + up)))
+    both = settled(prices, update(0, QUICK), update(1, QUICK))
+    assert both.budget_utilisation == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert charge(update(0, QUICK)).budget_utilisation is None
+    again = StepCost(budget_utilisation=0.5)
+    assert again.plus(StepCost()).budget_utilisation == 0.5
+
+
 def test_of_two_attempts_the_later_answers_say_what_was_used():
     first, second = StepCost(memory_utilisation=0.5), StepCost(link_utilisation=0.25)
     both = first.plus(second)

@@ -204,6 +204,7 @@ _MEASURES = (
     ("devices that could take part", lambda run: participation(run.rounds)),
     ("memory used, of what devices have", lambda run: _share(run, "memory_utilisation")),
     ("links busy, of a round's time", lambda run: _share(run, "link_utilisation")),
+    ("bytes used, of what a round may send", lambda run: _share(run, "budget_utilisation")),
     ("arithmetic", lambda run: _text(run.fact("arithmetic"))),
 )
 

@@ -31,6 +31,7 @@ class StepCost:
     peak_memory_bytes: int = 0
     memory_utilisation: float | None = None  # mean share of the answering clients' memory
     link_utilisation: float | None = None  # mean share of the step in which their links were busy
+    budget_utilisation: float | None = None  # mean share of their `budget_bytes` that travelled
 
     def plus(self, other: StepCost) -> StepCost:
         """A second attempt at the same step: it takes its own time."""
@@ -45,6 +46,7 @@ class StepCost:
             max(self.peak_memory_bytes, other.peak_memory_bytes),
             _later(self.memory_utilisation, other.memory_utilisation),
             _later(self.link_utilisation, other.link_utilisation),
+            _later(self.budget_utilisation, other.budget_utilisation),
         )
 
 
@@ -63,6 +65,7 @@ class Ledger:
         self._cost = StepCost(downlink_bytes=sum(self._sent.values()))
         self._memory_shares: list[float] = []  # of those who answered and have a budget
         self._link_seconds: list[float] = []  # of those who answered and have a link of their own
+        self._budget_shares: list[float] = []  # of those who answered and have a budget of bytes
         # a round of which nobody answers lasts as long as sending it
         for client, down in self._sent.items():
             self._charge_time(0.0, link_seconds(down, 0, prices.profile(client)))
@@ -76,6 +79,7 @@ class Ledger:
             self._cost,
             memory_utilisation=_mean(self._memory_shares),
             link_utilisation=_mean(links),
+            budget_utilisation=_mean(self._budget_shares),
         )
 
     def answer(self, task: ClientTask, update: ClientUpdate) -> None:
@@ -95,6 +99,8 @@ class Ledger:
             self._memory_shares.append(price.peak_memory_bytes / device.memory_bytes)
         if device.profile is not None:
             self._link_seconds.append(link)
+        if device.budget_bytes:
+            self._budget_shares.append((self._sent[task.client] + up) / device.budget_bytes)
 
     def repeated(self, downlink_bytes: int) -> None:
         """What clients that had lost something were sent again; its time is not modelled."""

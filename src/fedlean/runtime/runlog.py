@@ -45,6 +45,8 @@ class Totals:
     working_steps: int = 0
     link_shares: float = 0.0
     link_steps: int = 0
+    budget_shares: float = 0.0
+    budget_steps: int = 0
 
     def after(self, record: StepRecord, clients: int) -> Totals:
         cost = record.cost
@@ -70,6 +72,8 @@ class Totals:
             working_steps=self.working_steps + (cost.peak_memory_bytes > 0),
             link_shares=self.link_shares + (cost.link_utilisation or 0.0),
             link_steps=self.link_steps + (cost.link_utilisation is not None),
+            budget_shares=self.budget_shares + (cost.budget_utilisation or 0.0),
+            budget_steps=self.budget_steps + (cost.budget_utilisation is not None),
         )
 
     @property
@@ -85,6 +89,10 @@ class Totals:
     @property
     def link_utilisation(self) -> float | None:
         return self.link_shares / self.link_steps if self.link_steps else None
+
+    @property
+    def budget_utilisation(self) -> float | None:
+        return self.budget_shares / self.budget_steps if self.budget_steps else None
 
     def _left_out(self, record: StepRecord) -> Mapping[str, int]:
         """Of at most FIRST_REFUSALS clients, as below."""

@@ -61,5 +61,6 @@ def summary_of(
         "left_out": dict(totals.left_out),
         "memory_utilisation": totals.memory_utilisation,
         "link_utilisation": totals.link_utilisation,
+        "budget_utilisation": totals.budget_utilisation,
         "data_changes": list(data_changes),
     }
