@@ -1,6 +1,7 @@
 """Dynamic model selection and its controls, Conv-2 on MNIST by writer, limits redrawn.
 
-539 writers on 50 devices, 5 a round, whose memory and bytes of a round are drawn anew every round (`fleet.toml`).
+539 writers on 50 devices, 5 a round, whose memory and bytes of a round are drawn anew every round
+(`fleet.toml`).
 README.md is the card.
 """
 
