@@ -73,6 +73,7 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
         "heterofl": make("heterofl", settings),
         "depthfl": make("depthfl", settings),
         "smartfreeze": make("smartfreeze", {**settings, **PATIENT}),
+        "smartfreeze_schedule": make("smartfreeze", {**settings, "pace": False}),  # equal shares
         "profl": make("profl", {**settings, "lr": 0.01}),  # diverges at 0.03 when it grows
         "profl_patient": make("profl", {**settings, **PATIENT, "lr": 0.01}),
         "neulite": make("neulite", settings),
