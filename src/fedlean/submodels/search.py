@@ -31,6 +31,7 @@ class Search:
     tries: int
     seed: int
     _needs: dict[SubNet, Needs] = field(default_factory=dict, repr=False)
+    _ranks: dict[str, tuple[int, int, str]] = field(default_factory=dict, repr=False)
 
     def begun(self, count: int) -> tuple[str, ...]:
         """A data base of the smallest, the largest and `count` more that are drawn."""
@@ -43,8 +44,8 @@ class Search:
 
         By values, then by operations; of equals by name, so that the order is nobody's choice.
         """
-        names = {*base, *map(self.supernet.name, nets)}
-        return tuple(sorted(names, key=self._rank, reverse=True))
+        new = set(map(self.supernet.name, nets)) - set(base)
+        return tuple(sorted([*base, *new], key=self._rank, reverse=True)) if new else tuple(base)
 
     def drawn(self, round: int, client: int) -> list[SubNet]:
         """What is added while a client's sub-network of the round is looked for."""
@@ -72,6 +73,9 @@ class Search:
         return self._needs[net]
 
     def _rank(self, name: str) -> tuple[int, int, str]:
-        spec = self.supernet.cut(self.supernet.named(name)).spec
-        values = sum(map(prod, spec.tensor_shapes.values()))
-        return values, work_flops(spec, Work(forward_examples=1)), name
+        """Worked out once for each, as its needs are."""
+        if name not in self._ranks:
+            spec = self.supernet.cut(self.supernet.named(name)).spec
+            values = sum(map(prod, spec.tensor_shapes.values()))
+            self._ranks[name] = values, work_flops(spec, Work(forward_examples=1)), name
+        return self._ranks[name]
