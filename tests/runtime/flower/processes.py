@@ -22,8 +22,11 @@ METHODS = {
     "ntk_zo": {"directions": 8, "prune_steps": 2, "scalars": "int8", "download": "scalars"},
     # two rounds a stage; one client of two a round, drawn by what the one before it has sent
     "smartfreeze": {"local_steps": 2, "ends": "stage1", "cohort": 1, "momentum": 0.5},
+    "model_selection": {"local_steps": 2, "explore": 0.5, "known": 0},
 }
 MODELS = {"smartfreeze": "resnet8,norm=batch"}
+# memory that is drawn anew in every round, of which the least holds the smallest sub-network
+FLEETS = {"model_selection": str(Path(__file__).with_name("two_boards.toml"))}
 ROUNDS = 4
 
 
@@ -106,6 +109,7 @@ def run_settings(method: str, out: Path, **more) -> str:
         "rounds": ROUNDS,
         "join-seconds": 90,
         "deadline-seconds": 90,
+        **({"fleet": FLEETS[method]} if method in FLEETS else {}),
         **{name.replace("_", "-"): value for name, value in more.items()},
     }
     return " ".join(
@@ -122,6 +126,7 @@ def local(method: str, folder: Path, rounds: int = ROUNDS) -> dict[str, np.ndarr
         clients=2,
         rounds=rounds,
         engine="native",
+        fleet=FLEETS.get(method),
         settings=METHODS[method],
     )
     start(config, folder, How())
