@@ -28,7 +28,7 @@ def config(method: str, **settings: float | str) -> RunConfig:
         model="resnet18,blocks=unit,width=16",
         partition="iid",
         clients=50,
-        rounds=300,
+        rounds=200,
         device="raspberry_pi_4",
         fleet=str(HERE / "fleet.toml"),
         target_accuracy=(0.4, 0.5),

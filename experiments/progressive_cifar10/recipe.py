@@ -1,7 +1,7 @@
 """Progressive training and its controls, ResNet-18 and VGG-11 on CIFAR-10, on small devices.
 
 100 clients of whom 8 can hold the full model (`fleet*.toml`).  `short` and `iid` are sized for an
-hour on two cores, `long` trains twice as long, `vgg11` is the other model, and `paper` has
+hour on two cores, `long` trains half as long again, `vgg11` is the other model, and `paper` has
 ProFL's released length and the full width.  README.md is the card.
 """
 
@@ -88,7 +88,7 @@ paper = partial(config, width=64, rounds=1600, fleet="fleet_paper.toml")
 GROUPS = {
     "short": runs(short, SHORT, narrow=2),
     "iid": runs(partial(short, partition="iid"), SHORT, narrow=2),
-    "long": runs(partial(short, partition="iid", rounds=800), SHORT, narrow=2),
+    "long": runs(partial(short, partition="iid", rounds=600), SHORT, narrow=2),
     "vgg11": runs(vgg11, {**SHORT, "lr": 0.01}, narrow=2),
     "paper": runs(paper, PAPER, narrow=8),
 }
