@@ -533,7 +533,7 @@ def test_initial_importance_passes_count_back_from_a_reconfiguration(monkeypatch
         taken.append(str(int(importance)))
         return local_sgd(*args, importance=importance, **kwargs)
 
-    monkeypatch.setattr("fedlean.methods.prunefl.local_sgd", spy)
+    monkeypatch.setattr("fedlean.pruning.initial_pruning.local_sgd", spy)
     settings = {**SMALL, "initial_passes": 3, "initial_importance_passes": last}
     algorithm = prunefl(server(), **settings)
     (first,) = algorithm.configure(algorithm.init(first_model()), devices())

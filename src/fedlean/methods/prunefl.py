@@ -8,6 +8,9 @@ One client prunes alone first (phase "initial"); then all train the pruned model
 values of kept weights only, and every `reconfigure_every` rounds send the accumulated g² of *all*
 coordinates, from which the server decides what to drop and what to grow back (phase "train").
 
+OURS: the first masks may come from a criterion of foresight (`initial`), by a step of the server's
+own (phase "prune") or of the clients (phase "score"); reconfigurations move them as any others.
+
 **Deviations**, each by a parameter where the paper's way is available:
 - `importance_rounds=1`: g² is accumulated in the last round before a reconfiguration only, since
   the dense weight gradient costs more than the sparse step; 0 is the paper (all rounds).  So with
@@ -32,6 +35,8 @@ coordinates, from which the server decides what to drop and what to grow back (p
   the limit is that of the tightest round until the next one; where φ of a layer would not reach
   the limit, further pruning may drop more of it.
 - Each client weighs p_n · Σ g_n², not (Σ p_n g_n)², which no client can compute.
+- With `initial="snip"` clients send the gradient of the largest |g·w|, `importance_multiple` times
+  as many as the server keeps, in `importance_dtype`; the server counts the others as 0.
 - With client selection a client uploads g² of the rounds in which it was drawn since the last
   reconfiguration; the paper does not say.
 - No reconfiguration after the last round: nothing would train it.  None either where nobody
@@ -42,10 +47,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
-
-import numpy as np
+from math import ceil
+from typing import Any
 
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
@@ -56,30 +59,24 @@ from fedlean.core import (
     Masks,
     Model,
     Params,
-    Statistic,
     StatisticForm,
     SubModel,
     Work,
     derive_seed,
 )
 from fedlean.engine.protocol import Engine
-from fedlean.pruning.budget import fraction_to
+from fedlean.pruning import connection_sensitivity, importance_round
+from fedlean.pruning.connection_sensitivity import GRADIENT, sensitive
 from fedlean.pruning.density import full_masks
-from fedlean.pruning.importance_pieces import SentPieces, ordered, sent_form, statistic_name
+from fedlean.pruning.further_pruning import FurtherPruning, Reconfigurations, unused_further
 from fedlean.pruning.initial_client import first_that_fits
 from fedlean.pruning.initial_pruning import most_work, prune_alone
-from fedlean.pruning.prunable_set import fraction_at
-from fedlean.pruning.reconfiguration_rounds import Rounds, SizeLimit
-from fedlean.pruning.reconfigure import Pruner
-from fedlean.pruning.sent_importance import accumulated, kept_sums, largest_sums
-from fedlean.train.cohort import check_client, cohort_tasks
-from fedlean.train.hyperparameters import at_least, in_range, one_of
-from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
+from fedlean.pruning.initial_settings import InitialPruning, unused_initial
+from fedlean.train.cohort import cohort_tasks
+from fedlean.train.hyperparameters import at_least
+from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.rehearsal import Rehearsal
-from fedlean.train.sgd import local_sgd
-from fedlean.train.sgd_in_pieces import sgd_in_pieces
-from fedlean.train.work import sgd_work
-from fedlean.tree import fold, num_kept, pack, unpack
+from fedlean.tree import apply_mask, fold, pack, unpack
 
 MAX_LOST = 3  # times that the initial client may lose its model and start again
 MAX_MOVED = 3  # times that another starts again for one that is away, which then is waited for
@@ -90,7 +87,7 @@ class State:
     """What survives a round."""
 
     round: int  # training rounds completed
-    phase: str  # "initial", then "train"
+    phase: str  # "initial", "prune" or "score", then "train"
     params: Params
     masks: Masks = field(default_factory=dict)  # empty until initial pruning is done
     reconfigurations: int = 0  # of further pruning; names the span over which g² accumulates
@@ -101,170 +98,91 @@ class State:
     initial_moved: int = 0  # how often another has begun in its place
 
 
-@with_local_sgd
+@with_settings(LocalSGD, InitialPruning, FurtherPruning)
 def prunefl(
     server: Server,
     sgd: LocalSGD,
+    initial: InitialPruning,
+    further: FurtherPruning,
     *,
-    initial_pruning: bool = True,
-    initial_client: int | None = None,
-    initial_batches: int = 5,
-    initial_examples: int = 0,
-    initial_passes: int = 1,
-    initial_importance_passes: int = 1,
-    initial_max_passes: int = 1000,
-    initial_stable: int = 5,
-    reconfigure_every: int = 50,
-    importance_rounds: int = 1,
     importance_budget_bytes: int = 0,
-    importance_multiple: float = 1.5,
-    importance_dtype: Literal["bf16", "fp32"] = "bf16",
-    prunable_fraction: float = 0.3,
-    prunable_half_life_rounds: float = 10000.0,
-    size_limit: float | None = None,
-    size_target: float | None = None,
-    readd_scale: float = 0.1,
-    time_model: Literal["linear", "device"] = "linear",
 ) -> FederatedAlgorithm:
     """Adaptive pruning during federated learning.
 
     Args:
       sgd: local SGD, whose settings are this method's as well; `cohort` is the paper's random
-        client selection.  In initial pruning the momentum buffer starts at 0 with every task (a
-        reconfiguration or 10 passes).
-      initial_pruning: prune at `initial_client` first (one that has examples of all classes: with
-        few it keeps too little; None: the first that has the memory), in passes of
-        `initial_batches` batches from `initial_examples` of its examples, 0: from all it has
-        (paper: 10 batches of 200 examples).
-      initial_passes: passes between two initial reconfigurations (paper's code: 50);
-        initial_importance_passes: passes before one in which g² accumulates; 0: all (paper);
-        initial_stable: initial pruning ends after so many reconfigurations in a row that change
-        the size by at most 10% (paper's code: 5); initial_max_passes: passes after which it ends
-        whatever happens (1000).
-      reconfigure_every: rounds between reconfigurations (paper: 50); 0: no further pruning.
-      importance_rounds: rounds before a reconfiguration in which g² accumulates; 0: all (paper).
+        client selection.  Where a client prunes alone, the momentum buffer starts at 0 with every
+        task (a reconfiguration or 10 passes).
+      initial, further: settings of this method as well.
       importance_budget_bytes: for Σ g² at a client at a time; 0: for all coordinates (paper).  Such
         parts of the model are taken one a step, in so many of the last rounds as whole sweeps over
         it take, at least one; each goes up after its round.
-      importance_multiple: so many times the kept weights of a layer are the sums that go up, the
-        largest ones; 0: all (paper).
-      importance_dtype: in which the sums go up, "bf16" (two bytes each) or "fp32" (four).
-      prunable_fraction: φ, share of a layer's smallest weights that may be dropped at once, halved
-        every `prunable_half_life_rounds` rounds (paper's code: 0.3, 10000).
-      size_limit, size_target: D_lim and D_tgt of Sec. VI-E, densities in (0, 1]; None: no limit;
-        the target defaults to the limit.  The limit acts at reconfigurations, which never drop a
-        unit's last weight: far below what the units need it is not reached.  Initial pruning
-        approaches it by φ of each layer at a time and, where its passes are over, at once; without
-        initial pruning it is exceeded until the first reconfiguration.
-      readd_scale: standard deviation of re-added weights over the RMS of the layer's kept ones.
-      time_model: "linear", T(M) = c + Σ t_j with Algorithm 2; "device", the device's whole round
-        time with its dense fall-back (monotone, not linear) with Algorithm 3.
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
-    if initial_client is not None:
-        check_client("initial_client", initial_client, server)
-    at_least("initial_batches", initial_batches, 1)
-    at_least("initial_examples", initial_examples, 0)
-    at_least("initial_passes", initial_passes, 1)
-    at_least("initial_importance_passes", initial_importance_passes, 0)
-    at_least("initial_max_passes", initial_max_passes, 1)
-    at_least("initial_stable", initial_stable, 1)
-    if initial_passes > initial_max_passes:
-        raise ValueError(
-            f"initial_passes must be at most initial_max_passes ({initial_max_passes}), got "
-            f"{initial_passes}: nothing would be pruned"
-        )
-    at_least("reconfigure_every", reconfigure_every, 0)
-    at_least("importance_rounds", importance_rounds, 0)
     at_least("importance_budget_bytes", importance_budget_bytes, 0)
-    in_range("prunable_fraction", prunable_fraction, 0.0, 1.0)
-    in_range("prunable_half_life_rounds", prunable_half_life_rounds, 0.0, 1e12, open_low=True)
-    in_range("readd_scale", readd_scale, 0.0, 10.0)
-    for name, value in (("size_limit", size_limit), ("size_target", size_target)):
-        if value is not None:
-            in_range(name, value, 0.0, 1.0, open_low=True)
-    in_range("importance_multiple", importance_multiple, 0.0, 1e9)
-    one_of("importance_dtype", importance_dtype, ("bf16", "fp32"))
-    one_of("time_model", time_model, ("linear", "device"))
-
     spec = server.spec
-    rounds = Rounds(
-        *(spec, server.rounds, reconfigure_every, importance_rounds),
-        *(sgd.local_steps, importance_budget_bytes),
-    )
-    size = SizeLimit(rounds, size_limit, size_target)
-
-    def pruner(round: int, masks: Masks | None = None) -> Pruner:
-        """For the reconfiguration after `round`, of `masks` if it is to reach the limit at once."""
-        fraction = fraction_at(
-            round, initial=prunable_fraction, half_life_rounds=prunable_half_life_rounds
-        )
-        limit = size.kept(round)
-        if masks and limit is not None:
-            fraction = max(fraction, fraction_to(limit, masks))
-        steps = sgd.local_steps
-        return Pruner(
-            time_model, server.profile, sgd.batch_size, steps, fraction, limit, readd_scale
-        )
+    moves = Reconfigurations(server, sgd, further, importance_budget_bytes)
+    first_count = initial.count(server, moves.size.kept(0)) if initial.by_criterion else 0
 
     def init(model: Model) -> State:
         if model.masks:  # initial pruning is what somebody else has done
             return State(0, "train", model.params, {**full_masks(spec), **model.masks})
-        if initial_pruning:
-            return State(round=0, phase="initial", params=model.params)
-        return State(round=0, phase="train", params=model.params, masks=full_masks(spec))
+        if initial.phase == "train":
+            return State(0, "train", model.params, full_masks(spec))
+        return State(0, initial.phase, model.params)
 
     def initial_task(state: State, devices: Sequence[Device]) -> ClientTask:
-        hparams = {
-            **sgd.hparams(0),
-            **pruner(0).to_hparams(),
-            "initial_batches": initial_batches,
-            "initial_examples": initial_examples,
-            "initial_passes": initial_passes,
-            "initial_importance_passes": initial_importance_passes or initial_passes,
-            "initial_max_passes": initial_max_passes,
-            "initial_stable": initial_stable,
-        }
-        client = state.initial_client if initial_client is None else initial_client
+        hparams = {**sgd.hparams(0), **moves.pruner(0).to_hparams(), **initial.hparams()}
+        named = initial.initial_client
+        client = state.initial_client if named is None else named
         params, here = {} if state.initial_sent else state.params, client in {d.id for d in devices}
-        if initial_client is None and not here and state.initial_moved < MAX_MOVED:
+        if named is None and not here and state.initial_moved < MAX_MOVED:
             client, params = first_that_fits(spec, hparams, devices), state.params
         seed = derive_seed(server.seed, 0, client, "initial")
         return ClientTask(0, "initial", client, seed, spec, params, SubModel(), hparams)
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
+        if state.phase == "prune":
+            return []
         if state.phase == "initial":
             return [initial_task(state, devices)]
-        round = state.round + 1
-        hparams = {
-            **sgd.hparams(state.round),
-            **rounds.orders(round),
-            "importance_multiple": importance_multiple,
-            "importance_dtype": importance_dtype,
-            "reconfigurations": state.reconfigurations,
-        }
-        model = Model(spec, pack(state.params, state.masks), state.masks)
+        round, model = state.round + 1, Model(spec, state.params)
+        if state.phase == "score":
+            round, most = 0, ceil(further.importance_multiple * first_count)
+            hparams = connection_sensitivity.orders(
+                sgd, initial.initial_batches, most, further.importance_dtype
+            )
+        else:
+            hparams = sgd.hparams(state.round) | moves.hparams(round, state.reconfigurations)
+            model = Model(spec, pack(state.params, state.masks), state.masks)
         drawn = sgd.clients(server, devices, round)
-        return cohort_tasks(server, drawn, round=round, phase="train", model=model, hparams=hparams)
+        return cohort_tasks(
+            server, drawn, round=round, phase=state.phase, model=model, hparams=hparams
+        )
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         if state.phase == "initial":
             return _after_initial(state, updates)
+        if state.phase == "prune":
+            return _pruned(state, initial.masks(server, state.params))
         merged = fold(state.params, updates, variances=spec.variances)  # w = Σ p_n w_n
-        round = state.round + 1
-        collected = rounds.collected(round, state.importance, merged)
-        state = replace(state, round=round, params=merged.params(), importance=collected)
-        if not rounds.reconfigures(round):
-            return state
-        state = replace(state, importance={})
-        due, importance = pruner(round, state.masks), rounds.whole(collected, merged)
-        if not importance:  # nobody answered
-            if due.limit is None or num_kept(state.masks) <= due.limit:
+        if state.phase == "score":
+            gradient = merged.statistic(GRADIENT)  # Σ p_n g_n
+            if not gradient:
                 return state
-            importance = {name: np.square(state.params[name]) for name in spec.prunable}
-        seed = derive_seed(server.seed, round, 0, "prune")
-        params, masks = due.reconfigure(spec, state.params, state.masks, importance, seed)  # (7)
+            return _pruned(state, sensitive(spec, gradient, state.params, first_count))
+        round = state.round + 1
+        collected = moves.rounds.collected(round, state.importance, merged)
+        state = replace(state, round=round, params=merged.params(), importance=collected)
+        if not moves.rounds.reconfigures(round):
+            return state
+        importance = moves.rounds.whole(collected, merged)
+        state = replace(state, importance={})
+        after = moves.after(round, state.params, state.masks, importance)
+        if after is None:
+            return state
+        params, masks = after
         reconfigurations = state.reconfigurations + 1
         return replace(state, params=params, masks=masks, reconfigurations=reconfigurations)
 
@@ -276,16 +194,15 @@ def prunefl(
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
-    found = {}
-    if not settings["initial_pruning"]:
-        initial = {name for name in settings if name.startswith("initial_")} - {"initial_pruning"}
-        found |= dict.fromkeys(initial, "initial_pruning is false")
-    if not settings["reconfigure_every"]:
-        importance = {name for name in settings if name.startswith("importance_")}
-        found |= dict.fromkeys((*importance, "prunable_half_life_rounds"), "reconfigure_every is 0")
-    if not settings["initial_pruning"] and not settings["reconfigure_every"]:
-        pruning = ("prunable_fraction", "size_limit", "size_target", "readd_scale", "time_model")
-        found |= dict.fromkeys(pruning, "nothing is pruned")
+    pruned, initial = settings["initial_pruning"], settings["initial"]
+    otherwise = "nothing is pruned"
+    if pruned:
+        once = f"initial is {initial!r}, and reconfigure_every is 0: no mask moves"
+        otherwise = "" if initial == "client" else once
+    found = unused_initial(settings) | unused_further(settings, otherwise)
+    if pruned and initial == "snip":  # as its gradient goes up
+        found.pop("importance_multiple", None)
+        found.pop("importance_dtype", None)
     return found
 
 
@@ -297,39 +214,46 @@ def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     every, limit = settings["reconfigure_every"], settings["size_limit"]
     if not settings["importance_budget_bytes"]:  # pieces take as many rounds as they take
         every = min(every, 3)
+    until = every or 3
+    train = Rehearsal(
+        {"initial_pruning": False, "reconfigure_every": every},
+        rounds=until + 1,
+        until=until,
+        bound=limit is None,
+    )
+    if settings["initial_pruning"] and settings["initial"] == "snip":
+        return [replace(train, settings={"reconfigure_every": every}, one_batch=True)]
+    if settings["initial_pruning"] and settings["initial"] != "client":
+        return [replace(train, density=settings["initial_density"])]
     found = []
     if settings["initial_pruning"]:
         alone = {"initial_client": settings["initial_client"] or 0}  # whether it fits or not
         last = {**alone, "initial_max_passes": settings["initial_passes"]}  # for its last answer
         found += [Rehearsal(alone, rounds=4, steps=2), Rehearsal(last, rounds=4, steps=1)]
-    train = Rehearsal(
-        {"initial_pruning": False, "reconfigure_every": every},
-        rounds=(every or 3) + 1,
-        until=every or 3,
-        bound=limit is None,
-    )
     if limit is None or not settings["initial_pruning"]:
         found.append(train)
     return found if limit is None else [*found, replace(train, density=limit)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:
-    """Σ g² of every trainable coordinate or of pieces, where a task asks for it."""
-    if task.hparams.get("piece_bytes", 0):
-        return sent_form(task)
-    if not task.hparams.get("upload_importance", False):
-        return {}
-    return {"importance": StatisticForm(task.spec.param_shapes, non_negative=True)}
+    """SNIP's gradient; or Σ g² of every trainable coordinate or of pieces, where it is asked."""
+    return (
+        connection_sensitivity.forms(task)
+        if task.phase == "score"
+        else importance_round.forms(task)
+    )
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:
     """Of a round; of initial pruning, the most that a chunk of passes and the last one take."""
     if task.phase == "initial":
         return (most_work(task.hparams),)
-    h = task.hparams
-    budget, first = (int(h.get(name, 0)) for name in ("piece_bytes", "first_piece"))
-    importance = bool(h["importance"])
-    return (sgd_work(task, importance=importance, piece_bytes=budget, first_piece=first),)
+    half = connection_sensitivity if task.phase == "score" else importance_round
+    return half.work(task)
+
+
+def _pruned(state: State, masks: Masks) -> State:
+    return replace(state, phase="train", params=apply_mask(state.params, masks), masks=masks)
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
@@ -358,43 +282,9 @@ def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
 def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
-    """One client's half of Algorithm 1, or a stretch of initial pruning."""
+    """One client's half of Algorithm 1, a stretch of initial pruning, or SNIP's gradient."""
     if task.phase == "initial":
-        opened = partial(open_session, task, engine)
-        return prune_alone(task, batches, client_state, open=opened, train=local_sgd)
-    return _train(task, batches, engine, client_state)
-
-
-def _train(
-    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
-) -> tuple[ClientUpdate, ClientState]:
-    """Eq. (2) for `local_steps` steps; g² of eq. (6) accumulates where the task says so."""
-    h, masks, state, statistics = task.hparams, task.sub_model.masks, {}, {}
-    session = open_session(task, engine)
-    drawn = {"batch_size": int(h["batch_size"]), "seed": task.seed}
-    importance = bool(h["importance"])
-    form = float(h["importance_multiple"]), str(h["importance_dtype"])
-    if parts := ordered(task):
-        sent = SentPieces(masks, *form)
-        train_loss = sgd_in_pieces(session, batches, parts=parts, take=sent.take, **drawn)
-        statistics[statistic_name(int(h["first_piece"]))] = sent.statistic()
-    else:
-        steps = int(h["local_steps"])
-        train_loss = local_sgd(session, batches, steps=steps, importance=importance, **drawn)
-    if importance and not parts:
-        span = int(h["reconfigurations"])
-        sums = accumulated(session.importance(), client_state, span)
-        if h["upload_importance"]:
-            statistics["importance"] = Statistic(largest_sums(sums, masks, *form), "mean")
-        else:
-            state = kept_sums(sums, span)
-    update = ClientUpdate(
-        client=task.client,
-        num_examples=batches.num_examples,
-        params=session.params(packed=True),
-        sub_model=task.sub_model,
-        statistics=statistics,
-        metrics={"train_loss": train_loss},
-        work=work(task),
-    )
-    return update, state
+        return prune_alone(task, batches, engine, client_state)
+    if task.phase == "score":
+        return connection_sensitivity.answer(task, batches, engine), client_state
+    return importance_round.answer(task, batches, engine, client_state)

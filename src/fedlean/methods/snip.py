@@ -25,8 +25,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.core import (
     Batches,
@@ -37,17 +35,16 @@ from fedlean.core import (
     Model,
     Params,
     Scalar,
-    Statistic,
     StatisticForm,
     Work,
 )
-from fedlean.engine.protocol import SGD, Engine
-from fedlean.pruning.density import full_masks
-from fedlean.pruning.global_top import count_at, keep_largest
+from fedlean.engine.protocol import Engine
+from fedlean.pruning import connection_sensitivity
+from fedlean.pruning.connection_sensitivity import GRADIENT, sensitive
+from fedlean.pruning.global_top import count_at
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least, in_range
-from fedlean.train.local_sgd import LocalSGD, loss_of, train_kept_weights, with_local_sgd
-from fedlean.train.loss_gradient import loss_and_gradient
+from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
 from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
@@ -109,27 +106,18 @@ def snip(
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         if state.phase == "score":  # the cohort of the round that was answered
-            hparams = {
-                "batch_size": sgd.batch_size,
-                "loss": sgd.loss,
-                "snip_batches": snip_batches,
-            }
+            hparams = connection_sensitivity.orders(sgd, snip_batches)
             return tasks(state, devices, "score", state.round, hparams)
         return tasks(state, devices, "train", state.round + 1, sgd.hparams(state.round))
 
     def prune(state: State, gradient: Params, weights: Params) -> State:
-        """eq. (5) and (6); without its denominator, which changes no order."""
-        scores = {
-            name: np.abs(np.multiply(gradient[name], weights[name], dtype=np.float64))
-            for name in server.spec.prunable
-        }
-        masks = keep_largest(scores, count, full_masks(server.spec))
+        masks = sensitive(server.spec, gradient, weights, count)
         return replace(state, phase="train", params=apply_mask(state.params, masks), masks=masks)
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         merged = fold(state.params, updates, variances=server.spec.variances)
         if state.phase == "score":
-            gradient = merged.statistic("gradient")  # Σ p_n g_n
+            gradient = merged.statistic(GRADIENT)  # Σ p_n g_n
             return prune(state, gradient, state.params) if gradient else state
         after = replace(state, round=state.round + 1, params=merged.params())
         if state.phase == "train" or not merged.count:
@@ -166,60 +154,17 @@ def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:
     """The gradient of every prunable weight, while scores are taken."""
-    if task.phase != "score":
-        return {}
-    shapes = {name: task.spec.param_shapes[name] for name in task.spec.prunable}
-    return {"gradient": StatisticForm(shapes)}
+    return connection_sensitivity.forms(task) if task.phase == "score" else {}
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:
-    """Scores: as steps whose full weight gradients are summed, which is what is done.
-
-    The engine gives them as arrays, a float for every weight beside its own.
-    """
-    if task.phase != "score":
-        return only_sgd(task)
-    steps = int(task.hparams["snip_batches"])
-    batch_size = int(task.hparams["batch_size"])
-    return (Work(steps, batch_size, importance_steps=steps, optimizer_floats=1),)
+    """Of a round, or of the gradient."""
+    return connection_sensitivity.work(task) if task.phase == "score" else only_sgd(task)
 
 
 def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """A round of local SGD, or the gradient of the loss at the model of the task."""
-    half = _score if task.phase == "score" else train_kept_weights
+    half = connection_sensitivity.answer if task.phase == "score" else train_kept_weights
     return half(task, batches, engine), client_state
-
-
-def _score(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
-    """g of eq. (4), dL/dw of the prunable weights: the mean over `snip_batches` batches."""
-    h = task.hparams
-    steps, batch_size = int(h["snip_batches"]), int(h["batch_size"])
-    session = engine.open(
-        task.spec,
-        task.params,
-        task.sub_model,
-        batch_size=batch_size,
-        optimizer=SGD(0.0),
-        loss=loss_of(task),
-    )
-    output, shapes = task.spec.nodes[-1].name, task.spec.param_shapes
-    total = {name: np.zeros(shapes[name], np.float32) for name in task.spec.prunable}
-    losses = []
-    for x, y in batches.draw(steps=steps, batch_size=batch_size, seed=task.seed):
-        logits = session.forward(x, training=True)[output]
-        loss, entering = loss_and_gradient(logits, y, loss_of(task))
-        gradients = session.backward({output: entering}, dense=True)
-        for name, values in total.items():
-            values += gradients[name] / np.float32(steps)
-        losses.append(loss)
-    return ClientUpdate(
-        client=task.client,
-        num_examples=batches.num_examples,
-        params={},
-        sub_model=task.sub_model,
-        statistics={"gradient": Statistic(total, "mean")},
-        metrics={"train_loss": float(np.mean(losses))},
-        work=work(task),
-    )

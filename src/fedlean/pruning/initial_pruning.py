@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,27 +13,24 @@ from fedlean.core import (
     ClientState,
     ClientTask,
     ClientUpdate,
-    Masks,
-    Params,
     Scalar,
     SubModel,
     Work,
     derive_seed,
 )
-from fedlean.engine.protocol import Session
+from fedlean.engine.protocol import Engine, Session
 from fedlean.pruning.budget import fraction_to
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.initial_model import InitialModel
+from fedlean.train.local_sgd import open_session
+from fedlean.train.sgd import local_sgd
 from fedlean.tree import kept_counts
 
 CHUNK_PASSES = 10  # passes per task, so that a lost task costs little
 
-Open = Callable[[Params, Masks], Session]  # of the task's spec and settings
-Train = Callable[..., float]  # `train.sgd.local_sgd`
-
 
 def prune_alone(
-    task: ClientTask, batches: Batches, client_state: ClientState, *, open: Open, train: Train
+    task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """Up to CHUNK_PASSES passes, ending early at a reconfiguration.
 
@@ -48,13 +45,13 @@ def prune_alone(
     if local is None:
         lost = {"lost_state": 1.0}
         return ClientUpdate(task.client, batches.num_examples, {}, SubModel(), metrics=lost), {}
-    local, work, train_loss = _passes(task, batches, local, open, train)
+    local, work, train_loss = _passes(task, batches, engine, local)
     if local.due(h):
         local = local.reconfigured(task)
     stopped, works = local.stopped(h), [work]
     if stopped and local.exceeds(h):  # too few passes: one more, and down to the limit
         local = replace(local, started=True, since=int(h["initial_passes"]) - 1)
-        local, work, _ = _passes(task, batches, local, open, train)
+        local, work, _ = _passes(task, batches, engine, local)
         least = fraction_to(int(h["limit"]), local.masks)
         local = local.reconfigured(task, least_fraction=least)
         works.append(work)
@@ -82,20 +79,20 @@ def most_work(h: Mapping[str, Scalar]) -> Work:
 
 
 def _passes(
-    task: ClientTask, batches: Batches, local: InitialModel, open: Open, train: Train
+    task: ClientTask, batches: Batches, engine: Engine, local: InitialModel
 ) -> tuple[InitialModel, Work, float]:
     """Trains until a reconfiguration is due or the chunk is full; (local, work, mean loss)."""
     h = task.hparams
     steps, batch_size = int(h["initial_batches"]), int(h["batch_size"])
     examples = int(h["initial_examples"]) or None
-    session = open(local.params, local.masks)
+    session = open_session(task, engine, local.params, local.masks)
     losses: list[float] = []
     importance_steps = forward_examples = 0
     for _ in range(CHUNK_PASSES):
         importance, accuracy = local.importance_is_due(h), 0.0
         seed = derive_seed(task.seed, local.passes, task.client, "pass")
         drawn = {"steps": steps, "batch_size": batch_size, "seed": seed, "examples": examples}
-        losses.append(train(session, batches, importance=importance, **drawn))
+        losses.append(local_sgd(session, batches, importance=importance, **drawn))
         importance_steps += steps if importance else 0
         if not local.started:
             accuracy = _accuracy(session, batches, drawn)
