@@ -63,6 +63,13 @@ CASE = Case(
     fedavg={"lr": 0.05, "local_steps": 2, "batch_size": 8},
 )
 
+FORESEEN = {
+    "lr": 0.05,
+    "local_steps": 2,
+    "batch_size": 8,
+    "initial_density": 0.3,
+    "reconfigure_every": 2,
+}
 IN_PIECES = {**SMALL, "importance_budget_bytes": 1000}  # 4 parts in 2 rounds of 2 steps
 MORE_CASES = {
     "pieces": Case(
@@ -70,7 +77,24 @@ MORE_CASES = {
         settings=IN_PIECES,
         knob={"importance_budget_bytes": 2000},
         neutral="that of the case without pieces: where g² decides nothing, pieces do not either",
-    )
+    ),
+    **{
+        initial: Case(
+            method=prunefl,
+            settings={**FORESEEN, "initial": initial},
+            knob={"initial_density": 0.5},
+            neutral={
+                "lr": 0.05,
+                "local_steps": 2,
+                "batch_size": 8,
+                "initial": initial,
+                "initial_density": 1.0,
+                "reconfigure_every": 0,
+            },
+            fedavg={"lr": 0.05, "local_steps": 2, "batch_size": 8},
+        )
+        for initial in ("snip", "synflow", "ntk")
+    },
 }
 
 

@@ -76,7 +76,7 @@ from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least
 from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.rehearsal import Rehearsal
-from fedlean.tree import apply_mask, fold, pack, unpack
+from fedlean.tree import fold, pack, unpack
 
 MAX_LOST = 3  # times that the initial client may lose its model and start again
 MAX_MOVED = 3  # times that another starts again for one that is away, which then is waited for
@@ -132,6 +132,10 @@ def prunefl(
             return State(0, "train", model.params, full_masks(spec))
         return State(0, initial.phase, model.params)
 
+    def begun(state: State, masks: Masks) -> State:
+        params = initial.pruned(state.params, masks)
+        return replace(state, phase="train", params=params, masks=masks)
+
     def initial_task(state: State, devices: Sequence[Device]) -> ClientTask:
         hparams = {**sgd.hparams(0), **moves.pruner(0).to_hparams(), **initial.hparams()}
         named = initial.initial_client
@@ -165,13 +169,13 @@ def prunefl(
         if state.phase == "initial":
             return _after_initial(state, updates)
         if state.phase == "prune":
-            return _pruned(state, initial.masks(server, state.params))
+            return begun(state, initial.masks(server, state.params))
         merged = fold(state.params, updates, variances=spec.variances)  # w = Σ p_n w_n
         if state.phase == "score":
             gradient = merged.statistic(GRADIENT)  # Σ p_n g_n
             if not gradient:
                 return state
-            return _pruned(state, sensitive(spec, gradient, state.params, first_count))
+            return begun(state, sensitive(spec, gradient, state.params, first_count))
         round = state.round + 1
         collected = moves.rounds.collected(round, state.importance, merged)
         state = replace(state, round=round, params=merged.params(), importance=collected)
@@ -250,10 +254,6 @@ def work(task: ClientTask) -> tuple[Work, ...]:
         return (most_work(task.hparams),)
     half = connection_sensitivity if task.phase == "score" else importance_round
     return half.work(task)
-
-
-def _pruned(state: State, masks: Masks) -> State:
-    return replace(state, phase="train", params=apply_mask(state.params, masks), masks=masks)
 
 
 def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:

@@ -13,8 +13,10 @@ from fedlean.algorithm import Server
 from fedlean.core import Masks, Params, Scalar, derive_seed
 from fedlean.pruning.foresight import Scoring, foresight_masks
 from fedlean.pruning.global_top import count_at
+from fedlean.pruning.rescale import rescale_kept
 from fedlean.train.cohort import check_client
 from fedlean.train.hyperparameters import at_least, in_range, one_of
+from fedlean.tree import apply_mask
 
 Initial = Literal["client", "snip", "synflow", "ntk"]
 
@@ -29,6 +31,7 @@ class InitialPruning:
     "synflow", "ntk": the server, without data, as `pruning.foresight` says.
     initial_density: what a criterion keeps, of all prunable weights together; a client finds its
     own size.
+    initial_rescale: what it keeps grows by 1/√(the kept share of its layer).
     initial_client: the one that prunes alone (one that has examples of all classes: with few it
     keeps too little; None: the first that has the memory), in passes of `initial_batches` batches
     from `initial_examples` of its examples, 0: from all it has (paper: 10 batches of 200 examples).
@@ -43,6 +46,7 @@ class InitialPruning:
     initial_pruning: bool = True
     initial: Initial = "client"
     initial_density: float = 0.1
+    initial_rescale: bool = False
     initial_client: int | None = None
     initial_batches: int = 5
     initial_examples: int = 0
@@ -97,6 +101,10 @@ class InitialPruning:
             )
         return count
 
+    def pruned(self, params: Params, masks: Masks) -> Params:
+        """What the run begins with; params: dense."""
+        return (rescale_kept if self.initial_rescale else apply_mask)(params, masks)
+
     def masks(self, server: Server, params: Params) -> Masks:
         """By the criterion that needs no client; params: dense."""
         criterion = "synflow" if self.initial == "synflow" else "ntk"
@@ -130,7 +138,7 @@ def unused_initial(settings: Mapping[str, Any]) -> dict[str, str]:
     initial = settings["initial"]
     if initial == "client":
         why = "initial is 'client', and the client finds its own size (size_limit bounds it)"
-        return {"initial_density": why}
+        return dict.fromkeys(("initial_density", "initial_rescale"), why)
     found = {f"initial_{name}" for name in ALONE}
     if initial != "snip":
         found |= {"initial_batches"}
