@@ -475,6 +475,73 @@ def test_statistics_of_another_shape_name_client_and_statistic(shape):
         folded.add(update(73, 1, {}, statistics={"sums": bad}))
 
 
+def test_statistics_of_slices_by_hand():
+    """Rows 0-1, ids 2 and 0 of the columns, weight 1; row 1 whole, weight 3; by coordinate.
+
+    [0, 0]: 4 of one, 4.  [1, 0]: (1*8 + 3*2)/4 = 3.5.  [1, 1]: 3 of one.  [0, 1] and row 2: nobody.
+    """
+    base = {"w": np.zeros((3, 3), np.float32)}
+    parts = [
+        (1, [[7, 4], [6, 8]], (slice(0, 2), np.array([2, 0]))),
+        (3, [[2, 3, 10]], (slice(1, 2), slice(0, 3))),
+    ]
+    folded = Fold(base)
+    for weight, values, index in parts:
+        tensors = {"w": np.array(values, np.float32), "loss": floats(weight)}
+        statistics = {"g": Statistic(tensors, "mean"), "all": Statistic(tensors, "sum")}
+        folded.add(update(weight, weight, {}, statistics=statistics), index={"w": index})
+    assert folded.statistic("g")["w"].tolist() == [[4, 0, 7], [3.5, 3, 9], [0, 0, 0]]
+    assert folded.statistic("all")["w"].tolist() == [[4, 0, 7], [10, 3, 16], [0, 0, 0]]
+    assert folded.statistic("g")["loss"].tolist() == [2.5], "no tensor of the model: as it comes"
+    sent = [[True, False, True], [True, True, True], [False, False, False]]
+    for key in ("g", "all"):
+        assert folded.sent(key)["w"].tolist() == sent
+        assert folded.sent(key)["loss"].all()
+    assert folded.sent("none") == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_statistics_of_slices_are_those_of_a_loop(seed):
+    """Whole tensors, slices and ids in any order together; a whole index changes no bit."""
+    rng = np.random.default_rng(seed)
+    shape = (5, 4, 3)
+    base = {"w": np.zeros(shape, np.float32)}
+    folded, total, weights = Fold(base), np.zeros(shape), np.zeros(shape)
+    for client in range(6):
+        ids = [rng.permutation(side)[: rng.integers(1, side + 1)] for side in shape]
+        if client == 2:
+            ids = [np.arange(side) for side in shape]
+        values = rng.standard_normal([one.size for one in ids]).astype(np.float32)
+        weight = int(rng.integers(1, 50))
+        statistics = {"g": Statistic({"w": values}, "mean")}
+        index = {"w": tuple(ids)}
+        folded.add(update(client, weight, {}, statistics=statistics), index=index)
+        total[np.ix_(*ids)] += weight * values.astype(np.float64)
+        weights[np.ix_(*ids)] += weight
+    expected = np.where(weights > 0, total / np.maximum(weights, 1), 0).astype(np.float32)
+    assert np.array_equal(folded.statistic("g")["w"], expected)
+    assert np.array_equal(folded.sent("g")["w"], weights > 0)
+
+
+def test_statistics_of_whole_cuts_are_those_without_an_index():
+    rng = np.random.default_rng(0)
+    plain, indexed = Fold({"w": np.zeros((7, 5), np.float32)}), Fold({"w": np.zeros((7, 5), "f4")})
+    for client in range(3):
+        values = rng.standard_normal((7, 5)).astype(np.float32)
+        sent = update(client, 3 + client, {}, statistics={"g": Statistic({"w": values}, "mean")})
+        plain.add(sent)
+        indexed.add(sent, index={"w": (slice(0, 7), slice(0, 5))})
+    assert plain.statistic("g")["w"].tobytes() == indexed.statistic("g")["w"].tobytes()
+    assert indexed.sent("g")["w"].all()
+
+
+def test_a_statistic_that_does_not_fit_its_slice_names_client_and_tensor():
+    statistics = {"g": Statistic({"w": np.ones((2, 2), np.float32)}, "mean")}
+    folded = Fold({"w": np.zeros((3, 3), np.float32)})
+    with pytest.raises(ValueError, match=r"client 7 sent g of 'w' .*\(2, 2\).*\(2, 3\)"):
+        folded.add(update(7, 1, {}, statistics=statistics), index={"w": (slice(0, 2), slice(0, 3))})
+
+
 NORM = {"bn.running_mean": floats(7), "bn.running_var": floats(5)}
 OF = {"bn.running_var": "bn.running_mean"}
 

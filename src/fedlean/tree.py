@@ -17,6 +17,7 @@ from operator import call, is_
 import numpy as np
 
 from fedlean.core import ClientUpdate, Masks, Params
+from fedlean.reductions import Gathered, Pooled
 from fedlean.slices import Index, Place, Weights, place
 from fedlean.sums import PIECE, add_scaled, mean_onto
 
@@ -264,38 +265,6 @@ class _Coverage:
         return mean_onto(base, self.total, weights.reshape(-1) + self.weight)
 
 
-class _Pooled:
-    """The variance of all examples, from each client's mean and variance.
-
-    Σ w (v + (m - M)²) / Σ w, updated as M moves: E[x²] - E[x]² loses a variance beside a large
-    mean.  (Chan, Golub and LeVeque, Updating formulae ..., 1979, eq. 2.1.)
-    """
-
-    def __init__(self, shape: tuple[int, ...]):
-        self.weight, self.mean, self.total = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-
-    def add(
-        self,
-        variance: np.ndarray,
-        mean: np.ndarray,
-        weight: float,
-        place: Place | None,
-    ) -> None:
-        where = place.where if place is not None else np.index_exp[...]
-        before = self.weight[where]
-        after, off = before + weight, mean.astype(np.float64) - self.mean[where]
-        self.total[where] += np.multiply(variance, weight, dtype=np.float64)
-        self.total[where] += off**2 * (before * weight / after)
-        self.mean[where] += off * (weight / after)
-        self.weight[where] = after
-
-    def onto(self, base: np.ndarray) -> np.ndarray:
-        """In the base's type where somebody trained, `base` bit for bit elsewhere."""
-        covered = self.weight > 0
-        merged = np.divide(self.total, self.weight, out=np.zeros_like(self.total), where=covered)
-        return np.where(covered, merged.astype(base.dtype), base)
-
-
 class Fold:
     """One round's reduction: `add` every update, then read the results.
 
@@ -309,17 +278,18 @@ class Fold:
         self._base = base
         self._variances = dict(variances or {})
         self._tensors: dict[str, _Coverage] = {}
-        self._pooled: dict[str, _Pooled] = {}
-        self._statistics: dict[str, dict[str, np.ndarray]] = {}
+        self._pooled: dict[str, Pooled] = {}
+        self._statistics: dict[str, dict[str, Gathered]] = {}
         self._statistic_weight: dict[str, float] = {}
         self.count = 0
 
     def add(self, update: ClientUpdate, index: Mapping[str, Index] | None = None) -> None:
         """`index` says of which part of a tensor an update is: per axis a slice or the kept ids.
 
-        A tensor that it does not name is whole.  Statistics are reduced in the shape in which they
-        come.  Raises ValueError when a tensor is not in the model or has another shape, or the
-        index does not fit it.
+        A tensor that it does not name is whole.  Of a statistic, what has the name of a tensor that
+        it names is of the same part of it; the rest is reduced in the shape in which it comes.
+        Raises ValueError when a tensor is not in the model or has another shape, or the index does
+        not fit it.
         """
         weight = float(update.num_examples)
         sub = update.sub_model
@@ -338,14 +308,14 @@ class Fold:
                 )
             mean = update.params.get(self._variances.get(name, ""))
             if mean is not None and self._variances[name] not in sub.frozen:
-                pooled = self._pooled.setdefault(name, _Pooled(self._base[name].shape))
+                pooled = self._pooled.setdefault(name, Pooled(self._base[name].shape))
                 pooled.add(values, mean, weight, where)
                 continue
             if name not in self._tensors:
                 whole = mask if where is None else None
                 self._tensors[name] = _Coverage(values, self._base[name].shape, whole)
             self._tensors[name].add(values, weight, mask, where)
-        self._add_statistics(update, weight)
+        self._add_statistics(update, weight, index or {})
         self.count += 1
 
     def _place(self, name: str, index: Mapping[str, Index]) -> Place | None:
@@ -358,22 +328,28 @@ class Fold:
             raise ValueError(f"the slice of {name!r}: {error}") from None
         return None if found.is_whole else found
 
-    def _add_statistics(self, update: ClientUpdate, weight: float) -> None:
+    def _add_statistics(
+        self, update: ClientUpdate, weight: float, index: Mapping[str, Index]
+    ) -> None:
         for key, statistic in update.statistics.items():
             scale = weight if statistic.reduction == "mean" else 1.0
             sums = self._statistics.setdefault(key, {})
             for name, sent in statistic.tensors.items():
                 mask = statistic.masks.get(name)
                 values = sent if mask is None else unpack(sent, mask)
-                if name in sums and sums[name].shape != values.shape:
+                where = self._place(name, index)
+                if name not in sums:
+                    whole = self._base[name].shape if name in index else values.shape
+                    sums[name] = Gathered(whole)
+                expected = sums[name].total.shape if where is None else where.shape
+                if values.shape != expected:
                     raise ValueError(
                         f"client {update.client} sent {key} of {name!r} with shape "
-                        f"{values.shape}, expected {sums[name].shape}"
+                        f"{values.shape}, expected {expected}"
                     )
-                term = np.multiply(values, scale, dtype=np.float64)
-                sums[name] = sums[name] + term if name in sums else term
-            mean_weight = weight if statistic.reduction == "mean" else 0.0
-            self._statistic_weight[key] = self._statistic_weight.get(key, 0.0) + mean_weight
+                sums[name].add(values, scale, weight, where)
+            if statistic.reduction == "mean":
+                self._statistic_weight[key] = self._statistic_weight.get(key, 0.0) + weight
 
     def params(self) -> dict[str, np.ndarray]:
         merged = dict(self._base)
@@ -384,10 +360,17 @@ class Fold:
         return merged
 
     def statistic(self, key: str) -> dict[str, np.ndarray]:
-        """The reduced tensors (float32), {} when no client sent any."""
-        divisor = self._statistic_weight.get(key, 0.0) or 1.0
+        """The reduced tensors (float32), {} when no client sent any.
+
+        Of slices each coordinate is reduced over those who sent it; it is 0 where nobody did.
+        """
+        weight = self._statistic_weight.get(key)
         sums = self._statistics.get(key, {})
-        return {name: (total / divisor).astype(np.float32) for name, total in sums.items()}
+        return {name: one.mean(weight) if weight else one.sum() for name, one in sums.items()}
+
+    def sent(self, key: str) -> dict[str, np.ndarray]:
+        """bool in the shape of each tensor of a statistic: which coordinates somebody sent."""
+        return {name: one.sent() for name, one in self._statistics.get(key, {}).items()}
 
 
 def fold(
