@@ -39,6 +39,10 @@ CASES = {
         {"initial_pruning": False, "reconfigure_every": 3},
         {1: (0, True), 2: (0, False), 3: (1, True)},
     ),
+    "prunefl_widths": (
+        {"widths": "0.5", "initial": "all", "reconfigure_every": 3},
+        {1: (0, True), 2: (0, False), 3: (1, True)},
+    ),
     "online": ({}, {1: (0, True), 2: (0, False)}),
     "ntk_zo": ({"density": 1.0, "directions": 7}, {1: (0, True), 2: (0, False)}),
 }
@@ -136,6 +140,28 @@ def test_initial_pruning_is_asked_of_one_client_and_goes_on_without_the_model():
     text = len("1000") - len("25")
     assert first.cost.downlink_bytes + text == initial[0].downlink_first_bytes
     assert first.tasks[0].phase == second.tasks[0].phase == "initial"
+
+
+@pytest.mark.parametrize("initial", ["snip", "synflow", "ntk"])
+def test_masks_of_a_criterion_are_walked_at_their_density(initial):
+    """A round of scores with SNIP alone; then masks of as many weights, which may lie elsewhere."""
+    settings = {"initial": initial, "initial_density": 0.25, "reconfigure_every": 3}
+    device, stage = Device(0, profile=PROFILE), Stage(federation.SPEC, federation.SEED)
+    found = stage.walked("prunefl", settings, device, PROFILE)
+    kinds = found.walk.kinds
+    records = []
+    algorithm = build("prunefl", federation.server(), settings)
+    federation.run(algorithm, watch=lambda progress, record: records.append(record))
+    asked = [record for record in records if record.tasks][: len(kinds)]
+    scores = ["score"] if initial == "snip" else []
+    assert [kind.phase for kind in kinds] == [*scores, "train", "train"] and found.bound
+    if scores:
+        assert asked[0].cost.downlink_bytes == federation.CLIENTS * kinds[0].downlink_first_bytes
+        assert asked[0].cost.uplink_bytes <= federation.CLIENTS * (kinds[0].uplink_bytes + DIGITS)
+    for kind in kinds[len(scores) :]:
+        kept = {name: int(mask.sum()) for name, mask in kind.task.sub_model.masks.items()}
+        assert kept.keys() == set(federation.SPEC.prunable)
+        assert sum(kept.values()) == 210
 
 
 def test_a_size_limit_is_walked_at_its_density():

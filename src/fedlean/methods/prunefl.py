@@ -193,7 +193,16 @@ def prunefl(
     def done(state: State) -> bool:
         return state.phase == "train" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
+    return FederatedAlgorithm(
+        init,
+        configure,
+        client_update,
+        server_update,
+        done,
+        statistics,
+        work,
+        sends_params=lambda task: task.phase != "score",
+    )
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:

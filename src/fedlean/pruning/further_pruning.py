@@ -120,20 +120,28 @@ class Reconfigurations:
         }
 
     def after(
-        self, round: int, params: Params, masks: Masks, importance: Params
+        self,
+        round: int,
+        params: Params,
+        masks: Masks,
+        importance: Params,
+        *,
+        known: Masks | None = None,
     ) -> tuple[Params, Masks] | None:
         """(params, masks) after the reconfiguration that follows `round`; None: it changes nothing.
 
         importance: Σ g² of every trainable tensor; {}: nobody has answered, and w² stands for it
         where the size limit has fallen below the size
+        known: as `Pruner.reconfigure` takes it
         """
         due = self.pruner(round, masks)
         if not importance:
             if due.limit is None or num_kept(masks) <= due.limit:
                 return None
-            importance = {name: np.square(params[name]) for name in self.server.spec.prunable}
+            importance, known = {n: np.square(params[n]) for n in self.server.spec.prunable}, None
         seed = derive_seed(self.server.seed, round, 0, "prune")
-        return due.reconfigure(self.server.spec, params, masks, importance, seed)  # (7)
+        spec = self.server.spec
+        return due.reconfigure(spec, params, masks, importance, seed, known=known)  # (7)
 
 
 def unused_further(settings: Mapping[str, Any], otherwise: str) -> dict[str, str]:

@@ -38,10 +38,25 @@ class Pruner:
     readd_scale: float
 
     def reconfigure(
-        self, spec: ModelSpec, params: Params, masks: Masks, importance: Params, seed: int
+        self,
+        spec: ModelSpec,
+        params: Params,
+        masks: Masks,
+        importance: Params,
+        seed: int,
+        *,
+        known: Masks | None = None,
     ) -> tuple[Params, Masks]:
-        """New (params, masks) from importance = Σ g² of every trainable tensor."""
+        """New (params, masks) from importance = Σ g² of every trainable tensor.
+
+        known: by prunable tensor, True where its importance is; None: everywhere.  OURS: what is
+        not known, 0 there, keeps its mask.
+        """
         candidates = removable(params, masks, self.fraction, spec.prunable)  # P
+        if known is not None:  # a pruned coordinate of importance 0 does not come back
+            candidates = {
+                name: may_go & (known[name] | ~masks[name]) for name, may_go in candidates.items()
+            }
         prunable = {name: importance[name] for name in spec.prunable}
         if self.limit is not None:
             candidates = protect_units(prunable, masks, candidates)

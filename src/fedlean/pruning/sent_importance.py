@@ -33,12 +33,16 @@ def largest_sums(sums: Params, masks: Masks, multiple: float, dtype: str) -> dic
 
 
 def accumulated(importance: Params, state: ClientState, span: int) -> dict[str, np.ndarray]:
-    """This round's sums on top of those in `state`; sums of another span are dropped.
+    """This round's sums on top of those in `state`; sums of another span or slice are dropped.
 
     span: number of reconfigurations so far
     """
     known = state.get(_SPAN)
-    if known is None or int(known) != span:
+    held = {name: state.get(_PREFIX + name) for name in importance}
+    alike = all(
+        one is not None and one.shape == importance[name].shape for name, one in held.items()
+    )
+    if known is None or int(known) != span or not alike:
         return dict(importance)
     return {name: values + state[_PREFIX + name] for name, values in importance.items()}
 

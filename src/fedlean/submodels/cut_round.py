@@ -10,7 +10,7 @@ from fedlean.core import ClientTask, ClientUpdate, Model, Params, Scalar
 from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut
 from fedlean.train.cohort import cohort_tasks
-from fedlean.tree import Fold
+from fedlean.tree import Fold, pack
 
 
 class Given(NamedTuple):
@@ -39,7 +39,7 @@ def cut_tasks(
     for client, cut, own in given:
         if id(cut) not in sent:
             params, masks = cut.take(model.params), cut.take_masks(model.masks)
-            sent[id(cut)] = Model(cut.spec, params, masks)
+            sent[id(cut)] = Model(cut.spec, pack(params, masks), masks)
         tasks += cohort_tasks(
             server,
             [client],
@@ -58,7 +58,8 @@ def fold_cuts(
     cut_of: Callable[[ClientTask], Cut],
 ) -> Fold:
     """The merge of sub-models into `base`, the tensors of `full`: each element is the mean over the
-    clients whose sub-model has it, and one that no client has keeps its value.
+    clients whose sub-model has it, and one that no client has keeps its value.  So with statistics
+    of tensors by their names, whose shapes become those of `full` (`Fold.sent` says who sent what).
 
     Updates are those that the runtime hands to `server_update`, which know their task.
     """

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from fedlean.algorithm import Device
-from fedlean.core import Work
+from fedlean.core import Work, generator
 from fedlean.cost.profile import Profile
 from fedlean.submodels.cut import Cut
 from fedlean.submodels.needs import Needs
+
+Assign = Literal["memory", "fixed", "drawn"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,7 @@ class Levels:
         A limit that is not known is none.  A device that cannot hold the last is found out before
         the task is sent (`runtime.step`), with what it lacks.
         """
-        fits = (at for at, need in enumerate(self.needs) if need.within(device, self.profile))
-        return next(fits, len(self.names) - 1)
+        return fitting(self.needs, device, self.profile)
 
     def common(self, devices: Sequence[Device]) -> int:
         """The first that all of `devices` can hold; the last where none is."""
@@ -38,6 +40,38 @@ class Levels:
 
     def cut(self, name: str) -> Cut:
         return self.cuts[self.names.index(name)]
+
+
+def fitting(needs: Sequence[Needs], device: Device, profile: Profile) -> int:
+    """Which of the levels, of the largest model first, is the first within the device's limits.
+
+    Where none is, the one that needs the least memory.  That need not fall from level to level: a
+    pruned layer may take more than a whole one, by its indices.  `profile`: of a device that has
+    none of its own.
+    """
+    fits = (at for at, need in enumerate(needs) if need.within(device, profile))
+    return next(fits, min(range(len(needs)), key=lambda at: (needs[at].memory_bytes, -at)))
+
+
+def assigned(
+    assign: Assign,
+    needs: Sequence[Needs],
+    device: Device,
+    *,
+    profile: Profile,
+    seed: int,
+    round: int,
+) -> int:
+    """Which of the levels, of the largest model first, the device gets in a round.
+
+    "memory": `fitting`.  "fixed": client i, level i modulo their number.  "drawn": any level, anew
+    each round, by the run's `seed`.
+    """
+    if assign == "memory":
+        return fitting(needs, device, profile)
+    if assign == "fixed":
+        return device.id % len(needs)
+    return int(generator(seed, round, device.id, "level").integers(len(needs)))
 
 
 def levels(cuts: Sequence[tuple[str, Cut, Work]], profile: Profile) -> Levels:
@@ -58,10 +92,10 @@ def levels(cuts: Sequence[tuple[str, Cut, Work]], profile: Profile) -> Levels:
     return Levels(names, kept, needs, profile)
 
 
-def rates_from(text: str) -> tuple[float, ...]:
-    """Width rates as the setting `widths` has them: "1 0.5 0.25", descending, each in (0, 1].
+def rates_from(text: str, setting: str = "widths") -> tuple[float, ...]:
+    """Rates as the setting `widths` has them: "1 0.5 0.25", descending, each in (0, 1].
 
-    Raises ValueError naming what is none of these.
+    Raises ValueError naming the `setting` that has none of these.
 
     >>> rates_from("1 0.5, 0.25")
     (1.0, 0.5, 0.25)
@@ -73,7 +107,7 @@ def rates_from(text: str) -> tuple[float, ...]:
     descending = all(a > b for a, b in pairwise(rates))
     if not rates or not descending or not 0 < rates[-1] <= rates[0] <= 1:
         raise ValueError(
-            f"widths must be numbers in (0, 1] from the largest to the smallest, as '1 0.5 0.25', "
-            f"got {text!r:.60}"
+            f"{setting} must be numbers in (0, 1] from the largest to the smallest, as "
+            f"'1 0.5 0.25', got {text!r:.60}"
         )
     return rates

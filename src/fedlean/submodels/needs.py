@@ -20,7 +20,7 @@ _TENSOR_BYTES, _MESSAGE_BYTES = 96, 4096
 
 @dataclass(frozen=True)
 class Needs:
-    """Of `work` on all weights of `spec`; each figure is computed when it is asked for."""
+    """Of `work` on `spec` under its masks; each figure is computed when it is asked for."""
 
     spec: ModelSpec
     work: Work
@@ -32,9 +32,11 @@ class Needs:
 
     @cached_property
     def message_bytes(self) -> int:
-        """One way, at the most."""
-        shapes = self.spec.tensor_shapes.values()
-        return sum(VALUE_BYTES * prod(s) + _TENSOR_BYTES for s in shapes) + _MESSAGE_BYTES
+        """One way, at the most; of parameters, no statistics."""
+        return _MESSAGE_BYTES + sum(
+            _tensor_bytes(prod(shape), self.work.kept.get(name))
+            for name, shape in self.spec.tensor_shapes.items()
+        )
 
     def seconds(self, profile: Profile) -> float:
         """Of computing and of both ways of the link."""
@@ -51,3 +53,10 @@ class Needs:
                 or self.seconds(profile_of(device, fallback)) <= device.budget_seconds
             )
         )
+
+
+def _tensor_bytes(size: int, kept: int | None) -> int:
+    """Of its kept values and, where it has a mask, of the mask's bits."""
+    if kept is None:
+        return _TENSOR_BYTES + VALUE_BYTES * size
+    return _TENSOR_BYTES + VALUE_BYTES * kept + size // 8 + 1
