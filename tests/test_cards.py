@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedlean.report.card import card_table, clock_table, seeds_table, targets_table
+from fedlean.report.card import (
+    card_table,
+    clock_table,
+    seeds_table,
+    targets_table,
+    times_table,
+)
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 CARDS = sorted(path.parent for path in EXPERIMENTS.glob("*/expected.json"))
@@ -23,7 +29,7 @@ def rows_of(group: str, seeds: dict) -> set[str]:
         rows |= {*card_table(runs).splitlines(), *targets_table(runs).splitlines()}
     everywhere = [name for name in seeds["seed0"] if all(name in runs for runs in seeds.values())]
     common = [{name: runs[name] for name in everywhere} for runs in seeds.values()]
-    return rows | set(seeds_table(common).splitlines())
+    return rows | {*seeds_table(common).splitlines(), *times_table(common).splitlines()}
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.name)

@@ -28,6 +28,7 @@ from fedlean.report.card import (
     reported,
     seeds_table,
     targets_table,
+    times_table,
 )
 from fedlean.report.card_plot import write_card_plot
 from fedlean.report.console import cost_table
@@ -255,11 +256,12 @@ def compare(folders: Sequence[Path], out: Path) -> None:
 def compare_seeds(
     folders: Sequence[Path], names: Sequence[str], out: Path, *, in_turns: bool = False
 ) -> None:
-    """`seeds.md` in `out`: the runs `names`, which are in the folder of each seed.
+    """`seeds.md` and `times.md` in `out`: the runs `names`, which are in the folder of each seed.
 
     Of runs in turns `clock.md` has what they took on this machine.
     """
     seeds = {folder.name: {name: reported(folder / name) for name in names} for folder in folders}
     (out / "seeds.md").write_text(seeds_table(list(seeds.values())))
+    (out / "times.md").write_text(times_table(list(seeds.values())))
     if in_turns:
         (out / "clock.md").write_text(clock_table(seeds))

@@ -13,6 +13,7 @@ from fedlean.report.card import (
     reconfiguration_share,
     seeds_table,
     targets_table,
+    times_table,
 )
 
 
@@ -71,6 +72,31 @@ def test_clock_table_by_hand():
         "| a | 7 | 3.0 s | – | 1.5 s | 30 ms | – |",
         "| b | 7 | 6.0 s, **0.50×** | – | 3.0 s | 60 ms | 50.0% |",
     ]
+
+
+def test_times_table_by_hand():
+    """(100 + 140)/2 = 120 over (50 + 30)/2 = 40: 3 times; b misses 0.9 with the second seed."""
+
+    def run(seconds: float, last: float | None) -> dict:
+        reached = {"round": 3, "simulated_seconds": seconds, "measured_seconds": 1.0}
+        end = {"round": 9, "simulated_seconds": last, "measured_seconds": 1.0} if last else None
+        return {
+            "time_to_accuracy": {"0.8": reached, "0.9": end},
+            "density": seconds / 1000,
+            "seconds_before_round_1": seconds / 10,
+            "median_round_seconds": seconds / 100,
+        }
+
+    seeds = [{"a": run(100, 300), "b": run(50, 60)}, {"a": run(140, 500), "b": run(30, None)}]
+    heads, _, base, other = times_table(seeds).splitlines()
+    assert base == (
+        "| a | 12.0% | 12 | 1.2 | 3 / 3 | 100 / 140 | 120 s | 9 / 9 | 300 / 500 | 400 s |"
+    )
+    assert other == (
+        "| b | 4.0% | 4 | 0.4 | 3 / 3 | 50 / 30 | 40 s, **3.00×** | 9 / – | 60 / – | – |"
+    )
+    assert heads.startswith("| run | density | before round 1 | median round | rounds to 80% | ")
+    assert heads.count("|") == base.count("|")
 
 
 def test_seeds_table_by_hand():

@@ -148,6 +148,47 @@ def seeds_table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def times_table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """Markdown: a row per run, its seconds to each target with each of the seeds, and the mean of
+    all; the ratio is of the means, to the first run.  And what the mean is made of: seconds before
+    round 1, rounds, seconds a round; means as well.
+    """
+    baseline = next(iter(seeds[0]))
+    targets = list(seeds[0][baseline][_TARGETS])
+    heads = ["run", "density", "before round 1", "median round"]
+    for target in targets:
+        heads += [f"rounds to {float(target):.0%}", "seconds", "mean"]
+    lines = [heads, ["---"] * len(heads)]
+    for name in seeds[0]:
+        runs = [run[name] for run in seeds]
+        line = [name, *(f"{mean(run[key] for run in runs):{form}}" for key, form in _MADE_OF)]
+        for target in targets:
+            line += _times(runs, [run[baseline] for run in seeds], target)
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+_MADE_OF = (
+    ("density", ".1%"),
+    ("seconds_before_round_1", ".0f"),
+    ("median_round_seconds", ".1f"),
+)
+
+
+def _times(runs: Sequence[Any], baselines: Sequence[Any], target: str) -> list[str]:
+    """Rounds and seconds to a target with each seed, and the mean of those."""
+    reached = [run[_TARGETS].get(target) for run in runs]
+    cells = [
+        " / ".join(f"{one[key]:.0f}" if one else "–" for one in reached)
+        for key in ("round", "simulated_seconds")
+    ]
+    first = [run[_TARGETS].get(target) for run in baselines]
+    if not all(reached) or not all(first):
+        return [*cells, "–"]
+    ours, theirs = (mean(one["simulated_seconds"] for one in each) for each in (reached, first))
+    return [*cells, f"{ours:.0f} s" + ("" if runs == baselines else f", **{theirs / ours:.2f}×**")]
+
+
 def clock_table(seeds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Markdown: runs made in turns on the clock of this machine, a row per seed and run.
 
