@@ -127,7 +127,7 @@ class InitialPruning:
         }
 
 
-ALONE = ("client", "examples", "passes", "importance_passes", "max_passes", "stable")
+_ALONE = ("client", "examples", "passes", "importance_passes", "max_passes", "stable")
 
 
 def unused_initial(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -139,7 +139,7 @@ def unused_initial(settings: Mapping[str, Any]) -> dict[str, str]:
     if initial == "client":
         why = "initial is 'client', and the client finds its own size (size_limit bounds it)"
         return dict.fromkeys(("initial_density", "initial_rescale"), why)
-    found = {f"initial_{name}" for name in ALONE}
+    found = {f"initial_{name}" for name in _ALONE}
     if initial != "snip":
         found |= {"initial_batches"}
     return dict.fromkeys(found, f"initial is {initial!r}: no client prunes alone")
