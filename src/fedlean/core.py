@@ -51,7 +51,8 @@ class Work:
 
     A client states what it did; what that costs depends on the device and is not its business.
     A stretch may run a span of the task's model only: from the activation of layer `begin` to that
-    of `end`, of which it holds some outside the engine, as a frozen beginning leaves them.
+    of `end`, of which it holds some outside the engine, as a frozen beginning leaves them.  Or a
+    narrower model, with the first `width` of each layer's channels (`fedlean.narrowed`), densely.
     """
 
     steps: int = 0  # forward + backward + update, on `batch_size` examples each
@@ -71,6 +72,7 @@ class Work:
     begin: str = ""  # the model's input
     end: str = ""  # the model's output
     taps: tuple[str, ...] = ()  # layers that a loss of the client's own reads; (): the engine's
+    width: float = 1.0  # share of the channels; 1.0: all
 
 
 @dataclass(frozen=True)

@@ -84,3 +84,9 @@ def test_a_model_that_was_not_measured():
     assert profile_of_part(PROFILE, SPEC, SPEC) is PROFILE
     unmeasured = replace(PROFILE, measured=None)
     assert profile_of_part(unmeasured, SPEC, REST) is unmeasured
+
+
+def test_a_slice_is_another_model_that_was_not_measured():
+    half, rates = Work(2, 4, width=0.5), replace(PROFILE, measured=None)
+    assert work_seconds(SPEC, half, PROFILE) == work_seconds(SPEC, half, rates)
+    assert work_seconds(SPEC, Work(2, 4), PROFILE) != work_seconds(SPEC, Work(2, 4), rates)

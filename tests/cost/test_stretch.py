@@ -91,6 +91,36 @@ def test_a_span_that_the_model_lacks():
         cost(Model(MLP, SubModel()), [Work(1, begin="z")], PI)
 
 
+def test_a_slice_by_hand():
+    """Half of 5 and 4 units, rounded up: weights 6·3, 3·2 and 2·3; the output keeps its 3."""
+    half = Work(2, 4, width=0.5)
+    assert work_flops(MLP, half) == 2 * 4 * (2 * 36 + 3 * 12 + 3 * 12)
+    assert work_flops(MLP, Work(forward_examples=3, width=0.5)) == 3 * (36 + 12 + 12)
+    narrow = sequential(
+        (6,), [("a", Linear(3)), ("relu", ReLU()), ("b", Linear(2)), ("c", Linear(3))]
+    )
+    assert stretch(MLP, half) == (narrow, half, frozenset())
+    assert work_flops(MLP, replace(half, begin="relu")) == work_flops(
+        narrow, Work(2, 4, begin="relu")
+    )
+    assert work_memory_bytes(MLP, half) == work_memory_bytes(narrow, Work(2, 4))
+    for profile in (PI, load_profile("generic")):
+        one, other = (
+            cost(Model(spec, SubModel()), [work], profile)
+            for spec, work in ((MLP, half), (narrow, Work(2, 4)))
+        )
+        assert one.seconds == other.seconds and one.flops == other.flops
+    held = replace(half, begin="relu", held_examples=10, held_floats=7)
+    assert held_bytes(MLP, held) == 4 * (10 * 3 + 7)
+
+
+def test_what_a_slice_cannot_be():
+    with pytest.raises(ValueError, match=r"work on 0\.5 of the channels is dense, got masks"):
+        stretch(MLP, Work(1, kept={"a.weight": 3}, width=0.5))
+    with pytest.raises(ValueError, match=r"the rate of a width must be in \(0, 1\], got 2"):
+        stretch(MLP, Work(1, width=2.0))
+
+
 def task_of(spec, frozen, *, batch_size=8, momentum=0.9, masks=None):
     hparams = {"local_steps": 5, "batch_size": batch_size, "momentum": momentum}
     return ClientTask(1, "t", 0, 0, spec, {}, SubModel(masks or {}, frozen=frozen), hparams)

@@ -207,6 +207,7 @@ CLAIMS = {
     "kept": (claiming(Work(2, 4, kept={"fc1.weight": 10**9})), "work on 1000000000 weights of"),
     "no tensor": (claiming(Work(2, 4, kept={"fc9": 1})), "work on 'fc9', which the model lacks"),
     "a part": (claiming(Work(2, 4, end="conv")), "from the input to conv of the model, which the"),
+    "a slice": (claiming(Work(2, 4, width=0.5)), "claims work on 0.5 of the channels, which the"),
     "beside": (claiming(Work(2, 4, beside=1)), "work of 1 stretches beside it, the task takes"),
     "held": (claiming(Work(2, 4, held_examples=1)), "work of 1 activations held, the task takes"),
     "floats": (claiming(Work(2, 4, held_floats=1)), "work of 1 floats held, the task takes"),
@@ -274,12 +275,34 @@ def test_each_part_is_held_against_the_order_for_it():
     assert "from pool to fc1 of the model, which" in reason(replace(rest, end="fc1"))
 
 
+def test_each_slice_is_held_against_the_order_for_it():
+    """Steps on a narrow model are no room for as many on a wide one."""
+    algorithm = quick(1)
+    (task, *_) = algorithm.configure(algorithm.init(first_model()), [Device(0)])
+    order = [Work(1, 4), Work(2, 4, width=0.5)]
+
+    def reason(*work: Work) -> str:
+        return beyond_order(work, task, order) or ""
+
+    assert not reason(*order) and not reason(Work(1, 4)) and not reason(order[1])
+    assert reason(Work(2, 4)) == "claims work of 2 steps, the task takes at most 1"
+    assert reason(Work(3, 4, width=0.5)) == (
+        "claims work of 3 steps on 0.5 of the channels, the task takes at most 2"
+    )
+    assert reason(Work(1, 4, width=0.25)) == (
+        "claims work on 0.25 of the channels, which the task does not order"
+    )
+    masks = Work(1, 4, kept={"fc1.weight": 5}, width=0.5)
+    assert reason(masks) == "claims masks on 0.5 of the channels"
+
+
 def test_a_part_that_the_model_lacks():
     """Where a method does not say what a task takes, the model says which parts there are."""
     algorithm = quick(1)._replace(work=None)
     for work, why in (
         (Work(1, 4, begin="nothing"), "a span of the model that it lacks: .*no layer 'nothing'"),
         (Work(1, 4, begin="fc1", end="conv"), "'conv' does not need 'fc1'"),
+        (Work(1, 4, width=2.0), "on a slice that the model lacks: the rate of a width must be in"),
         (Work(1, 4, taps=("nothing",)), "a loss at 'nothing', which the task does not order"),
         (Work(1, 4, held_examples=10**13), "10000000000000 activations held, expected at most"),
     ):

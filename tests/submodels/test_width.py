@@ -28,9 +28,10 @@ from fedlean.models.mlp import mlp
 from fedlean.models.mobilenetv3 import mobilenetv3_small
 from fedlean.models.resnet import resnet8, resnet18, resnet20
 from fedlean.models.vgg import vgg11
+from fedlean.narrowed import kept_channels, narrowed
 from fedlean.spec import INPUT, ModelSpec, Node, sequential
 from fedlean.submodels.choose import prefix, random, rolling
-from fedlean.submodels.width import kept_channels, width
+from fedlean.submodels.width import width
 
 MODELS = {
     "resnet8": resnet8((3, 8, 8), 10, norm="batch"),
@@ -221,7 +222,10 @@ def test_random_networks(spec: ModelSpec, rate: float, choose):
             isinstance(n.layer, Conv2d | GroupNorm) and n.layer.groups > 1 for n in spec.nodes
         )
         assert grouped and "group" in str(error)
+        with pytest.raises(ValueError, match="group"):
+            narrowed(spec, rate)
         return
+    assert narrowed(spec, rate) == cut.spec
     assert cut.spec.output_shape == spec.output_shape
     assert cut.spec.by_name.keys() == spec.by_name.keys()
     sliced = {n for n, shape in spec.shapes.items() if cut.spec.shapes[n] != shape}

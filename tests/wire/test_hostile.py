@@ -412,6 +412,8 @@ def test_what_cannot_travel_is_refused_by_name(
         ({"work": (Work(end="no such"),)}, "work.end: 'no such' names no layer"),
         ({"work": (Work(taps=("no such",)),)}, "work.taps: 'no such' names no layer"),
         ({"work": (Work(beside=-1),)}, "work.beside must be a count"),
+        ({"work": (Work(width=1.5),)}, "work.width must be between 0 and 1, got 1.5"),
+        ({"work": (Work(width=-0.5),)}, "work.width must be between 0 and 1, got -0.5"),
     ],
 )
 def test_what_cannot_be_answered(task: ClientTask, change: dict[str, Any], why: str) -> None:

@@ -333,12 +333,15 @@ def test_work_on_spans_of_the_model(task: ClientTask) -> None:
         Work(1, 2, beside=2),
         Work(1, taps=("conv", "fc")),
         Work(1, begin="conv", taps=("fc",)),
+        Work(1, 2, width=0.5),
+        Work(1, 2, begin="conv", taps=("fc",), width=1 / 3),
     )
     update = ClientUpdate(5, 20, {}, task.sub_model, work=works)
     sent = encode_update(update, task)
     text = (
         '[[0,8,0,100,["","conv"],{"fc.weight":30}],[5,20,0,0,1,1,28,["conv",""]],'
-        '[1,["conv","fc"]],[1,2,0,0,0,2],[1,["","","conv","fc"]],[1,["conv","","fc"]]]'
+        '[1,["conv","fc"]],[1,2,0,0,0,2],[1,["","","conv","fc"]],[1,["conv","","fc"]],'
+        '[1,2,0.5],[1,2,0.3333333333333333,["conv","","fc"]]]'
     )
     assert text.encode() in sent and len(sent) == update_bytes(update, task)
     assert decode_update(sent, task).work == works

@@ -1,4 +1,4 @@
-"""A stretch of work as what it ran: a span of the task's model with that span's own tensors."""
+"""A stretch of work as what it ran: a span of the task's model, or a narrower one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from fedlean.core import Work
+from fedlean.narrowed import narrowed
 from fedlean.spans import span
 from fedlean.spec import ModelSpec
 
@@ -15,16 +16,21 @@ FLOAT_BYTES = 4
 
 
 class Stretch(NamedTuple):
-    spec: ModelSpec  # of the span
-    work: Work  # its masks and taps are those of the span
+    spec: ModelSpec  # that ran
+    work: Work  # its masks and taps are those of `spec`
     frozen: frozenset[str]
 
 
 def stretch(spec: ModelSpec, work: Work, frozen: frozenset[str] = frozenset()) -> Stretch:
-    """The work in the terms of the span that it ran; the whole model's is as it was.
+    """The work in the terms of the span or slice that it ran; the whole model's is as it was.
 
-    Raises ValueError naming the layer where `work` speaks of none of the model's spans.
+    Raises ValueError naming the layer where `work` speaks of none of the model's spans, for a width
+    that the model cannot have, and for masks on a narrower model.
     """
+    if work.width != 1:
+        if work.kept:
+            raise ValueError(f"work on {work.width:g} of the channels is dense, got masks")
+        spec = narrowed(spec, work.width)
     if not is_span(work):
         return Stretch(spec, work, frozen)
     part = span(spec, work.begin, work.end)
@@ -41,6 +47,7 @@ def held_bytes(spec: ModelSpec, work: Work) -> int:
     """Of the arrays that lie outside the engine; `spec` is the task's model."""
     if not work.held_examples:
         return FLOAT_BYTES * work.held_floats
+    spec = spec if work.width == 1 else narrowed(spec, work.width)
     shape = spec.shapes[work.begin or work.end or spec.nodes[-1].name]
     return FLOAT_BYTES * (work.held_examples * prod(shape) + work.held_floats)
 

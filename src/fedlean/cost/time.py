@@ -172,7 +172,8 @@ def work_seconds(
 ) -> float:
     """Computation of one stretch of work, without the link; it opens one session of the engine."""
     own = stretch(spec, work, frozen)
-    profile = profile_of_part(profile, spec, own.spec)
+    if work.width == 1:  # a narrower model is another one, which was not measured
+        profile = profile_of_part(profile, spec, own.spec)
     spec, work, frozen = own
 
     def step(importance: Importance) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from fedlean import wire
 from fedlean.core import ClientTask, ClientUpdate, Statistic, StatisticForm, SubModel, Work
 from fedlean.engine.pieces import parts_taken
+from fedlean.narrowed import narrowed
 from fedlean.printable import printable
 from fedlean.spans import span
 from fedlean.tree import is_packed, num_kept
@@ -132,8 +133,9 @@ def beyond_order(
                 return f"claims work on {name!r}, which the model lacks"
             if not 0 <= kept <= prod(task.spec.tensor_shapes[name]):
                 return f"claims work on {kept} weights of {name!r}, which has fewer"
-        if reason := _other_taps(one, task, ordered) or _other_span(one, task, ordered):
-            return reason
+        for other in (_other_taps, _other_span, _other_width):
+            if reason := other(one, task, ordered):
+                return reason
     if reason := _other_pieces(work, task, ordered):
         return reason
     if ordered is None:
@@ -171,14 +173,31 @@ def _other_span(work: Work, task: ClientTask, ordered: Sequence[Work] | None) ->
     return None
 
 
+def _other_width(work: Work, task: ClientTask, ordered: Sequence[Work] | None) -> str | None:
+    """Where a claim is of a slice that was not ordered, or that the task's model does not have."""
+    if ordered is not None and work.width not in {one.width for one in ordered}:
+        return f"claims work on {work.width:g} of the channels, which the task does not order"
+    if work.width == 1:
+        return None
+    if work.kept:
+        return f"claims masks on {work.width:g} of the channels"
+    try:
+        narrowed(task.spec, work.width)
+    except ValueError as error:
+        return f"claims work on a slice that the model lacks: {error}"
+    return None
+
+
 def _more_than(work: Sequence[Work], ordered: Sequence[Work]) -> str | None:
-    """Each span is held against the order for it."""
-    for part in dict.fromkeys((one.begin, one.end) for one in work):
+    """Each span and each slice is held against the order for it."""
+    for part in dict.fromkeys((one.begin, one.end, one.width) for one in work):
         claimed, orders = (
-            _amounts([one for one in works if (one.begin, one.end) == part])
+            _amounts([one for one in works if (one.begin, one.end, one.width) == part])
             for works in (work, ordered)
         )
-        where = f" {_where(*part)}" if any(part) else ""
+        begin, end, width = part
+        where = f" {_where(begin, end)}" if begin or end else ""
+        where += f" on {width:g} of the channels" if width != 1 else ""
         for what, most in orders.items():
             if claimed[what] > most:
                 return (
@@ -201,7 +220,8 @@ def _other_pieces(
             continue
         if ordered is not None and asked and _summed(one) not in asked:
             return "claims g² of other pieces than it was asked for"
-        part = span(task.spec, one.begin, one.end) if one.begin or one.end else task.spec
+        part = task.spec if one.width == 1 else narrowed(task.spec, one.width)
+        part = span(part, one.begin, one.end) if one.begin or one.end else part
         try:
             parts_taken(part, 1, *_summed(one), task.sub_model.frozen)
         except ValueError as error:

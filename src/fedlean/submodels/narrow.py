@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from math import lcm
 
 from fedlean.algorithm import Server
+from fedlean.channels import channels
 from fedlean.core import Params
 from fedlean.layers import GroupNorm
 from fedlean.models.initialise import init_params
 from fedlean.spec import ModelSpec
-from fedlean.submodels.channels import channels
 from fedlean.submodels.cut import Cut, whole
 from fedlean.submodels.width import width
 

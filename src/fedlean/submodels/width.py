@@ -6,14 +6,13 @@ HeteroFL, FjORD, FedRolex and Federated Dropout differ in which channels stay (`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import dataclass
 
 import numpy as np
 
-from fedlean.layers import Conv2d, GroupNorm, Layer, Linear
-from fedlean.spec import ModelSpec, Node
-from fedlean.submodels.channels import Channels, Space, channels, is_depthwise
+from fedlean.channels import Channels, Space, channels, is_depthwise
+from fedlean.narrowed import is_dense, kept_channels, with_channels
+from fedlean.spec import ModelSpec
 from fedlean.submodels.choose import Choose, prefix
 from fedlean.submodels.cut import Axis, Cut, axis_of, num_ids
 from fedlean.submodels.scaler import with_scalers
@@ -56,21 +55,11 @@ def width(
         for space in {channel.space for channel in found.values()}
     }
     slicing = _Slicing(spec, found, kept)
-    nodes = tuple(replace(node, layer=slicing.layer(node)) for node in spec.nodes)
     index = {name: slicing.axes(name) for name in spec.tensor_shapes}
-    sliced = ModelSpec(spec.input_shape, nodes)
+    sliced = with_channels(spec, found, {name: num_ids(axis) for name, axis in kept.items()})
     if scaler:
         sliced = with_scalers(sliced, slicing.factors(rates))
     return Cut(sliced, index, spec)
-
-
-def kept_channels(count: int, rate: float) -> int:
-    """ceil(rate · count), without float's rounding: 0.07 · 100 is 7.
-
-    >>> kept_channels(100, 0.07), kept_channels(5, 0.5)
-    (7, 3)
-    """
-    return ceil(round(rate * count, 9))
 
 
 @dataclass(frozen=True)
@@ -79,34 +68,12 @@ class _Slicing:
     found: Mapping[str, Channels]
     kept: Mapping[str, Axis]  # by space
 
-    def layer(self, node: Node) -> Layer:
-        """The layer for what is kept of its channels."""
-        layer = node.layer
-        if not self._is_sliced(node.name) and not any(map(self._is_sliced, node.inputs)):
-            return layer
-        out = self._count(node.name)
-        match layer:
-            case Linear():
-                return replace(layer, out_features=out)
-            case Conv2d() if is_depthwise(self.spec, node):
-                return replace(layer, out_channels=out, groups=self._count(node.inputs[0]))
-            case Conv2d():
-                self._check_dense(node, layer)
-                return replace(layer, out_channels=out)
-            case GroupNorm(groups=groups) if out % groups:
-                raise ValueError(
-                    f"layer {node.name!r} (GroupNorm): its {groups} groups must divide the "
-                    f"channels that stay, got {out} of {self.spec.shapes[node.name][0]}: take "
-                    f"another rate, multiple={groups}, or a model with fewer groups or BatchNorm"
-                )
-        return layer
-
     def axes(self, tensor: str) -> tuple[Axis, ...]:
         """Axis 0 is the layer's output, axis 1 of a dense weight its input; windows stay whole."""
         node = self.spec.by_name[tensor.rpartition(".")[0]]
         axes: list[Axis] = [slice(0, side) for side in self.spec.tensor_shapes[tensor]]
         axes[0] = self._axis(node.name)
-        if len(axes) > 1 and _is_dense(node):
+        if len(axes) > 1 and is_dense(node):
             axes[1] = self._axis(node.inputs[0])
         return tuple(axes)
 
@@ -118,26 +85,9 @@ class _Slicing:
             if self._is_sliced(node.name) and not is_depthwise(self.spec, node)
         }
 
-    def _check_dense(self, node: Node, layer: Conv2d) -> None:
-        if _is_dense(node):
-            return
-        (source,) = node.inputs
-        counts = [f"{self._count(n)} of {self.spec.shapes[n][0]}" for n in (source, node.name)]
-        blocks = {self.found[n].space.block for n in (source, node.name)} - {""}
-        raise ValueError(
-            f"layer {node.name!r} (Conv2d): with groups={layer.groups} it is neither dense nor "
-            f"depthwise, so its channels must stay whole, got {counts[0]} in and {counts[1]} out: "
-            f"give rates by block and leave out {', '.join(map(repr, sorted(blocks)))}, or build "
-            "it with groups=1"
-        )
-
     def _is_sliced(self, activation: str) -> bool:
         space = self.found[activation].space
         return num_ids(self.kept[space.name]) < space.count
-
-    def _count(self, activation: str) -> int:
-        channel = self.found[activation]
-        return num_ids(self.kept[channel.space.name]) * channel.spread
 
     def _axis(self, activation: str) -> Axis:
         """The kept entries of the activation's first axis."""
@@ -146,12 +96,6 @@ class _Slicing:
         if isinstance(kept, slice):
             return slice(kept.start * spread, kept.stop * spread)
         return (kept[:, None] * spread + np.arange(spread)).ravel()
-
-
-def _is_dense(node: Node) -> bool:
-    """Whether each output reads all input channels."""
-    layer = node.layer
-    return isinstance(layer, Linear) or (isinstance(layer, Conv2d) and layer.groups == 1)
 
 
 def _rates(spec: ModelSpec, found: Mapping[str, Channels], rate: Rate) -> dict[str, float]:

@@ -114,10 +114,11 @@ def read_update(document: dict[str, Any]) -> UpdateFields:
 
 
 def write_work(work: Work) -> list[Any]:
-    """The numbers in their order without the defaults at the end, the span with the taps, `kept`.
+    """The counts in their order without the defaults at the end, the width, the span with the taps,
+    `kept`.
 
-    The span is left out where it is the whole model without taps, and `kept` where it is empty; an
-    empty object stands for `AS_MASKED`.
+    The width is left out where it is 1, the span where it is the whole model without taps, and
+    `kept` where it is empty; an empty object stands for `AS_MASKED`.
 
     >>> write_work(Work(steps=5, batch_size=20, kept={"fc.weight": 48}))
     [5, 20, {'fc.weight': 48}]
@@ -125,6 +126,8 @@ def write_work(work: Work) -> list[Any]:
     [5, ['relu', '']]
     >>> write_work(Work(steps=5, taps=("exit", "fc")))
     [5, ['', '', 'exit', 'fc']]
+    >>> write_work(Work(steps=5, width=0.5))
+    [5, 0.5]
     """
     values = [getattr(work, name) for name in _WORK]
     defaults = list(_WORK.values())
@@ -133,7 +136,8 @@ def write_work(work: Work) -> list[Any]:
     names = [work.begin, work.end, *work.taps]
     span = [names] if any(names) else []
     kept = [dict(work.kept)] if work.kept or work.kept is AS_MASKED else []
-    return [*values, *span, *kept]
+    width = [work.width] if work.width != 1 else []
+    return [*values, *width, *span, *kept]
 
 
 def check_kept(works: tuple[Work, ...], spec: ModelSpec) -> None:
@@ -186,6 +190,11 @@ def _read_work(entry: Any) -> Work:
     begin, end, taps = "", "", ()
     if values and isinstance(values[-1], list):
         begin, end, *taps = _read_span(values.pop())
+    width = 1.0
+    if values and isinstance(values[-1], float):
+        width = values.pop()
+        if not 0 < width < 1:
+            raise WireError(f"work.width must be between 0 and 1, got {width}")
     if len(values) > len(_WORK):
         raise WireError(f"work has {len(values)} numbers, expected at most {len(_WORK)}")
     counts = {
@@ -193,7 +202,7 @@ def _read_work(entry: Any) -> Work:
     }
     if kept is not AS_MASKED:
         kept = {name: _count(value, f"work.kept {name!r}") for name, value in kept.items()}
-    return Work(**counts, kept=kept, begin=begin, end=end, taps=tuple(taps))
+    return Work(**counts, kept=kept, begin=begin, end=end, taps=tuple(taps), width=width)
 
 
 def _read_span(entry: list[Any]) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from engine.cases import BLOCK, CONV
 
+from fedlean.channels import channels
 from fedlean.layers import Add, Conv2d, Flatten, GlobalAvgPool, Hardsigmoid, Linear, ReLU, Scale
 from fedlean.models.resnet import resnet8
 from fedlean.spec import INPUT, ModelSpec, Node
-from fedlean.submodels.channels import channels
 
 
 def described(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
