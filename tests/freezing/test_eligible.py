@@ -40,7 +40,7 @@ def needed(one, examples: int) -> int:
 
 def test_to_the_byte_by_the_stage_and_by_what_a_device_is_told():
     """Who holds all activations of more examples needs more, but not where nothing is frozen."""
-    eligible = Eligibility(stage_work)
+    eligible = Eligibility(stage_work, server().profile)
     few, many = needed(LAST, 8), needed(LAST, 80)
     assert few < many and needed(FIRST, 8) == needed(FIRST, 80)
     limits = [(8, few), (8, few - 1), (80, many), (80, many - 1), (80, few), (80, None)]
@@ -53,8 +53,8 @@ def test_to_the_byte_by_the_stage_and_by_what_a_device_is_told():
 
 def test_all_are_asked_where_nobody_can():
     weak = [Device(client, 8, None, 1) for client in range(3)]
-    assert Eligibility(stage_work)(STAGING, weak, "train", LAST, TOLD) == weak
-    assert Eligibility(stage_work)(STAGING, [], "train", LAST, TOLD) == []
+    assert Eligibility(stage_work, server().profile)(STAGING, weak, "train", LAST, TOLD) == weak
+    assert Eligibility(stage_work, server().profile)(STAGING, [], "train", LAST, TOLD) == []
 
 
 def test_what_is_alike_is_priced_once():
@@ -64,7 +64,7 @@ def test_what_is_alike_is_priced_once():
         asked.append((task.phase, task.hparams["stage"], task.hparams["held"]))
         return stage_work(task)
 
-    eligible = Eligibility(work)
+    eligible = Eligibility(work, server().profile)
     there = [Device(client, 8 + client % 2, None, 10**9) for client in range(6)]
     phases = ("train", "map")  # what a method asks for may depend on it
     for phase in (*phases, *phases):

@@ -60,7 +60,13 @@ MORE_CASES = {
         knob={"hsic": "biased"},
         neutral=NEUTRAL,
         why_no_masks=DENSE,
-    )
+    ),
+    "masked": Case(
+        method=neulite,
+        settings={**SGD_SETTINGS, "cohort": 3, "density": 0.5, "prune_steps": 5},
+        knob={"criterion": "random"},
+        neutral=NEUTRAL,
+    ),
 }
 THREE = sequential(
     (1, 8, 8),
@@ -475,14 +481,8 @@ def test_a_small_batch_is_enough_without_the_mentor():
 
 
 def test_settings_without_effect_are_named():
-    settings = complete("neulite", {})
+    settings = complete("neulite", {"density": 0.5})
     assert unused(settings) == {}
     alone = {**settings, "lambda2_first": 0.0, "lambda2_last": 0.0}
     assert unused(alone) == {"projector": "lambda2 is 0"}
     assert unused({**settings, **PLAIN}).keys() == {"sigma", "hsic", "representation", "projector"}
-
-
-def test_a_model_with_masks_is_refused():
-    masks = {"fc1.weight": np.ones((12, 64), bool)}
-    with pytest.raises(ValueError, match="has masks"):
-        of(SPEC).init(replace(first_model(), masks=masks))

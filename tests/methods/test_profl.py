@@ -10,10 +10,8 @@ from conformance import Case
 from federation import (
     ENGINE,
     SEED,
-    SPEC,
     client_data,
     devices,
-    first_model,
     fresh_dispatch,
     run,
     same,
@@ -34,9 +32,11 @@ from fedlean.planning import plan
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
+from fedlean.runtime.method import complete
 from fedlean.runtime.rounds import LoopState
 from fedlean.spec import sequential
 from fedlean.submodels.parts import parts
+from fedlean.tree import apply_mask
 
 SMALL = {"lr": 0.05, "local_steps": 2, "batch_size": 8, "map_steps": 2, "map_rounds": 1}
 CASE = Case(
@@ -49,6 +49,12 @@ CASE = Case(
 MORE_CASES = {
     "grow": replace(CASE, settings={**CASE.settings, "shrink": False}, knob={"momentum": 0.0}),
     "pieces": replace(CASE, settings={**CASE.settings, "beginning": "pieces", "micro_batch": 4}),
+    "masked": replace(
+        CASE,
+        settings={**CASE.settings, "density": 0.5, "prune_steps": 5},
+        knob={"criterion": "random"},
+        why_no_masks="",
+    ),
 }
 
 # ends in global average pooling and a linear layer; BatchNorm in every part
@@ -507,7 +513,7 @@ def test_a_plan_lists_every_phase():
 
 
 def test_a_rehearsal_has_a_round_for_every_phase_of_33_parts():
-    (short,) = rehearsals({})
+    (short,) = rehearsals(complete("profl", {}))
     layers = [(f"fc{i}", Linear(4), f"block{i}") for i in range(33)]
     deep = sequential((4,), [*layers, ("head", Linear(3), "head")])
     assert len(parts(deep)) == 33
@@ -528,7 +534,7 @@ def test_the_modules_are_those_of_the_released_code():
 
 
 def test_what_has_no_effect_is_said():
-    defaults = {"shrink": True, "freezing": "movement"}
+    defaults = complete("profl", {"density": 0.5})
     assert unused(defaults) == {}
     assert unused({**defaults, "shrink": False}).keys() >= {"map_lr", "shrink_share"}
     assert unused({**defaults, "freezing": "never"}).keys() >= {"window", "below"}
@@ -555,7 +561,17 @@ def test_bad_hyperparameters_are_named(setting, said):
         profl(server(), **setting)
 
 
-def test_a_model_with_masks_is_refused():
-    masks = {"fc1.weight": np.ones((12, 64), bool)}
-    with pytest.raises(ValueError, match="has masks"):
-        profl(server()).init(Model(SPEC, first_model().params, masks))
+def test_a_student_copy_of_a_masked_layer_has_its_mask():
+    """The FC is the model's own, which the student of a map has frozen under another name."""
+    spec = POOLED
+    masks = {"fc.weight": np.arange(24).reshape(3, 8) % 2 == 0}
+    params = apply_mask(init_params(spec, SEED), masks)
+    algorithm, _ = of(spec)
+    state = algorithm.init(Model(spec, params, masks))
+    while state.phase != "map":
+        state = algorithm.server_update(state, ())
+    task = algorithm.configure(state, devices())[0]
+    copy = "student_fc.weight"
+    assert set(task.sub_model.masks) == {"fc.weight", copy} and copy in task.sub_model.frozen
+    assert task.sub_model.masks[copy] is masks["fc.weight"]
+    assert same(task.params[copy], params["fc.weight"])

@@ -41,11 +41,13 @@ from fedlean.methods.smartfreeze import (
     smartfreeze,
     unused,
 )
+from fedlean.methods.synflow import synflow
 from fedlean.models.initialise import init_params
 from fedlean.models.resnet import resnet8
 from fedlean.planning.rehearse import Stage as Rehearsed
 from fedlean.submodels.parts import parts
 from fedlean.train.cohort import sample_cohort
+from fedlean.tree import apply_mask
 
 SGD = {"lr": 0.05, "local_steps": 2, "batch_size": 8}
 # the first part is frozen after three rounds, the soonest that a slope of two movements is there
@@ -66,7 +68,14 @@ MORE_CASES = {
         neutral={**SGD, "schedule": False, "beginning": "pieces"},  # nobody is chosen
         fedavg=SGD,
         why_no_masks="parts are dense",
-    )
+    ),
+    "masked": Case(
+        method=smartfreeze,
+        settings={**SGD, **PACE, "cohort": 3, "momentum": 0.5, "density": 0.5, "prune_steps": 5},
+        knob={"criterion": "random"},
+        neutral={**SGD, "schedule": False, "select": False, "density": 1.0},
+        fedavg=SGD,
+    ),
 }
 PARTS = parts(SPEC)
 NORM = resnet8((1, 8, 8), 3, norm="batch")
@@ -427,10 +436,43 @@ def test_fewer_rounds_than_stages_are_refused():
     assert [s.stage for s in steps(smartfreeze(server(2), **SGD), 2)] == [0, 0, 1]
 
 
-def test_a_model_with_masks_is_refused():
-    masks = {"fc1.weight": np.ones((12, 64), bool)}
-    with pytest.raises(ValueError, match="has masks"):
-        made().init(Model(SPEC, params(), masks))
+def test_the_whole_model_under_masks_is_synflow():
+    """Bit for bit: what is masked is all that it adds to FedAvg."""
+    one, other = (
+        run(method)
+        for method in (
+            made(schedule=False, select=False, density=0.3, prune_steps=7),
+            synflow(server(), **SGD, density=0.3, synflow_steps=7),
+        )
+    )
+    assert same(dict(one.params), dict(other.params)) and same(dict(one.masks), dict(other.masks))
+
+
+def test_the_pace_is_that_of_kept_weights_and_sketches_are_of_kept_updates():
+    """Half of fc1 and of the last layer, which the last stage looks at."""
+    mask = np.arange(12 * 64).reshape(12, 64) % 2 == 0
+    last = np.arange(3 * 12).reshape(3, 12) % 3 == 0
+    masks = {"fc1.weight": mask, "fc2.weight": last}
+    algorithm = made(cohort=2, **PACE)
+    state = algorithm.init(Model(SPEC, apply_mask(params(), masks), masks))
+    states = [state]
+    while len(states) < 6:
+        states.append(step(algorithm, states[-1])[0])
+    after, updates = step(algorithm, states[-1])
+    assert states[-1].stage == 1
+    assert states[-1].pace["last"].size == mask.sum() + 12 + last.sum() + 3
+    by_hand = [
+        selection.sketch(
+            {
+                "fc2.weight": update.params["fc2.weight"] - states[-1].params["fc2.weight"][last],
+                "fc2.bias": update.params["fc2.bias"] - states[-1].params["fc2.bias"],
+            },
+            SEED,
+        )
+        for update in updates
+    ]
+    places = [after.known["clients"].tolist().index(update.client) for update in updates]
+    assert same(after.known["sketches"][places], np.stack(by_hand))
 
 
 def test_networkx_is_asked_for_only_where_it_is_needed(monkeypatch):
@@ -445,6 +487,7 @@ def test_networkx_is_asked_for_only_where_it_is_needed(monkeypatch):
 
 def test_settings_without_effect_are_named():
     usual = {"schedule": True, "pace": True, "select": True, "cohort": 3}
+    usual |= {"density": 0.5, "criterion": "synflow"}
     assert unused(usual) == {}
     assert set(unused({**usual, "pace": False})) == {
         *("window", "smoothing", "values", "threshold", "patience", "below")
@@ -465,4 +508,4 @@ def test_a_plan_walks_through_every_stage(spec):
     walked = Rehearsed(spec).walked("smartfreeze", {}, device, profile)
     stages = [kind.task.hparams["stage"] for kind in walked.walk.kinds]
     assert stages == [part.name for part in parts(spec)] and walked.walk.complete
-    assert len(rehearsals({"schedule": False})) == 1
+    assert len(rehearsals({"schedule": False, "density": 1.0})) == 1

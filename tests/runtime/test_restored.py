@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from federation import server
 
 from fedlean import cli
+from fedlean.core import Model
+from fedlean.methods.profl import profl
+from fedlean.models.catalog import build as build_model
+from fedlean.models.initialise import init_params
 from fedlean.runtime.checkpoint import load_checkpoint, save_checkpoint
+from fedlean.runtime.restored import restored
 
 QUICK = ["--clients", "2", "--local-steps", "1", "--batch", "4"]
 
@@ -95,15 +102,19 @@ def test_the_checkpoint_as_it_was_fits(run, tree):
     cli.main(["resume", str(run)])
 
 
-@pytest.mark.parametrize("method", ["smartfreeze", "profl", "neulite", "slt"])
+@pytest.mark.parametrize("method", ["smartfreeze", "profl", "neulite", "slt", "smartfreeze:masked"])
 def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, method):
     """What is evaluated then is another model than the whole one, which the state has."""
 
+    method, _, masked = method.partition(":")
+    first = 2 if masked else 1  # after the step in which the server prunes
+
     def save(folder, step, tree):
-        if step == 1:
+        if step == first:
             save_checkpoint(folder, step, tree)
 
     folder, settings = tmp_path / "run", ["shrink=false"] if method == "profl" else ["lr=0.05"]
+    settings += ["density=0.5", "prune_steps=2"] if masked else []
     with monkeypatch.context() as patch:
         patch.setattr("fedlean.runtime.run.CHECKPOINT_SECONDS", (0.0, 0.0))
         patch.setattr("fedlean.runtime.run.save_checkpoint", save)
@@ -112,7 +123,7 @@ def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, metho
     whole = (folder / "model.safetensors").read_bytes()
     tree = load_checkpoint(folder / "checkpoint")[0]
     cli.main(["resume", str(folder)])
-    assert "continuing after step 1, round 1 of 4" in capsys.readouterr().err
+    assert f"continuing after step {first}, round 1 of 4" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == whole
 
     del tree["state"]["params"]["fc2.bias"]  # of the last part
@@ -121,3 +132,17 @@ def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, metho
         cli.main(["resume", str(folder)])
     said = capsys.readouterr().err
     assert "does not fit its run" in said and "fc2.bias" in said
+
+
+def test_tensors_of_a_restored_state_are_read_only(tmp_path):
+    """Those beside the model's, too: a stage's frozen ones are hashed once, not for each task."""
+    folder = tmp_path / "run"
+    cli.main(["run", "profl", *QUICK, "--rounds", "6", "--out", str(folder)])
+    tree = load_checkpoint(folder / "checkpoint")[0]
+    assert any(value.flags.writeable for value in tree["state"]["extra"].values())
+    spec = build_model("lenet300", (1, 8, 8), 10)
+    algorithm = profl(replace(server(6), spec=spec))
+    initial = algorithm.init(Model(spec, init_params(spec, 0)))
+    state = restored(folder, tree, initial, algorithm.model, spec).progress.state
+    for group in (state.params, state.extra):
+        assert group and not any(value.flags.writeable for value in group.values())

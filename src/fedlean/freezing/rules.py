@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlean.core import Params, generator
+from fedlean.core import Masks, Params, generator
 from fedlean.train.hyperparameters import at_least, in_range
+from fedlean.tree import pack
 
 SCALARS = 10_000  # of a part, over which its movement is taken, as in ProFL
 RuleState = Mapping[str, Any]  # arrays, tuples and numbers, as checkpoints hold them
@@ -36,14 +37,20 @@ class FreezingRule(NamedTuple):
 
 
 def scalars(
-    params: Params, names: Iterable[str], *, seed: int, at_most: int = SCALARS
+    params: Params,
+    names: Iterable[str],
+    *,
+    seed: int,
+    at_most: int = SCALARS,
+    masks: Masks | None = None,
 ) -> np.ndarray:
     """The values of these tensors, or so many of them, the same at every call: float32 (n,).
 
-    The seed and the shapes decide which.
+    The seed and the shapes decide which.  Of tensors with a mask they are kept ones.
     """
-    sizes = tuple((name, params[name].size) for name in sorted(names))
-    found = [params[name].reshape(-1)[at] for name, at in _sampled(sizes, at_most, seed) if len(at)]
+    held = pack({name: params[name] for name in sorted(names)}, masks or {})
+    sizes = tuple((name, value.size) for name, value in held.items())
+    found = [held[name].reshape(-1)[at] for name, at in _sampled(sizes, at_most, seed) if len(at)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlean.core import ClientUpdate, Model, Params
+from fedlean.core import ClientUpdate, Masks, Model, Params
 from fedlean.freezing.output_module import output_module
 from fedlean.models.initialise import init_params
 from fedlean.spec import ModelSpec
@@ -61,11 +61,13 @@ def module_params(one: Stage, seed: int, init: str) -> dict[str, np.ndarray]:
     return dict(init_params(one.spec, seed, init, only=one.module))
 
 
-def stage_model(one: Stage, params: Params, extra: Params) -> Model:
-    """The stage's model with the tensors of the whole one, and of `extra` what it lacks."""
+def stage_model(one: Stage, params: Params, extra: Params, masks: Masks | None = None) -> Model:
+    """The stage's model: tensors and masks of the whole one, and of `extra` what that lacks."""
+    names = one.spec.tensor_shapes
     return Model(
         one.spec,
-        {name: params[name] if name in params else extra[name] for name in one.spec.tensor_shapes},
+        {name: params[name] if name in params else extra[name] for name in names},
+        {name: mask for name, mask in (masks or {}).items() if name in names},
     )
 
 

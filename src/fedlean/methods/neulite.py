@@ -49,9 +49,11 @@ from fedlean.core import (
     Work,
 )
 from fedlean.engine.protocol import Engine
+from fedlean.freezing import foresight
 from fedlean.freezing.beginning import frozen_beginning, split_alone
 from fedlean.freezing.client import open_stage, stage_update, stage_work
 from fedlean.freezing.eligible import Eligibility
+from fedlean.freezing.foresight import Foresight
 from fedlean.freezing.stages import Stage, merge_stage, module_params, stage, stage_model
 from fedlean.freezing.staging import Staging, stage_tasks
 from fedlean.freezing.tail import tail
@@ -67,7 +69,6 @@ from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.sgd import local_sgd
-from fedlean.train.start import dense_params
 
 Representation = Literal["part", "module"]
 MOST_STAGES = 32  # that a plan walks through; no model of the catalogue has more than half
@@ -82,7 +83,7 @@ class State:
     phase: str
     params: Params  # of the whole model
     extra: Params  # of every stage's output module and projector
-    masks: Masks = field(default_factory=dict)  # always empty
+    masks: Masks = field(default_factory=dict)  # of the whole model; empty: dense
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,12 @@ class Mentored:
         }
 
 
-@with_settings(LocalSGD, Staging)
+@with_settings(LocalSGD, Staging, Foresight)
 def neulite(
     server: Server,
     sgd: LocalSGD,
     staging: Staging,
+    pruning: Foresight,
     *,
     lambda1_first: float = 0.1,
     lambda1_last: float = 0.01,
@@ -128,7 +130,8 @@ def neulite(
 
     Args:
       sgd: local SGD, whose settings are this method's as well; its loss must be "ce".
-      staging: how the model is divided, and how clients run what is frozen.
+      staging, pruning: how the model is divided, how clients run what is frozen, and what is pruned
+        before the first round.
       lambda1_first, lambda1_last: λ1 in the first and in the last stage, on a line between them; 0
         leaves the term out.
       lambda2_first, lambda2_last: λ2 likewise.
@@ -185,7 +188,7 @@ def neulite(
         for one in found:
             if frozen_beginning(one.stage.spec, one.stage.frozen):
                 split_alone(one.stage.spec, one.stage.frozen)
-    eligible = Eligibility(work)
+    eligible = Eligibility(work, server.profile)
 
     def init(model: Model) -> State:
         extra = {
@@ -193,12 +196,13 @@ def neulite(
             for one in found
             for name, value in module_params(one.stage, server.seed, server.init).items()
         }
-        return State(0, "train", dense_params(model), extra)
+        return State(0, "train", model.params, extra, model.masks)
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         one, round = found[state.round % len(found)], state.round + 1
         told = {**sgd.hparams(state.round), **one.hparams, "mu": mu, "sigma": sigma, "hsic": hsic}
-        fit = eligible(staging, devices, state.phase, one.stage, told)
+        sent = stage_model(one.stage, state.params, state.extra, state.masks)
+        fit = eligible(staging, devices, state.phase, one.stage, told, sent.masks)
         return stage_tasks(
             server,
             staging,
@@ -206,7 +210,7 @@ def neulite(
             round=round,
             phase=state.phase,
             one=one.stage,
-            model=stage_model(one.stage, state.params, state.extra),
+            model=sent,
             hparams=told,
         )
 
@@ -217,7 +221,8 @@ def neulite(
     def done(state: State) -> bool:
         return state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, work=work)
+    algorithm = FederatedAlgorithm(init, configure, client_update, server_update, done, work=work)
+    return pruning.ahead_of(algorithm, server, own)
 
 
 def _mentored(
@@ -285,7 +290,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
         any(settings[f"{name}_{end}"] for end in ("first", "last"))
         for name in ("lambda1", "lambda2")
     )
-    found = {} if second else {"projector": "lambda2 is 0"}
+    found = foresight.unused(settings) | ({} if second else {"projector": "lambda2 is 0"})
     if not first and not second:
         terms = "lambda1 and lambda2 are 0"
         found |= dict.fromkeys(("sigma", "hsic", "representation", "projector"), terms)
@@ -294,7 +299,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """A run in which every stage has a round."""
-    return [Rehearsal(rounds=MOST_STAGES, until=MOST_STAGES)]
+    return [Rehearsal(foresight.walked(settings), rounds=MOST_STAGES, until=MOST_STAGES)]
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:

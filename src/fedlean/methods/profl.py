@@ -20,6 +20,7 @@ movement (`freezing.rules`) stops to fall.
   follows it is mapped into the FC that comes after the part before it.
 - What of the student the teacher has, too (later stand-ins, the FC), the student has a frozen copy
   of.  What it alone has is the surrogate, which the map trains.
+- Pruning before the first phase (`density`) is ours; stand-ins stay dense, the model's own FC not.
 - While the model grows, the stand-ins go on from where the stage before left them (ours).
 """
 
@@ -45,8 +46,10 @@ from fedlean.core import (
     Work,
 )
 from fedlean.engine.protocol import Engine
+from fedlean.freezing import foresight
 from fedlean.freezing.client import open_stage, stage_update, stage_work, train_stage
 from fedlean.freezing.eligible import Eligibility
+from fedlean.freezing.foresight import Foresight
 from fedlean.freezing.rules import RuleState, never, scalars, slope_of_movement
 from fedlean.freezing.stages import (
     Stage,
@@ -67,7 +70,6 @@ from fedlean.train.hyperparameters import at_least, in_range, one_of
 from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.losses import logits_mse
 from fedlean.train.rehearsal import Rehearsal
-from fedlean.train.start import dense_params
 
 Freezing = Literal["movement", "never"]
 COPY = "student_"  # before the name of what the student holds a copy of
@@ -96,14 +98,15 @@ class State:
     began: int = 0  # rounds before it
     shown: int = 0  # of the phases, the last that has been trained
     measured: Mapping[str, float] = field(default_factory=dict)  # of the part in that
-    masks: Masks = field(default_factory=dict)  # always empty
+    masks: Masks = field(default_factory=dict)  # of the whole model; empty: dense
 
 
-@with_settings(LocalSGD, Staging)
+@with_settings(LocalSGD, Staging, Foresight)
 def profl(
     server: Server,
     sgd: LocalSGD,
     staging: Staging,
+    pruning: Foresight,
     *,
     shrink: bool = True,
     shrink_share: float = 0.4,
@@ -124,7 +127,8 @@ def profl(
 
     Args:
       sgd: local SGD, whose settings are this method's as well.
-      staging: how the model is divided and how clients run what is frozen; its settings too.
+      staging, pruning: how the model is divided and how clients run what is frozen, and what is
+        pruned before the first stage; their settings too.
       shrink: whether the model shrinks before it grows; otherwise it grows from its first weights
         with stand-ins as drawn.
       shrink_share: of the rounds, what shrinking takes at most, maps included (ours).  Each phase
@@ -162,7 +166,7 @@ def profl(
     stages = _stages(spec, staging)
     phases = _phases(stages, staging.parts(spec), server.rounds, shrink_share, map_rounds, shrink)
     together = replace(staging, beginning="together")
-    eligible = Eligibility(work)
+    eligible = Eligibility(work, server.profile)
 
     def staged(phase: Phase) -> Staging:
         """The student reads what is frozen in the middle: nothing can run apart in a map."""
@@ -180,24 +184,25 @@ def profl(
             "student": phase.student,
         }
 
-    def begun(phase: Phase, params: Params) -> RuleState:
-        return {} if phase.name == MAP else rule.init(held(phase.stage, params))
+    def begun(phase: Phase, params: Params, masks: Masks) -> RuleState:
+        return {} if phase.name == MAP else rule.init(held(phase.stage, params, masks))
 
-    def held(one: Stage, params: Params) -> np.ndarray:
-        return scalars(params, one.own_params, seed=server.seed)
+    def held(one: Stage, params: Params, masks: Masks) -> np.ndarray:
+        return scalars(params, one.own_params, seed=server.seed, masks=masks)
 
     def init(model: Model) -> State:
-        params = dense_params(model)
+        params, masks = model.params, model.masks
         extra: dict[str, np.ndarray] = {}
         for one in stages:
             drawn = module_params(one, server.seed, server.init)
             extra |= {name: value for name, value in drawn.items() if name not in params}
-        return State(0, phases[0].name, params, extra, begun(phases[0], params))
+        began = begun(phases[0], params, masks)
+        return State(0, phases[0].name, params, extra, began, masks=masks)
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         phase, round = phases[state.at], state.round + 1
-        told = hparams(phase, state.round)
-        present = eligible(staged(phase), devices, phase.name, phase.stage, told)
+        told, sent = hparams(phase, state.round), _sent(phase, state)
+        present = eligible(staged(phase), devices, phase.name, phase.stage, told, sent.masks)
         return stage_tasks(
             server,
             staged(phase),
@@ -205,7 +210,7 @@ def profl(
             round=round,
             phase=phase.name,
             one=phase.stage,
-            model=stage_model(phase.stage, state.params, _with_copies(phase, state)),
+            model=sent,
             hparams=told,
         )
 
@@ -214,7 +219,7 @@ def profl(
         params, extra = merge_stage(spec, state.params, state.extra, updates)
         moved, measured = state.rule, {}
         if phase.name != MAP:
-            moved = rule.update(moved, held(phase.stage, params))
+            moved = rule.update(moved, held(phase.stage, params, state.masks))
             froze = moved["frozen"] and state.at + 1 < len(phases)  # the last part goes on
             measured = {**moved["measured"], "frozen": float(froze)}
         state = replace(state, params=params, extra=extra, rule=moved, measured=measured)
@@ -237,7 +242,7 @@ def profl(
             at=state.at + 1,
             phase=phase.name,
             began=state.round,
-            rule=begun(phase, state.params),
+            rule=begun(phase, state.params, state.masks),
         )
 
     def done(state: State) -> bool:
@@ -245,14 +250,16 @@ def profl(
 
     def model(state: State) -> Model:
         """Of the phase that was trained last; after a map that is the teacher's."""
-        return stage_model(stages[phases[state.shown].stage.number], state.params, state.extra)
+        one = stages[phases[state.shown].stage.number]
+        return stage_model(one, state.params, state.extra, state.masks)
 
     def report(state: State) -> Mapping[str, float]:
         return state.measured
 
-    return FederatedAlgorithm(
+    algorithm = FederatedAlgorithm(
         init, configure, client_update, server_update, done, work=work, model=model, report=report
     )
+    return pruning.ahead_of(algorithm, server, staging.parts(spec))
 
 
 def work(task: ClientTask) -> tuple[Work, ...]:
@@ -264,7 +271,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
     maps = ("shrink_share", "map_rounds", "map_steps", "map_lr", "map_momentum", "map_weight_decay")
     rule = ("window", "values", "threshold", "patience", "smoothing", "below")
-    found: dict[str, str] = {}
+    found = foresight.unused(settings)
     if not settings["shrink"]:
         found |= dict.fromkeys(maps, "shrink is false: nothing is mapped")
     if settings["freezing"] == "never":
@@ -275,6 +282,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """A run with a round or more for every phase of 33 parts; more parts are walked in 1,000."""
     short = {"shrink_share": 0.66, "map_rounds": 1, "freezing": "never"}
+    short |= foresight.walked(settings)
     return [Rehearsal(short, rounds=100, until=100, steps=1000)]
 
 
@@ -377,8 +385,12 @@ def _mapped(teacher: Stage, before: Stage, at: str) -> tuple[Stage, str]:
     return Stage(teacher.number, teacher.name, spec, frozen, frozenset(), module), branch[-1].name
 
 
-def _with_copies(phase: Phase, state: State) -> Params:
-    """`extra`, and of a map the student's copies of what the teacher has."""
-    held = {**state.params, **state.extra}
-    names = [name for name in phase.stage.spec.tensor_shapes if name not in held]
-    return {**state.extra, **{name: held[name.removeprefix(COPY)] for name in names}}
+def _sent(phase: Phase, state: State) -> Model:
+    """What clients get; of a map with the student's copies of what the teacher has."""
+    held, masks = {**state.params, **state.extra}, state.masks
+    copied = {
+        name: name.removeprefix(COPY) for name in phase.stage.spec.tensor_shapes if name not in held
+    }
+    extra = {**state.extra, **{name: held[of] for name, of in copied.items()}}
+    own = {name: masks[of] for name, of in copied.items() if of in masks}
+    return stage_model(phase.stage, state.params, extra, {**masks, **own})

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlean.algorithm import Device, FederatedAlgorithm, Server
+from fedlean.algorithm import Device, FederatedAlgorithm, Server, profile_of
 from fedlean.core import (
     Batches,
     ClientState,
@@ -47,9 +47,10 @@ from fedlean.cost.price import cost
 from fedlean.cost.profile import Profile
 from fedlean.cost.time import VALUE_BYTES, link_seconds
 from fedlean.engine.protocol import Engine
-from fedlean.freezing import selection
+from fedlean.freezing import foresight, selection
 from fedlean.freezing.client import open_stage, stage_update, stage_work
 from fedlean.freezing.eligible import Eligibility, without_values
+from fedlean.freezing.foresight import Foresight
 from fedlean.freezing.rules import RuleState, never, scalars, slope_of_movement
 from fedlean.freezing.stages import Stage, deadline, merge_stage, module_params, stage_model
 from fedlean.freezing.staging import Staging, stage_tasks
@@ -58,7 +59,7 @@ from fedlean.train.cohort import devices_of
 from fedlean.train.hyperparameters import in_range
 from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.rehearsal import Rehearsal
-from fedlean.train.start import dense_params
+from fedlean.tree import kept_counts, pack
 
 SQUARED_LOSS = "squared_loss"  # what a client says of its losses
 OF_THE_PACE = ("window", "smoothing", "values", "threshold", "patience", "below")
@@ -78,14 +79,15 @@ class State:
     pace: RuleState  # of the part that trains
     known: selection.Known  # of the clients heard from in this stage
     measured: Mapping[str, float] = field(default_factory=dict)  # in the last round
-    masks: Masks = field(default_factory=dict)  # always empty
+    masks: Masks = field(default_factory=dict)  # of the whole model; empty: dense
 
 
-@with_settings(LocalSGD, Staging)
+@with_settings(LocalSGD, Staging, Foresight)
 def smartfreeze(
     server: Server,
     sgd: LocalSGD,
     staging: Staging,
+    pruning: Foresight,
     *,
     schedule: bool = True,
     pace: bool = True,
@@ -101,8 +103,9 @@ def smartfreeze(
     """Federated averaging of one part of the model after the other.
 
     Args:
-      sgd, staging: local SGD and how the model is divided, whose settings are this method's as
-        well; a cohort is drawn from the devices that have the memory for the stage.
+      sgd, staging, pruning: local SGD, how the model is divided, and what is pruned before the
+        first stage; their settings are this method's as well.  A cohort is drawn from the devices
+        that have the memory for the stage.
       schedule: whether there are stages; otherwise the whole model trains in all rounds.
       pace: whether a part may be frozen before its equal share of the rounds is over.
       window, smoothing, values, threshold, patience: of the pace controller, H, the share of the
@@ -126,7 +129,7 @@ def smartfreeze(
     )
     rule = settling if pace else never()
     choosing = select and sgd.cohort is not None
-    eligible = Eligibility(stage_work)
+    eligible = Eligibility(stage_work, server.profile)
     if choosing:
         selection.check_louvain()
     spec = server.spec
@@ -137,11 +140,11 @@ def smartfreeze(
             "more rounds, or divide the model into fewer parts with ends"
         )
 
-    def held(one: Stage, params: Params) -> np.ndarray:
+    def held(one: Stage, params: Params, masks: Masks) -> np.ndarray:
         """The scalars whose movement is measured; nobody looks at them without `pace`."""
         if not pace:
             return np.zeros(0, np.float32)
-        return scalars(params, one.own_params, seed=server.seed)
+        return scalars(params, one.own_params, seed=server.seed, masks=masks)
 
     def begin(state: State, number: int) -> State:
         """The state at the start of a stage."""
@@ -152,12 +155,12 @@ def smartfreeze(
             stage=number,
             over=False,
             extra=module_params(one, seed, server.init),
-            pace=rule.init(held(one, state.params)),
+            pace=rule.init(held(one, state.params, state.masks)),
             known=selection.nobody(),
         )
 
     def init(model: Model) -> State:
-        return begin(State(0, "train", dense_params(model), 0, False, {}, {}, {}), 0)
+        return begin(State(0, "train", model.params, 0, False, {}, {}, {}, masks=model.masks), 0)
 
     def present(state: State) -> State:
         return begin(state, state.stage + 1) if state.over else state
@@ -165,11 +168,14 @@ def smartfreeze(
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         state, round = present(state), state.round + 1
         one, hparams = stages[state.stage], sgd.hparams(state.round)
-        there = eligible(staging, devices, state.phase, one, hparams)
+        sent = stage_model(one, state.params, state.extra, state.masks)
+        there = eligible(staging, devices, state.phase, one, hparams, sent.masks)
         if choosing and sgd.cohort is not None:
             seconds = _Seconds(
                 server.profile,
-                lambda device: without_values(staging, device, state.phase, one, hparams),
+                lambda device: without_values(
+                    staging, device, state.phase, one, hparams, sent.masks
+                ),
             )
             chosen = selection.choose(
                 there,
@@ -189,7 +195,7 @@ def smartfreeze(
             round=round,
             phase=state.phase,
             one=one,
-            model=stage_model(one, state.params, state.extra),
+            model=sent,
             hparams=hparams,
         )
 
@@ -197,9 +203,10 @@ def smartfreeze(
         state = present(state)
         one, heard = stages[state.stage], dict[int, selection.Heard]()
         if choosing:
-            updates = _listening(one, {**state.params, **state.extra}, updates, server.seed, heard)
+            sent = stage_model(one, state.params, state.extra, state.masks)
+            updates = _listening(one, sent, updates, server.seed, heard)
         params, extra = merge_stage(spec, state.params, state.extra, updates)
-        paced, round = rule.update(state.pace, held(one, params)), state.round + 1
+        paced, round = rule.update(state.pace, held(one, params, state.masks)), state.round + 1
         more = state.stage < len(stages) - 1
         froze = more and bool(paced["frozen"])
         known = selection.remember(state.known, heard, server.seed)
@@ -221,12 +228,12 @@ def smartfreeze(
         return state.round >= server.rounds
 
     def model(state: State) -> Model:
-        return stage_model(stages[state.stage], state.params, state.extra)
+        return stage_model(stages[state.stage], state.params, state.extra, state.masks)
 
     def report(state: State) -> Mapping[str, float]:
         return state.measured
 
-    return FederatedAlgorithm(
+    algorithm = FederatedAlgorithm(
         init,
         configure,
         client_update,
@@ -236,6 +243,7 @@ def smartfreeze(
         model=model,
         report=report,
     )
+    return pruning.ahead_of(algorithm, server, staging.parts(spec) if schedule else ())
 
 
 def _whole(spec: ModelSpec) -> Stage:
@@ -253,12 +261,16 @@ class _Seconds:
 
     def __call__(self, device: Device) -> float:
         """With what trains going down and up."""
-        profile, task = device.profile or self._fallback, self._priced(device)
+        task = self._priced(device)
+        kept = kept_counts(task.sub_model.masks)
+        profile = device.profile or self._fallback
+        if kept:  # memory decides in which form a layer is held
+            profile = profile_of(device, self._fallback)
         key = (*task.hparams.items(), *_rates(profile))
         if key not in self._known:
             shapes = task.spec.tensor_shapes
             trained = shapes.keys() - task.sub_model.frozen
-            sent = VALUE_BYTES * sum(prod(shapes[name]) for name in trained)
+            sent = VALUE_BYTES * sum(kept.get(name, prod(shapes[name])) for name in trained)
             computing = cost(task, stage_work(task), profile).seconds
             self._known[key] = computing + link_seconds(sent, sent, profile)
         return self._known[key]
@@ -272,7 +284,7 @@ def _rates(profile: Profile) -> tuple[Any, ...]:
 
 def _listening(
     one: Stage,
-    held: Params,
+    sent: Model,
     updates: Iterable[ClientUpdate],
     seed: int,
     heard: dict[int, selection.Heard],
@@ -282,9 +294,9 @@ def _listening(
     for update in updates:
         loss = update.metrics.get(SQUARED_LOSS, -1.0)
         if loss >= 0.0:  # what an honest client says
-            moves = {
-                name: update.params[name] - held[name] for name in read.intersection(update.params)
-            }
+            got = {name: update.params[name] for name in read.intersection(update.params)}
+            before = pack({name: sent.params[name] for name in got}, sent.masks)
+            moves = {name: value - before[name] for name, value in pack(got, sent.masks).items()}
             sketch = selection.sketch(moves, seed)
             heard[update.client] = selection.Heard(sketch, update.num_examples, loss)
         yield update
@@ -297,7 +309,7 @@ def _last_layer(spec: ModelSpec) -> frozenset[str]:
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
-    found = {}
+    found = foresight.unused(settings)
     if not settings["schedule"]:
         found |= dict.fromkeys(("pace", "ends", "module_norm"), "schedule is false")
         found |= dict.fromkeys(("beginning", "micro_batch"), "nothing is frozen")
@@ -313,9 +325,10 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """Each stage takes a round or more of the run that is walked through."""
+    pruned = foresight.walked(settings)
     if not settings["schedule"]:
-        return [Rehearsal()]
-    return [Rehearsal(settings={"pace": False}, rounds=LONGEST, until=LONGEST)]
+        return [Rehearsal(pruned)]
+    return [Rehearsal({**pruned, "pace": False}, rounds=LONGEST, until=LONGEST)]
 
 
 def client_update(

@@ -73,7 +73,7 @@ def _most_kept(able: Sequence[MethodPlan], why: str) -> tuple[str, str]:
 
 def _named(one: MethodPlan) -> str:
     knob = one.knob
-    if knob is None or knob.value is None:
+    if knob is None or knob.value in (None, 1.0):  # with 1 nothing is pruned
         return one.method
     return f"{one.method} with {knob.name}={knob.value:g}"
 

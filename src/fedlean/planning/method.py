@@ -117,7 +117,14 @@ class _Planner:
         A mask of another density may be spread otherwise over the layers: then again from there.
         """
         assert self.knob is not None
+        if self.value == 1.0 and self._need(walked) <= self.limit:
+            return 1.0, walked  # without a walk of what is pruned
         base, density = self._base(walked)
+        if not base.walk.kinds:
+            raise ValueError(
+                f"walking through it with {self.knob}={density:g} takes too long to say what fits: "
+                f"give it a {self.knob} of your own"
+            )
         for _ in range(TRIES):
             found = largest(Search(_all_clients(base.walk.kinds), self.pricer, density).fits)
             if found is None:

@@ -62,6 +62,8 @@ def foresight_masks(
     criterion: Criterion,
     scoring: Scoring,
     seed: int,
+    *,
+    synflow_steps: int = SYNFLOW_STEPS,
 ) -> tuple[Masks, int | None]:
     """Masks of all prunable weights at `density` of them together; `params` are dense.
 
@@ -73,7 +75,7 @@ def foresight_masks(
     node           the largest scores of node perturbation, in T steps: forward passes only
     water_filling  min(n_l, c) of each layer, at random
     random         the same share of each layer, at random
-    synflow        Tanaka et al., NeurIPS 2020, in 100 steps
+    synflow        Tanaka et al., NeurIPS 2020, in `synflow_steps` steps (paper: 100)
     magnitude      the largest |w| of all
 
     Raises ValueError, also when the density keeps no weight.
@@ -103,7 +105,7 @@ def foresight_masks(
         counts = {name: kept_count(size, density) for name, size in sizes.items()}
         return shuffled_masks(spec, counts, seed), seed
     if criterion == "synflow":
-        return prune_by_flow(spec, params, density, SYNFLOW_STEPS), None
+        return prune_by_flow(spec, params, density, synflow_steps), None
     weights = {name: np.abs(params[name]) for name in spec.prunable}
     return keep_largest(weights, count, full_masks(spec)), None
 

@@ -93,8 +93,22 @@ def _state(
     check_params(model.spec, model.params)
     if model.params is not state.params:  # a part of the whole model, which the state has
         check_params(whole, state.params)
-    check_masks(model.spec, state.masks)
-    return replace(state, params=read_only(state.params))  # frozen ones are hashed once, then
+    check_masks(whole, state.masks)
+    return replace(state, **_tensors(state))
+
+
+def _tensors(state: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Its groups of tensors, as stages have beside `params`: frozen ones are hashed once, then."""
+    groups = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {
+        name: read_only(group)
+        for name, group in groups.items()
+        if isinstance(group, Mapping) and group and all(map(_is_array, group.values()))
+    }
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
 
 
 def _below(name: str, value: Any, limit: int) -> int:

@@ -14,6 +14,6 @@ def dense_params(model: Model) -> Params:
         raise ValueError(
             "this method begins with all weights, but the model it is to start from has masks: "
             "start from a dense one, or take a method that trains under given masks (fixed_mask, "
-            "prunefl, ntk_zo)"
+            "prunefl, ntk_zo, smartfreeze, profl, neulite)"
         )
     return model.params
