@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedlean.channels import channels
 from fedlean.core import Scalar
 from fedlean.layers import GroupNorm
 from fedlean.spec import ModelSpec
-from fedlean.submodels.channels import channels
 from fedlean.submodels.cut import Cut, whole
 from fedlean.submodels.depth import depth, stages
 from fedlean.submodels.width import width
