@@ -6,13 +6,15 @@ session with the rest, in micro-batches in a session of its own, and once a roun
 on disk (`--examples` a client).
 
 1. The native engine's plans, which tests hold to the byte, and the FLOPs of a round of `--steps`
-   steps.  Mean and most are over the stages.
+   steps.  Mean and most are over the stages.  With `--density` the stages are those of a pruned
+   model, and the whole one is dense.
 2. With `--parts processes`, how much resident memory (VmHWM) of a fresh process that has the order
    grows while it opens a session and takes two steps, beside the plan.
 3. With `--parts time`, a step of each stage and a step of the whole model, in turns, CPU time.
 
     python benchmarks/stages.py --json stages.json
     python benchmarks/stages.py --models resnet18 --batches 32 --parts memory processes time
+    python benchmarks/stages.py --models resnet18 --batches 32 --density 0.1
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +34,7 @@ import numpy as np
 from interleaved import Child, Contenders, compare, serve
 from machine import describe
 
-from fedlean.core import ClientTask, Params, SubModel, Work
+from fedlean.core import ClientTask, Masks, Params, SubModel, Work
 from fedlean.cost.price import cost
 from fedlean.cost.profile import load_profile
 from fedlean.engine.open import open_engine
@@ -41,6 +44,7 @@ from fedlean.freezing.session import BeginningSession, open_rest
 from fedlean.freezing.staging import Staging
 from fedlean.models.catalog import build
 from fedlean.models.initialise import init_params
+from fedlean.pruning.synaptic_flow import prune_by_flow
 from fedlean.spec import ModelSpec
 from fedlean.train.work import behind_cached, behind_frozen, only_sgd
 
@@ -54,7 +58,7 @@ MODELS = (  # one part per stage, and per residual unit
     "mobilenetv3_small,norm=group",
 )
 MB, SHAPE, CLASSES, MOMENTUM = 1e6, (3, 32, 32), 10, 0.9
-PROFILE = load_profile("generic")
+PROFILE = replace(load_profile("generic"), dense_way=False)  # the native engine, without a limit
 TOGETHER, PIECES, ON_DISK = "together", "pieces", "disk"  # the setting `beginning`
 WAYS = (TOGETHER, PIECES, ON_DISK)
 
@@ -74,9 +78,11 @@ class Row:
 
 def rows(model: str, options: argparse.Namespace, batch: int) -> Iterator[Row]:
     spec = build(model, SHAPE, CLASSES)
+    masks = masks_of(model, options.density)
     whole = price(order(spec, frozenset(), options.steps, batch), None)
     for one in Staging(ends=options.ends).stages(spec):
-        task = order(one.spec, one.frozen, options.steps, batch)
+        own = {name: mask for name, mask in masks.items() if name in one.spec.tensor_shapes}
+        task = order(one.spec, one.frozen, options.steps, batch, own)
         for way in WAYS:
             found = price(task, works(task, way, options))
             yield Row(
@@ -84,9 +90,21 @@ def rows(model: str, options: argparse.Namespace, batch: int) -> Iterator[Row]:
             )
 
 
-def order(spec: ModelSpec, frozen: frozenset[str], steps: int, batch: int) -> ClientTask:
+@cache
+def masks_of(model: str, density: float) -> Masks:
+    """SynFlow's, of the model as seed 0 draws it."""
+    if density == 1:
+        return {}
+    spec = build(model, SHAPE, CLASSES)
+    return prune_by_flow(spec, init_params(spec, 0), density, 100)
+
+
+def order(
+    spec: ModelSpec, frozen: frozenset[str], steps: int, batch: int, masks: Masks | None = None
+) -> ClientTask:
     hparams = {"local_steps": steps, "batch_size": batch, "momentum": MOMENTUM}
-    return ClientTask(1, "train", 0, 0, spec, {}, SubModel(frozen=frozen), hparams)
+    held = SubModel(masks=masks or {}, frozen=frozen)
+    return ClientTask(1, "train", 0, 0, spec, {}, held, hparams)
 
 
 def works(task: ClientTask, way: str, options: argparse.Namespace) -> tuple[Work, ...]:
@@ -236,6 +254,7 @@ def main() -> None:
         "--models", nargs="+", default=list(MODELS), help="as `fedlean run` has them"
     )
     parser.add_argument("--ends", default="", help="divides after these, for --parts memory")
+    parser.add_argument("--density", type=float, default=1.0, help="SynFlow, for --parts memory")
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--parts", nargs="+", choices=known, default=["memory"])
     parser.add_argument("--steps", type=int, default=20)
