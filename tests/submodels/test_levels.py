@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine.cases import NET, start
 
+from fedlean import wire
 from fedlean.algorithm import Device
 from fedlean.core import ClientTask, ClientUpdate, SubModel, Work
 from fedlean.cost.profile import load_profile
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.submodels.cut import whole
 from fedlean.submodels.cut_round import fold_cuts
-from fedlean.submodels.levels import levels, rates_from
+from fedlean.submodels.levels import fitting, levels, rates_from
 from fedlean.submodels.width import width
 
 WORK = Work(1, 4)
 HALF, QUARTER = width(NET, 0.5), width(NET, 0.25, multiple=2)
 PI = load_profile("raspberry_pi_4")
-THREE = levels([("1", whole(NET), WORK), ("0.5", HALF, WORK), ("0.25", QUARTER, WORK)], PI)
-
-NEEDS = [need.memory_bytes for need in THREE.needs]
+THREE = levels([("1", whole(NET), [WORK]), ("0.5", HALF, [WORK]), ("0.25", QUARTER, [WORK])], PI)
+NEEDS = [each.memory_bytes for each in THREE.needs]
 
 
 def device(memory_bytes: int | None) -> Device:
@@ -31,7 +33,7 @@ def test_a_level_needs_what_a_step_on_it_takes():
     cuts = (whole(NET), HALF, QUARTER)
     assert [peak_memory_bytes(cut.spec, [WORK]) for cut in cuts] == NEEDS
     assert sorted(NEEDS, reverse=True) == NEEDS
-    more = levels([("1", whole(NET), Work(1, 8, optimizer_floats=1))], PI)
+    more = levels([("1", whole(NET), [Work(1, 8, optimizer_floats=1)])], PI)
     assert more.needs[0].memory_bytes > NEEDS[0]
 
 
@@ -54,15 +56,54 @@ def test_a_device_gets_the_first_that_it_can_hold():
     assert THREE.common([]) == 0
 
 
-def test_bytes_and_seconds_of_the_round_are_limits_as_well():
-    _, middle, _ = THREE.needs
-    for limits in (
-        {"budget_bytes": 2 * middle.message_bytes},
-        {"budget_seconds": middle.seconds(PI)},
-    ):
-        assert THREE.fitting(Device(0, memory_bytes=10**12, **limits)) == 1
-        less = {name: 0.99 * value for name, value in limits.items()}
-        assert THREE.fitting(Device(0, memory_bytes=10**12, **less)) == 2
+def test_budgets_of_a_round_decide_as_memory_does():
+    """Each alone, at the last byte and the last second; the smallest counts."""
+    traffic = [each.downlink_bytes + each.uplink_bytes for each in THREE.needs]
+    seconds = [each.seconds(PI) for each in THREE.needs]
+    assert traffic == sorted(traffic, reverse=True) and seconds == sorted(seconds, reverse=True)
+    for at, (size, time) in enumerate(zip(traffic, seconds, strict=True)):
+        for budget in ({"budget_bytes": size}, {"budget_seconds": time}):
+            assert THREE.fitting(Device(0, **budget)) == at
+        for budget in ({"budget_bytes": size - 1}, {"budget_seconds": 0.999 * time}):
+            assert THREE.fitting(Device(0, **budget)) == min(at + 1, 2)
+    both = Device(0, memory_bytes=NEEDS[0], budget_bytes=traffic[1])
+    assert THREE.fitting(both) == 1
+    slow = replace(PI, dense_flops_per_s=PI.dense_flops_per_s / 1000)
+    assert THREE.fitting(Device(0, profile=slow, budget_seconds=seconds[0])) == 2
+
+
+def test_what_a_level_sends_is_no_less_than_its_messages():
+    """All that is over is room for what a task and an answer say beside their tensors."""
+    for cut, needs in zip(THREE.cuts, THREE.needs, strict=True):
+        hparams = {"lr": 0.1, "local_steps": 1, "batch_size": 4, "loss": "ce", "width": "0.25"}
+        params = cut.take(start(NET))
+        task = ClientTask(3, "train", 7, 99, cut.spec, params, SubModel(), hparams)
+        down = len(wire.encode_task(task))
+        answer = ClientUpdate(
+            7, 40, params, SubModel(), metrics={"train_loss": 1 / 3}, work=(WORK,)
+        )
+        up = len(wire.encode_update(answer, task))
+        assert down < needs.downlink_bytes <= down + 512
+        assert up < needs.uplink_bytes <= up + wire.METRICS_BYTES
+
+
+def test_levels_may_be_given_out_by_number_or_drawn():
+    def given(assign, client: int, round: int) -> int:
+        return THREE.given(assign, Device(client, memory_bytes=NEEDS[1]), seed=0, round=round)
+
+    assert [given("memory", client, 5) for client in range(4)] == [1, 1, 1, 1]
+    assert [given("fixed", client, 5) for client in range(4)] == [0, 1, 2, 0]
+    seen = [[given("drawn", client, round) for client in range(3)] for round in range(50)]
+    assert {level for levels in seen for level in levels} == {0, 1, 2}
+    assert len({tuple(levels) for levels in seen}) > 10
+    assert seen[7] == [given("drawn", client, 7) for client in range(3)]
+
+
+def test_where_nothing_fits_it_is_what_needs_the_least():
+    """A pruned layer may take more than a whole one, by its indices."""
+    more, less = THREE.needs[:2]
+    for needs, at in (((more, less), 1), ((less, more), 0), ((less, less), 1)):
+        assert fitting(needs, Device(0, memory_bytes=1), PI) == at
 
 
 def test_levels_have_names():
@@ -73,7 +114,7 @@ def test_levels_have_names():
 
 def test_an_order_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"largest to the smallest, but 1 needs \d+ .* 0.5 before"):
-        levels([("0.5", HALF, WORK), ("1", whole(NET), WORK)], PI)
+        levels([("0.5", HALF, [WORK]), ("1", whole(NET), [WORK])], PI)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-import numpy as np
 import pytest
 
-from fedlean import wire
 from fedlean.algorithm import Device
-from fedlean.core import ClientTask, SubModel, Work
+from fedlean.core import Work
 from fedlean.cost.profile import load_profile
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.models.catalog import build
-from fedlean.submodels.needs import Needs
 from fedlean.submodels.search import Search
 from fedlean.submodels.supernet import supernet
-from fedlean.train.local_sgd import LocalSGD
 
 PI = load_profile("raspberry_pi_4")
 WORK = Work(5, 8, optimizer_floats=1)
@@ -62,8 +58,8 @@ def test_memory_decides_to_the_byte(net):
 def test_bytes_and_seconds_are_limits_as_well():
     looked, base = search(), search().with_more((), ALL)
     middle = looked.needs(ALL[4])
-    by_bytes = looked.fitting(base, Device(0, budget_bytes=2 * middle.message_bytes), PI)
-    assert looked.needs(by_bytes).message_bytes <= middle.message_bytes
+    by_bytes = looked.fitting(base, Device(0, budget_bytes=middle.traffic_bytes), PI)
+    assert looked.needs(by_bytes).traffic_bytes <= middle.traffic_bytes
     assert values(by_bytes) >= values(ALL[4])
     by_time = looked.fitting(base, Device(0, budget_seconds=middle.seconds(PI)), PI)
     assert looked.needs(by_time).seconds(PI) <= middle.seconds(PI)
@@ -84,19 +80,3 @@ def test_a_draw_ends_and_is_the_same_again():
     assert search(0.5).drawn(4, 1) == search(0.5).drawn(4, 1)
     looks = [len(search(0.2).drawn(r, c)) for r in range(200) for c in range(10)]
     assert sum(looks) / len(looks) == pytest.approx(0.25, abs=0.03), "0.2 + 0.2² + ..."
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet34,blocks=unit", "mobilenetv3_small,norm=group,blocks=unit", "conv2", "mlp"]
-)
-def test_what_is_reckoned_for_a_message_suffices(name: str):
-    """Both ways, the first time that a device is sent the description of its sub-network."""
-    nets = supernet(build(name, (3, 32, 32), 10), (1.0, 0.5), scaler=True)
-    settings = LocalSGD(momentum=0.9).hparams(0)
-    for net in (nets.largest, nets.smallest):
-        spec = nets.cut(net).spec
-        values = {n: np.zeros(shape, np.float32) for n, shape in spec.tensor_shapes.items()}
-        told = {**settings, **nets.said(net)}
-        task = ClientTask(1, "train", 0, 1, spec, values, SubModel(), told)
-        sent = wire.task_bytes(task) + wire.answer_bytes(task, {}, [WORK])
-        assert sent <= 2 * Needs(spec, WORK).message_bytes < 1.1 * sent + 10_000

@@ -55,15 +55,15 @@ def allsmall(
 
     Args:
       sgd: local SGD, whose settings are this method's as well.
-      width: share of every layer's channels, in (0, 1]; 0: the largest of `widths` that every
-        device of the first round can hold, or the smallest of them.
+      width: share of every layer's channels, in (0, 1]; 0: the largest of `widths` within memory
+        and budgets of every device of the first round, or the smallest of them.
       widths: what may be chosen, from the largest to the smallest.
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     in_range("width", width, 0.0, 1.0)
     cuts = {rate: narrow(server.spec, rate) for rate in ((width,) if width else rates_from(widths))}
-    choice = levels([(str(rate), cut, sgd.work) for rate, cut in cuts.items()], server.profile)
+    choice = levels([(str(rate), cut, [sgd.work]) for rate, cut in cuts.items()], server.profile)
     rates = tuple(cuts)
 
     def begun(state: State, width: float) -> State:

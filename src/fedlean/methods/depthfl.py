@@ -40,6 +40,7 @@ from fedlean.models.initialise import init_params
 from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
 from fedlean.submodels.exits import ending_at, with_exits
 from fedlean.submodels.levels import levels
+from fedlean.train.cohort import devices_of
 from fedlean.train.descent import local_descent
 from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, open_session, with_local_sgd
@@ -74,9 +75,9 @@ def depthfl(
 
     Args:
       sgd: local SGD, whose settings are this method's as well; its loss must be "ce".
-      assign: which depth a device gets.  "memory": the largest that it can hold, the whole model
-        where its memory is not known.  "fixed": client i, depth i modulo their number, beginning
-        with the whole.
+      assign: which depth a device gets.  "memory": the largest within its memory and its budgets
+        of a round, the whole model where none is known.  "fixed": client i, depth i modulo
+        their number, beginning with the whole.
       distillation: weight of the KL terms (paper: 1); 0: cross-entropy alone.
       distillation_rounds: rounds R over which that weight rises as exp(-5 (1 - r/R)²), r being the
         rounds done (0: it is there from the start).
@@ -95,22 +96,20 @@ def depthfl(
     exits = with_exits(server.spec)
     depths = range(len(exits.names), 0, -1)  # as `levels` has them, the largest first
     choice = levels(
-        [(str(d), ending_at(exits, d), replace(sgd.work, taps=exits.names[:d])) for d in depths],
+        [(str(d), ending_at(exits, d), [replace(sgd.work, taps=exits.names[:d])]) for d in depths],
         server.profile,
     )
     evaluated = choice.cuts[0].spec if ensemble else exits.spec
-
-    def level(device: Device) -> int:
-        return choice.fitting(device) if assign == "memory" else device.id % len(depths)
 
     def init(model: Model) -> State:
         drawn = init_params(exits.spec, server.seed, server.init)
         return State(0, "train", {**drawn, **dense_params(model)})
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
-        round, by_id = state.round + 1, {device.id: device for device in devices}
+        round = state.round + 1
         weight = distillation * _rise(state.round, distillation_rounds)
-        chosen = {c: level(by_id[c]) for c in sgd.clients(server, devices, round)}
+        cohort = devices_of(devices, sgd.clients(server, devices, round))
+        chosen = {d.id: choice.given(assign, d, seed=server.seed, round=round) for d in cohort}
         return cut_tasks(
             server,
             [Given(c, choice.cuts[at], depth_said(choice.names[at])) for c, at in chosen.items()],

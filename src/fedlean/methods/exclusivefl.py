@@ -46,18 +46,18 @@ class State:
 
 @with_local_sgd
 def exclusivefl(server: Server, sgd: LocalSGD, *, width: float = 1.0) -> FederatedAlgorithm:
-    """Federated averaging among the devices that can hold the model.
+    """Federated averaging among the devices that can train the model.
 
     Args:
       sgd: local SGD, whose settings are this method's as well; a cohort is drawn from the devices
-        that can hold the model.
+        whose memory and budgets of a round are enough for it.
       width: share of every layer's channels, in (0, 1].
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """
     in_range("width", width, 0.0, 1.0, open_low=True)
     cut = narrow(server.spec, width)
-    needs = Needs(cut.spec, sgd.work)
+    needs = Needs(cut.spec, (sgd.work,))
 
     def init(model: Model) -> State:
         return State(0, "train", first_params(cut, dense_params(model), server))

@@ -130,8 +130,9 @@ def prunefl_widths(
         steps = sgd.local_steps if takes_importance else 0
         found = []
         for cut in cuts.values():
-            kept = kept_counts(cut.take_masks(masks))
-            found.append(Needs(cut.spec, replace(sgd.work, kept=kept, importance_steps=steps)))
+            taken = cut.take_masks(masks)
+            work = replace(sgd.work, kept=kept_counts(taken), importance_steps=steps)
+            found.append(Needs(cut.spec, (work,), taken))
         return found
 
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:

@@ -7,12 +7,15 @@ in ascending order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
+from typing import Literal
 
 import numpy as np
 
 from fedlean.core import generator
 
 Choose = Callable[[str, int, int], np.ndarray]
+Stride = Literal["channel", "window"]
 
 
 def prefix(space: str, count: int, kept: int) -> np.ndarray:
@@ -24,16 +27,27 @@ def prefix(space: str, count: int, kept: int) -> np.ndarray:
     return np.arange(kept)
 
 
-def rolling(offset: int) -> Choose:
-    """FedRolex's window (Alam et al., NeurIPS 2022, arXiv 2212.01548, Algorithm 1).
+def rolling(moves: int, *, by: Stride = "channel", shuffle_seed: int | None = None) -> Choose:
+    """FedRolex's window after so many moves (Alam et al., NeurIPS 2022, arXiv 2212.01548, Alg. 1).
 
-    Ids offset, offset + 1, ... modulo the count.  With the number of the round as offset, each
-    channel is kept equally often in as many rounds as the space has channels.
+    Ids o, o + 1, ... modulo the count, where o grows by 1 with each move, or by as many as are kept
+    ("window", ours).  A cycle ends when o is 0 again, and each channel is kept equally often in it:
+    by channels, `kept` times in `count` moves; by windows, where those fill the space, once in
+    count / kept moves.  With `shuffle_seed` each cycle has the channels in an order of its own.
 
-    >>> rolling(3)("conv1", 5, 3)
-    array([0, 3, 4])
+    >>> rolling(3)("conv1", 5, 3), rolling(3, by="window")("conv1", 5, 3)
+    (array([0, 3, 4]), array([0, 1, 4]))
     """
-    return lambda space, count, kept: np.sort((offset + np.arange(kept)) % count)
+
+    def choose(space: str, count: int, kept: int) -> np.ndarray:
+        stride = kept if by == "window" else 1
+        ids = (moves * stride + np.arange(kept)) % count
+        if shuffle_seed is not None:
+            cycle = moves // (count // gcd(count, stride))
+            ids = generator(shuffle_seed, cycle, 0, f"order/{space}").permutation(count)[ids]
+        return np.sort(ids)
+
+    return choose
 
 
 def random(seed: int) -> Choose:

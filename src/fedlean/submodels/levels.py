@@ -34,6 +34,10 @@ class Levels:
         """
         return fitting(self.needs, device, self.profile)
 
+    def given(self, assign: Assign, device: Device, *, seed: int, round: int) -> int:
+        """Which one the device gets in a round (`assigned`)."""
+        return assigned(assign, self.needs, device, profile=self.profile, seed=seed, round=round)
+
     def common(self, devices: Sequence[Device]) -> int:
         """The first that all of `devices` can hold; the last where none is."""
         return max((self.fitting(device) for device in devices), default=0)
@@ -74,14 +78,14 @@ def assigned(
     return int(generator(seed, round, device.id, "level").integers(len(needs)))
 
 
-def levels(cuts: Sequence[tuple[str, Cut, Work]], profile: Profile) -> Levels:
-    """Of named cuts, largest first, each with the work that a client does on it.
+def levels(cuts: Sequence[tuple[str, Cut, Sequence[Work]]], profile: Profile) -> Levels:
+    """Of named cuts, largest first, each with the works that a client does on it.
 
     profile: of devices that have none of their own.  Raises ValueError where a later cut needs more
     memory than one before it.
     """
     names, kept = tuple(name for name, _, _ in cuts), tuple(cut for _, cut, _ in cuts)
-    needs = tuple(Needs(cut.spec, work) for _, cut, work in cuts)
+    needs = tuple(Needs(cut.spec, tuple(works)) for _, cut, works in cuts)
     held = [need.memory_bytes for need in needs]
     for (before, name), (more, less) in zip(pairwise(names), pairwise(held), strict=True):
         if less > more:

@@ -1,62 +1,75 @@
-"""What a client's round on a sub-model takes, held against what a device has for it."""
+"""What a round of training on a model takes of a device: for methods that choose by it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 
+import numpy as np
+
+from fedlean import wire
 from fedlean.algorithm import Device, profile_of
-from fedlean.core import SubModel, Work
+from fedlean.core import ClientTask, Masks, SubModel, Work
 from fedlean.cost.price import Model, cost
 from fedlean.cost.profile import Profile
-from fedlean.cost.time import VALUE_BYTES, link_seconds
+from fedlean.cost.time import link_seconds
 from fedlean.cost.way import peak_memory_bytes
 from fedlean.spec import ModelSpec
 
-# Of a message beside its values: names and shapes of tensors, settings, digests (ours, generous)
-_TENSOR_BYTES, _MESSAGE_BYTES = 96, 4096
+HPARAMS_BYTES = 512  # room for what a task says beside its model
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of `work` on `spec` under its masks; each figure is computed when it is asked for."""
+    """Of a client that is sent a model, does `works` and sends back what it trained.
+
+    Each figure is worked out when it is asked for.  Bytes are those of the round in which the
+    model's structure travels, no less than what the runtime holds a task to; statistics are not in
+    them.
+    """
 
     spec: ModelSpec
-    work: Work
+    works: tuple[Work, ...]
+    masks: Masks = field(default_factory=dict)  # those of `works` count kept weights
 
     @cached_property
     def memory_bytes(self) -> int:
-        """The peak, to the byte what the native engine plans."""
-        return peak_memory_bytes(self.spec, [self.work])
+        """The native engine's plan, to the byte."""
+        return peak_memory_bytes(self.spec, self.works)
 
     @cached_property
-    def message_bytes(self) -> int:
-        """One way, at the most; of parameters, no statistics."""
-        return _MESSAGE_BYTES + sum(
-            _tensor_bytes(prod(shape), self.work.kept.get(name))
-            for name, shape in self.spec.tensor_shapes.items()
-        )
+    def downlink_bytes(self) -> int:
+        return wire.task_bytes(self._task) + HPARAMS_BYTES
+
+    @cached_property
+    def uplink_bytes(self) -> int:
+        return wire.answer_bytes(self._task, {}, self.works)
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Both ways."""
+        return self.downlink_bytes + self.uplink_bytes
+
+    @property
+    def _task(self) -> ClientTask:
+        nothing, shapes = np.float32(0), self.spec.tensor_shapes
+        values = {name: np.broadcast_to(nothing, shape) for name, shape in shapes.items()}
+        return ClientTask(1, "train", 0, 0, self.spec, values, SubModel(self.masks), {})
 
     def seconds(self, profile: Profile) -> float:
-        """Of computing and of both ways of the link."""
-        computing = cost(Model(self.spec, SubModel()), [self.work], profile).seconds
-        return computing + link_seconds(self.message_bytes, self.message_bytes, profile)
+        """Of the works and both ways of the link."""
+        computing = cost(Model(self.spec, SubModel()), self.works, profile).seconds
+        return computing + link_seconds(self.downlink_bytes, self.uplink_bytes, profile)
 
     def within(self, device: Device, fallback: Profile) -> bool:
-        """Whether it exceeds no limit that is known of the device."""
-        return (
-            (device.memory_bytes is None or self.memory_bytes <= device.memory_bytes)
-            and (device.budget_bytes is None or 2 * self.message_bytes <= device.budget_bytes)
-            and (
-                device.budget_seconds is None
-                or self.seconds(profile_of(device, fallback)) <= device.budget_seconds
-            )
-        )
+        """Whether memory and budgets of the device are enough, where they are known.
 
-
-def _tensor_bytes(size: int, kept: int | None) -> int:
-    """Of its kept values and, where it has a mask, of the mask's bits."""
-    if kept is None:
-        return _TENSOR_BYTES + VALUE_BYTES * size
-    return _TENSOR_BYTES + VALUE_BYTES * kept + size // 8 + 1
+        fallback: the profile of a device that has none of its own.
+        """
+        if device.memory_bytes is not None and self.memory_bytes > device.memory_bytes:
+            return False
+        if device.budget_bytes is not None and self.traffic_bytes > device.budget_bytes:
+            return False
+        if device.budget_seconds is None:
+            return True
+        return self.seconds(profile_of(device, fallback)) <= device.budget_seconds

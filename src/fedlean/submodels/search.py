@@ -69,7 +69,7 @@ class Search:
     def needs(self, net: SubNet) -> Needs:
         """Worked out once for each sub-network."""
         if net not in self._needs:
-            self._needs[net] = Needs(self.supernet.cut(net).spec, self.work)
+            self._needs[net] = Needs(self.supernet.cut(net).spec, (self.work,))
         return self._needs[net]
 
     def _rank(self, name: str) -> tuple[int, int, str]:
