@@ -47,6 +47,12 @@ def test_what_it_gives_is_the_callers():
         assert all(np.array_equal(value, before[name]) for name, value in give().items())
 
 
+def test_sums_of_squares_are_squares_of_the_gradients():
+    session = opened(sub_model=SubModel())
+    gradients, sums = session.backward({}, dense=True), session.importance()
+    assert all(np.array_equal(sums[name], values**2) for name, values in gradients.items())
+
+
 def test_the_shapes_are_those_of_the_native_engine(has_native):
     real = federation.engine_for(SPEC, "native", 1)[0].open(
         SPEC, PARAMS, SUB, batch_size=5, optimizer=SGD(0.1)

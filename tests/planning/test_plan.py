@@ -120,6 +120,20 @@ def test_methods_that_choose_by_memory_do():
     assert narrow.phases[0].model_share < wide.phases[0].model_share == 1
 
 
+def test_what_a_device_gets_of_the_largest_weights_fits_as_it_is_split():
+    """Its mask is made for it: no other split of as many weights is held against its memory."""
+    one = method(None, "fiarse", MLP)
+    assert one.phases[0].about == "density 1" and one.phases[0].model_share == 1
+    for density in ("0.5", "0.25", "0.125", "0.0625"):
+        limit = one.needs_bytes - 1
+        one = method(limit, "fiarse", MLP)
+        assert one.phases[0].about == f"density {density}" and one.fits and one.knob is None
+        assert one.needs_bytes == one.phases[0].memory.peak_bytes <= limit
+        assert method(one.needs_bytes, "fiarse", MLP).phases[0].about == f"density {density}"
+    none = method(one.needs_bytes - 1, "fiarse", MLP)
+    assert none.phases[0].about == "density 0.0625" and not none.fits
+
+
 def test_what_cannot_be_planned_says_why():
     found = plan(
         SPEC,
@@ -156,7 +170,7 @@ def test_the_parts_of_memory_are_all_of_it():
             split = phase.memory
             assert min(vars(split).values()) >= 0
             assert split.weights_bytes and split.activations_bytes
-            if not phase.forward_only:
+            if not phase.forward_only and phase.name != "score":  # which has no optimiser
                 assert split.optimizer_bytes, (one.method, phase.name)
 
 
@@ -232,7 +246,7 @@ def test_shares_of_a_fleet_are_counted():
     sizes = [dense] * 3 + [dense - 1] * 7
     members = [Member(PROFILE, {"memory_bytes": Quantity((float(size),))}) for size in sizes]
     fleet = Fleet(tuple(map(always, members)), 10)
-    names = ["fedavg", "heterofl", "allsmall", "prunefl", "exclusivefl"]
+    names = ["fedavg", "heterofl", "allsmall", "prunefl", "exclusivefl", "fiarse"]
     found = plan(SPEC, profile=PROFILE, methods=names, fleet=fleet).devices[0]
     assert found.device_steps == 200 and found.memory_bytes == dense - 1
     by_name = {one.method: one for one in found.methods}
@@ -241,6 +255,9 @@ def test_shares_of_a_fleet_are_counted():
     assert by_name["heterofl"].phases[0].share == 1
     assert by_name["heterofl"].choices == pytest.approx({"width 1": 0.3, "width 0.5": 0.7})
     assert by_name["allsmall"].choices == {"width 0.5": 1}
+    assert by_name["fiarse"].phases[0].share == 1
+    shares = by_name["fiarse"].choices
+    assert shares["density 1"] == pytest.approx(0.3) and sum(shares.values()) == pytest.approx(1)
     assert by_name["prunefl"].phases[0].share == 0  # g² of all weights beside the whole model
 
 

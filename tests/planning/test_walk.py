@@ -34,6 +34,9 @@ CASES = {
         {1: (0, True), 2: (0, False), 4: (1, True), 5: (1, False)},
     ),
     "snip": (HALF, {1: (0, True), 2: (1, True), 3: (2, True), 4: (2, False)}),
+    "ssfl": (HALF, {1: (0, True), 2: (1, True), 3: (1, False)}),
+    # another mask in every round
+    "fiarse": ({"densities": "0.5"}, {1: (0, True), 2: (0, False), 4: (0, False)}),
     "synflow": (HALF, {3: (0, False)}),  # a walk prunes in one step: other masks, as large
     "prunefl": (
         {"initial_pruning": False, "reconfigure_every": 3},
@@ -59,7 +62,11 @@ STAGED = {
     # in turns: what is frozen has been trained since
     "neulite": ({}, {1: (0, True), 2: (1, True), 3: (0, False), 4: (1, False), 6: (1, False)}),
 }
-DATA_DECIDE = {"snip": (1, 2), "synflow": (0,)}  # kinds of which data or scores say where zeros are
+DATA_DECIDE = {
+    "snip": (1, 2),
+    "ssfl": (1,),
+    "synflow": (0,),
+}  # kinds of which data or scores say where zeros are
 
 
 @cache

@@ -150,7 +150,7 @@ class DrySession(_Held):
         return LOSS
 
     def importance(self) -> dict[str, np.ndarray]:
-        whole = self._generic()
+        whole = {name: np.square(values, out=values) for name, values in self._generic().items()}
         if isinstance(self._importance, bool):
             return whole
         pieces = pieces_of(self._spec, self._sub_model.frozen, self._importance)

@@ -22,7 +22,8 @@ from fedlean.runtime.prices import Prices
 from fedlean.spec import ModelSpec
 from fedlean.tree import kept_count
 
-CHOICES = ("width", "depth", "stage", "block")  # settings of a task that say which part it is of
+# settings of a task that say which part it is of
+CHOICES = ("width", "depth", "density", "stage", "block")
 
 
 Splits = dict[Any, MemorySplit]  # what memory is made of, by the work as it is done
@@ -124,13 +125,16 @@ class Search:
 def _cases(
     kinds: Sequence[Kind], density: float, value: float | None
 ) -> Iterator[tuple[Kind, Sequence[Work]]]:
-    """Every kind as walked, and where it has masks in each other split of them."""
+    """Every kind as walked, and where it has masks in each other split of them.
+
+    Not of masks that the method makes for the device, of a density that it chose for it.
+    """
     for kind in kinds:
         works, spec = kind.works, kind.task.spec
         if value is not None:
             works = [moved(work, spec.tensor_shapes, density, value) for work in works]
         yield kind, works
-        if any(work.kept for work in works):
+        if any(work.kept for work in works) and "density" not in kind.task.hparams:
             for way in zip(*(uneven(work, spec) for work in works), strict=True):
                 yield kind, way
 

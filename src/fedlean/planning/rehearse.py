@@ -97,6 +97,7 @@ class Stage:
             ),
             until=short.until,
             steps=short.steps,
+            new_masks=short.new_masks,
         )
 
     def _model(self, density: float | None) -> Model:

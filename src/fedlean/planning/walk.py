@@ -55,13 +55,14 @@ def walk(
     until: int,
     steps: int,
     seconds: float = SECONDS,
+    new_masks: bool = False,
 ) -> Walk:
     """Kinds of steps of the first device that is asked, up to training round `until`, in `steps`.
 
-    devices: two or more, all alike, so that it shows what is asked of one only.  Raises what the
-    method raises.
+    devices: two or more, all alike, so that it shows what is asked of one only.  new_masks: no
+    client holds the pattern of its next task (`Rehearsal`).  Raises what the method raises.
     """
-    walker = _Walker(algorithm, devices, engine, batches, until)
+    walker = _Walker(algorithm, devices, engine, batches, until, new_masks)
     state, ends = algorithm.init(model), time.monotonic() + seconds
     for _ in range(steps):
         if walker.last or algorithm.done(state):
@@ -83,7 +84,9 @@ class _Walker:
         engine: DryEngine,
         batches: DryBatches,
         until: int,
+        new_masks: bool,
     ):
+        self._new_masks = new_masks
         self._algorithm, self._devices = algorithm, devices
         self._engine, self._batches, self._until = engine, batches, until
         self._store = ClientStore()
@@ -132,11 +135,15 @@ class _Walker:
 
         Here nothing is trained, so that they have the hash which the client holds.
         """
-        known = self._store.known(task.client)
+        known = self._held_by(task.client)
         frozen = wire.frozen_params(task)
         moved = {name: frozen[name] for name in self._moved & frozen.keys()}
         hashes = wire.frozen_hashes(moved, task.sub_model.masks)
         return replace(known, frozen=known.frozen.difference(hashes.values()))
+
+    def _held_by(self, client: int) -> wire.Known:
+        known = self._store.known(client)
+        return replace(known, patterns=frozenset()) if self._new_masks else known
 
     def _move(self, task: ClientTask) -> None:
         self._moved -= wire.frozen_params(task).keys()
@@ -170,7 +177,7 @@ class _Walker:
             most = max(up, kind.uplink_bytes)
             self.kinds[key] = replace(kind, downlink_bytes=down, uplink_bytes=most)
             return
-        again = wire.task_bytes(task, self._store.known(task.client))
+        again = wire.task_bytes(task, self._held_by(task.client))
         self.kinds[key] = Kind(
             task.phase,
             task,

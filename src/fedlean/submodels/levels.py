@@ -53,8 +53,10 @@ def fitting(needs: Sequence[Needs], device: Device, profile: Profile) -> int:
     pruned layer may take more than a whole one, by its indices.  `profile`: of a device that has
     none of its own.
     """
-    fits = (at for at, need in enumerate(needs) if need.within(device, profile))
-    return next(fits, min(range(len(needs)), key=lambda at: (needs[at].memory_bytes, -at)))
+    for at, need in enumerate(needs):
+        if need.within(device, profile):
+            return at
+    return min(range(len(needs)), key=lambda at: (needs[at].memory_bytes, -at))
 
 
 def assigned(

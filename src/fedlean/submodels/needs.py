@@ -19,6 +19,12 @@ from fedlean.spec import ModelSpec
 HPARAMS_BYTES = 512  # room for what a task says beside its model
 
 
+def has_limits(device: Device) -> bool:
+    """Whether anything is known that a task may exceed."""
+    limits = (device.memory_bytes, device.budget_bytes, device.budget_seconds)
+    return any(limit is not None for limit in limits)
+
+
 @dataclass(frozen=True)
 class Needs:
     """Of a client that is sent a model, does `works` and sends back what it trained.

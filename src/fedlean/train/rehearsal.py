@@ -22,6 +22,8 @@ class Rehearsal:
     model that keeps this share of every prunable tensor; None: of all weights.  one_batch: a
     client's half computes much on each batch and nothing that depends on how many there are.
     bound: what clients hold follows from the data while a run goes on, and the walk shows the most.
+    new_masks: a client's mask is another one in every round, and travels each time, though weights
+    that are not trained would choose the same again.
     """
 
     settings: Mapping[str, Scalar | None] = field(default_factory=dict)
@@ -31,3 +33,4 @@ class Rehearsal:
     density: float | None = None
     one_batch: bool = False
     bound: bool = False
+    new_masks: bool = False
