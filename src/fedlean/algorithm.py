@@ -73,7 +73,11 @@ class Server:
 
 
 class State(Protocol):
-    """A method's state: a frozen dataclass of numbers, strings, arrays, tuples and mappings."""
+    """A method's state: a frozen dataclass of numbers, strings, arrays, tuples and mappings.
+
+    `params` are of the whole model.  A state may have `extra`, tensors that clients train in some
+    stages only.
+    """
 
     @property
     def round(self) -> int: ...  # training rounds completed

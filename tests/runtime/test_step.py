@@ -350,28 +350,43 @@ class State:
     params: Params = field(default_factory=params)
     masks: Masks = field(default_factory=dict)
     sums: Any = ()
+    extra: Params = field(default_factory=dict)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_any_array_of_the_state_that_is_not_finite(value):
     bad = np.array([1.0, value])
     before, whole = State(), {"a": np.ones(2), "b": np.arange(3)}
-    assert fault(before, replace(before, sums=(whole, {"c": np.ones(1)})), SPEC) is None
+    assert fault(before, replace(before, sums=(whole, {"c": np.ones(1)}))) is None
     for sums, name in (
         (bad, "sums"),
         ({**whole, "c": bad}, "sums.c"),
         ((whole, ({"x": bad},)), "sums[1][0].x"),
+        ({"slope": float(value)}, "sums.slope"),
     ):
-        reason = fault(before, replace(before, sums=sums), SPEC)
+        reason = fault(before, replace(before, sums=sums))
         assert reason == f"{name} of the merged state is not finite"
 
 
 def test_a_model_that_grows_beyond_reason():
     norm = sum(float(np.sum(np.square(value))) for value in params().values()) ** 0.5
     most = GROWTH * (norm + 1) / norm
-    for factor, grown in ((most * 0.99, False), (most * 1.01, True), (1e30, True)):
+    for factor, grown in ((most * 0.9, False), (most * 1.01, True), (1e30, True)):
         after = replace(State(), params={n: v * np.float32(factor) for n, v in params().items()})
-        assert bool(fault(State(), after, SPEC)) == grown
+        assert bool(fault(State(), after)) == grown
+        module = {"surrogate.weight": np.array([norm * factor * 1.01], np.float32)}
+        before = replace(State(), extra={"surrogate.weight": np.zeros(1, np.float32)})
+        assert bool(fault(before, replace(before, extra=module))) == grown, "of a stage alone"
+
+
+def test_running_statistics_that_grow_beyond_reason():
+    """They are on another scale than the model, in which they would not be seen, or hide it."""
+    for name in ("bn.running_mean", "bn.running_var"):
+        before = State(params={**params(), name: np.ones(4, np.float32)})
+        for value, grown in ((1e4, False), (2e4, True), (1e18, True)):
+            after = replace(before, params={**params(), name: np.full(4, value, np.float32)})
+            reason = fault(before, after) or ""
+            assert reason.startswith("the merged running statistics grew from a norm of 2") == grown
 
 
 def test_suspects_stand_out_or_are_everybody():

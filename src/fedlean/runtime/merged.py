@@ -15,29 +15,33 @@ from typing import Any
 import numpy as np
 
 from fedlean.algorithm import State
-from fedlean.core import Params
 from fedlean.runtime.moves import BUFFERS, FACTOR, MODEL, Moved, square
-from fedlean.spec import ModelSpec
 
 GROWTH = 100.0  # by which one step may multiply the norm of a model, plus 1: ours, generous
+BUFFER_GROWTH = 1e4  # the same of running statistics, which begin anywhere
+_BUFFERS = (".running_mean", ".running_var")  # as the tensors of a norm are called
 
 
-def fault(before: State, after: State, spec: ModelSpec) -> str | None:
+def fault(before: State, after: State) -> str | None:
     """Why the state after a step must not count, if so."""
     for field in fields(after):  # type: ignore[arg-type]  # a State is a dataclass
         kept, new = (getattr(state, field.name) for state in (before, after))
         if name := _not_finite(kept, new, field.name):
             return f"{name} of the merged state is not finite"
-    norms = [_norm(state.params, spec) for state in (before, after)]
-    if norms[1] > GROWTH * (norms[0] + 1):
-        return f"the merged model grew from a norm of {norms[0]:.3g} to {norms[1]:.3g}"
+    norms = [_norms(state) for state in (before, after)]
+    for what, most in ((MODEL, GROWTH), (BUFFERS, BUFFER_GROWTH)):
+        old, new = (each[what] for each in norms)
+        if new > most * (old + 1):
+            return f"the merged {what} grew from a norm of {old:.3g} to {new:.3g}"
     return None
 
 
 def _not_finite(before: Any, after: Any, name: str) -> str | None:
-    """The first array with such a value; what the step has not touched was looked at before."""
+    """The first number or array with such a value; what a step has not touched is as it was."""
     if after is before:
         return None
+    if isinstance(after, float):
+        return None if math.isfinite(after) else name
     if isinstance(after, np.ndarray):
         return name if after.dtype.kind == "f" and not np.isfinite(after).all() else None
     if isinstance(after, Mapping):
@@ -50,9 +54,13 @@ def _not_finite(before: Any, after: Any, name: str) -> str | None:
     return next((each for each in found if each), None)
 
 
-def _norm(params: Params, spec: ModelSpec) -> float:
-    trained = (value for name, value in params.items() if name in spec.param_shapes)
-    return math.sqrt(sum(square(value) for value in trained))
+def _norms(state: State) -> dict[str, float]:
+    """Of all that clients train: the model, and beside it what exists in some stages only."""
+    squares = {MODEL: 0.0, BUFFERS: 0.0}
+    for name, value in (*state.params.items(), *getattr(state, "extra", {}).items()):
+        kind = BUFFERS if name.endswith(_BUFFERS) else MODEL
+        squares[kind] += square(value)
+    return {kind: math.sqrt(total) for kind, total in squares.items()}
 
 
 def suspects(moved: Mapping[int, Moved]) -> list[int]:

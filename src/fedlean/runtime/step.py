@@ -153,7 +153,7 @@ class Step:
         """A step of the server's own."""
         self.record.server_only = True
         after = self._algorithm.server_update(state, ())
-        if wrong := fault(state, after, self._server.spec):
+        if wrong := fault(state, after):
             self.failure = f"a step of the server's own went wrong: {wrong}"
             return state
         return after
@@ -172,7 +172,7 @@ class Step:
         record.cost = record.cost.plus(ledger.cost)
         if seconds := dispatch.measured_seconds():
             record.measured_seconds += median(seconds.values())
-        if record.answered and (wrong := fault(state, after, self._server.spec)):
+        if record.answered and (wrong := fault(state, after)):
             self._take_back(wrong)
         for client in dispatch.too_large():
             if (work := self._work(asked[client])) is not None:
