@@ -125,7 +125,9 @@ def claims(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
         return replace(update, metrics=names)
     counts = [int(one_of(rng, COUNTS)) for _ in range(4)]
     kept = {some_name(rng, update): int(one_of(rng, COUNTS))} if rng.random() < 0.5 else {}
-    floats, beside, held = (int(one_of(rng, (0, 1, *COUNTS))) for _ in range(3))
+    floats, beside, held, piece, first, outside = (
+        int(one_of(rng, (0, 1, *COUNTS))) for _ in range(6)
+    )
     begin, end = (str(one_of(rng, ("", *task.spec.by_name, *NAMES))) for _ in range(2))
     work = Work(
         *counts,
@@ -133,6 +135,9 @@ def claims(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
         optimizer_floats=floats,
         beside=beside,
         held_examples=held,
+        piece_bytes=piece,
+        first_piece=first,
+        held_floats=outside,
         begin=begin,
         end=end,
         taps=(str(one_of(rng, (*task.spec.by_name, *NAMES))),) * int(rng.integers(3)),

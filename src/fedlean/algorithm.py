@@ -97,7 +97,8 @@ class FederatedAlgorithm(NamedTuple):
     `model` says what of a state is evaluated and saved; None: the run's whole model, with the
     state's `params` and `masks`.  `report` gives what the log says of a state beside that, finite
     numbers by name: what a rule has measured, say.  `sends_params` says whether the answers to a
-    task hold the tensors that it trains, or statistics alone.
+    task hold the tensors that it trains, or statistics alone.  `own_masks` says to which tasks a
+    client may answer with masks that it has chosen, or with no values as long as it is choosing.
     """
 
     init: Callable[[Model], Any]  # of the model that the run starts from
@@ -112,3 +113,4 @@ class FederatedAlgorithm(NamedTuple):
     model: Callable[[Any], Model] | None = None
     report: Callable[[Any], Mapping[str, float]] | None = None
     sends_params: Callable[[ClientTask], bool] = lambda task: True
+    own_masks: Callable[[ClientTask], bool] = lambda task: False

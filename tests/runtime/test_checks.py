@@ -19,11 +19,12 @@ from fedlean.core import (
     Work,
 )
 from fedlean.methods import fedavg, prunefl
+from fedlean.pruning.density import full_masks
 from fedlean.runtime.checks import MAX_EXAMPLES, Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.rounds import LoopState
-from fedlean.tree import apply_mask, unpack
+from fedlean.tree import apply_mask, pack, unpack
 
 POISONED = 1
 MASKS = {
@@ -222,10 +223,32 @@ def test_a_statistic_beyond_its_limit():
     assert "'fc1.weight' with values beyond ±10" in reason
 
 
-def test_masks_of_some_weights_where_none_were_given():
+def with_masks(masks) -> ClientUpdate:
+    return replace(answer({}), params=pack(params(), masks), sub_model=SubModel(masks=masks))
+
+
+def test_masks_where_none_were_given():
+    """Not even of all weights: a method that gave none reads the values as they are in the task."""
+    reason = refusal(with_masks(full_masks(SPEC)), task({}), ASKED) or ""
+    assert reason == "holds masks of 3 tensors, and was given none"
+
+
+def test_masks_that_a_client_may_choose_are_of_all_weights():
+    asked = replace(ASKED, own_masks=True)
     some = {"fc1.weight": MASKS["fc1.weight"]}
-    update = replace(answer({}), params=apply_mask(params(), some), sub_model=SubModel(masks=some))
-    assert "masks of 1 of 3 prunable" in (refusal(update, task({}), ASKED) or "")
+    assert "masks of 1 of 3 prunable" in (refusal(with_masks(some), task({}), asked) or "")
+    assert refusal(with_masks({**full_masks(SPEC), **some}), task({}), asked) is None
+
+
+def test_no_values_are_an_answer_where_statistics_are_or_masks_are_being_chosen():
+    silent = replace(answer({}), params={})
+    assert refusal(silent, task({}), ASKED) is None
+    silent = replace(silent, statistics={})
+    assert (refusal(silent, task({}), Expected()) or "").startswith("lacks conv.bias")
+    assert refusal(silent, task({}), Expected(own_masks=True)) is None
+    frozen = SubModel(frozen=frozenset(SPEC.tensor_shapes))
+    nothing = replace(task({}), sub_model=frozen)
+    assert refusal(replace(silent, sub_model=frozen), nothing, Expected()) is None
 
 
 @pytest.mark.parametrize("examples", [1, MAX_EXAMPLES])

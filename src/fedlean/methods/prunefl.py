@@ -70,13 +70,13 @@ from fedlean.pruning.connection_sensitivity import GRADIENT, sensitive
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.further_pruning import FurtherPruning, Reconfigurations, unused_further
 from fedlean.pruning.initial_client import first_that_fits
-from fedlean.pruning.initial_pruning import most_work, prune_alone
+from fedlean.pruning.initial_pruning import alone, chosen, most_work, prune_alone
 from fedlean.pruning.initial_settings import InitialPruning, unused_initial
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least
 from fedlean.train.local_sgd import LocalSGD, with_settings
 from fedlean.train.rehearsal import Rehearsal
-from fedlean.tree import fold, pack, unpack
+from fedlean.tree import fold, pack
 
 MAX_LOST = 3  # times that the initial client may lose its model and start again
 MAX_MOVED = 3  # times that another starts again for one that is away, which then is waited for
@@ -202,6 +202,7 @@ def prunefl(
         statistics,
         work,
         sends_params=lambda task: task.phase != "score",
+        own_masks=alone,
     )
 
 
@@ -269,11 +270,7 @@ def _after_initial(state: State, updates: Iterable[ClientUpdate]) -> State:
     """The initial client either goes on, has lost its model, or has finished."""
     for update in updates:
         if update.params:
-            masks = update.sub_model.masks
-            params = {  # dense, in whichever form they came
-                name: unpack(value, masks[name]) if name in masks else value
-                for name, value in update.params.items()
-            }
+            params, masks = chosen(update)
             return replace(state, phase="train", params=params, masks=masks)
         if not update.metrics.get("lost_state", 0.0):
             other = state.initial_sent and update.client != state.initial_client

@@ -13,6 +13,7 @@ from fedlean.core import (
     ClientState,
     ClientTask,
     ClientUpdate,
+    Masks,
     Scalar,
     SubModel,
     Work,
@@ -24,7 +25,7 @@ from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.initial_model import InitialModel
 from fedlean.train.local_sgd import open_session
 from fedlean.train.sgd import local_sgd
-from fedlean.tree import kept_counts
+from fedlean.tree import kept_counts, unpack
 
 CHUNK_PASSES = 10  # passes per task, so that a lost task costs little
 
@@ -69,6 +70,21 @@ def prune_alone(
         work=tuple(works),
     )
     return update, {} if stopped else local.to_state()
+
+
+def alone(task: ClientTask) -> bool:
+    """Whether the task is one of initial pruning, in which the client chooses the masks."""
+    return task.phase == "initial"
+
+
+def chosen(update: ClientUpdate) -> tuple[dict[str, np.ndarray], Masks]:
+    """The model that it ended with, dense in whichever form it came, and its masks."""
+    masks = update.sub_model.masks
+    params = {
+        name: unpack(value, masks[name]) if name in masks else value
+        for name, value in update.params.items()
+    }
+    return params, masks
 
 
 def most_work(h: Mapping[str, Scalar]) -> Work:

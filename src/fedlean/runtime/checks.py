@@ -38,6 +38,7 @@ class Expected:
     forms: Mapping[str, StatisticForm] = field(default_factory=dict)
     work: Sequence[Work] | None = None  # at most; None: the method does not say
     num_examples: int | None = None  # that the client said it has when it joined
+    own_masks: bool = False  # whether it may have chosen masks, or be choosing still
 
 
 def refusal(update: ClientUpdate, task: ClientTask, expected: Expected) -> str | None:
@@ -45,9 +46,9 @@ def refusal(update: ClientUpdate, task: ClientTask, expected: Expected) -> str |
     checks: tuple[Callable[[], str | None], ...] = (
         lambda: _other_examples(update.num_examples, expected.num_examples),
         lambda: _other_metrics(update.metrics),
-        lambda: _other_structure(update.sub_model, task),
+        lambda: _other_structure(update.sub_model, task, expected),
         lambda: beyond_order(update.work, task, expected.work),
-        lambda: _other_tensors(update, task),
+        lambda: _other_tensors(update, task, expected),
         lambda: _other_statistics(update.statistics, expected.forms),
     )
     reason = next((reason for check in checks if (reason := check()) is not None), None)
@@ -89,8 +90,8 @@ def _other_metrics(metrics: Mapping[str, float]) -> str | None:
     return None
 
 
-def _other_structure(held: SubModel, task: ClientTask) -> str | None:
-    """No client changes what it was given but for masks, and those of all weights or of none."""
+def _other_structure(held: SubModel, task: ClientTask, expected: Expected) -> str | None:
+    """No client changes what it was given; one that may choose masks does so of all weights."""
     given = task.sub_model
     if held.frozen != given.frozen:
         return "holds other frozen tensors than it was given"
@@ -103,6 +104,8 @@ def _other_structure(held: SubModel, task: ClientTask) -> str | None:
         if sent != kept:
             count = num_kept(held.masks)
             return f"trained the pattern {sent[:8]}, expected {kept[:8]} ({count} kept)"
+    elif held.masks and not expected.own_masks:
+        return f"holds masks of {len(held.masks)} tensors, and was given none"
     elif held.masks and held.masks.keys() != set(task.spec.prunable):
         return f"holds masks of {len(held.masks)} of {len(task.spec.prunable)} prunable tensors"
     return None
@@ -275,18 +278,19 @@ def _amounts(work: Sequence[Work]) -> dict[str, int]:
     }
 
 
-def _other_tensors(update: ClientUpdate, task: ClientTask) -> str | None:
+def _other_tensors(update: ClientUpdate, task: ClientTask, expected: Expected) -> str | None:
+    """All that are not frozen; none at all where statistics are the answer, or masks not yet."""
     held, masks = update.sub_model, update.sub_model.masks
     missing = sorted(task.spec.tensor_shapes.keys() - update.params.keys() - held.frozen)
-    if update.params and missing:
+    if missing and (update.params or not (expected.forms or expected.own_masks)):
         return f"lacks {', '.join(missing[:3])}"
     for name, values in update.params.items():
         if name not in task.spec.tensor_shapes:
             return f"sent {name!r}, which the model lacks"
         packed = name in masks and is_packed(values, masks[name])
-        expected = task.spec.tensor_shapes[name]
-        if values.shape != expected and not packed:
-            return f"sent {name!r} with shape {values.shape}, expected {expected}"
+        shape = task.spec.tensor_shapes[name]
+        if values.shape != shape and not packed:
+            return f"sent {name!r} with shape {values.shape}, expected {shape}"
         if values.dtype != np.float32:
             return f"sent {name!r} with values of {values.dtype}, expected float32"
         if reason := _no_numbers(values, MAX_VALUE):

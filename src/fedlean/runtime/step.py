@@ -208,6 +208,7 @@ class Step:
             self._algorithm.statistics(task),
             self._work(task),
             self._prices.device(task.client).num_examples,
+            self._algorithm.own_masks(task),
         )
 
     def _taken(
