@@ -49,7 +49,25 @@ def runs(group: str) -> dict[str, RunConfig]:
     }
 
 
+def foresight(group: str) -> dict[str, RunConfig]:
+    """PruneFL from the masks of criteria, at the sizes that these are told."""
+
+    def begun(initial: str, density: float) -> RunConfig:
+        first = {"initial": initial, "initial_density": density, "initial_rescale": True}
+        size = {"reconfigure_every": EVERY, "size_limit": density}
+        return config(group, "prunefl", {**COMMON, **first, **size})
+
+    return {
+        **{name: runs(group)[name] for name in ("fedavg", "prunefl")},
+        "snip_8": config(group, "snip", {**COMMON, "density": 0.08, "score": "update"}),
+        "from_snip_8": begun("snip", 0.08),
+        "from_snip_5": begun("snip", 0.05),
+        "from_synflow_8": begun("synflow", 0.08),
+    }
+
+
 GROUPS = {group: runs(group) for group in PARTITIONS}
+GROUPS |= {f"{group}_foresight": foresight(group) for group in PARTITIONS}
 GROUPS["iid_long"] = {
     name: replace(GROUPS["iid"][name], rounds=LONG_ROUNDS, eval_every=5)
     for name in ("fedavg", "prunefl")

@@ -68,5 +68,28 @@ COSTS = {  # which the paper compares in cost only
 }
 RUNS = {**TABLE, **STUDIES, **COSTS}
 
+
+def begun(initial: str, density: float, **changes) -> RunConfig:
+    """PruneFL from the mask of a criterion, at the size that this is told."""
+    first = {"initial": initial, "initial_density": density, "initial_rescale": True}
+    return config("prunefl", {**PRUNEFL, **first, "size_limit": density, **changes})
+
+
+FORESIGHT = {
+    "fedavg": TABLE["fedavg"],
+    "prunefl": TABLE["prunefl"],
+    "snip_8": config("snip", {**COMMON, "density": 0.08, "score": "update"}),
+    "from_snip_8": begun("snip", 0.08),
+    "from_snip_5": begun("snip", 0.05),
+    "from_synflow_8": begun("synflow", 0.08),
+    # what of it does what: masks that never move, weights that do not grow, another size, and
+    # first weights of other sizes for all
+    "synflow_8_still": begun("synflow", 0.08, reconfigure_every=0, size_limit=None),
+    "synflow_8_plain": begun("synflow", 0.08, initial_rescale=False),
+    "from_synflow_5": begun("synflow", 0.05),
+    "fedavg_he": config("fedavg", COMMON, init="he"),
+}
+GROUPS = {"natural": RUNS, "foresight": FORESIGHT}
+
 if __name__ == "__main__":
-    main({"natural": RUNS}, default_out="runs/prunefl_mnist_by_writer", here=["prunefl"])
+    main(GROUPS, default_out="runs/prunefl_mnist_by_writer", here=["prunefl"])
