@@ -1,10 +1,10 @@
 """Whether devices stay within their memory when each trains the slice that it can hold.
 
-HeteroFL over a fleet whose devices have a memory drawn anew every round.  Of every task that was
-done this takes what the native engine held at most (its plan, which tests hold to the byte) against
-the device's budget, and of one task of each width, in fresh processes, how much resident memory
-(VmHWM) grew from before the session was opened.  Devices that fit nothing are counted, with one
-reason.
+A method that chooses sub-models (HeteroFL, or what `--method` names) over a fleet whose devices have
+a memory drawn anew every round.  Of every task that was done this takes what the native engine held
+at most (its plan, which tests hold to the byte) against the device's budget, and of one task of each
+sub-model, in fresh processes, how much resident memory (VmHWM) grew from before the session was
+opened.  Devices that fit nothing are counted, with one reason.
 
     python benchmarks/fleet_memory.py --data CIFAR10 --json fleet_memory.json
 """
@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from machine import describe
 
 MB = 1e6
+MOST_PROCESSES = 8  # of the sub-models that were given most often
 LEAST_STEPS = 2  # that a process does before its peak is read
 
 
@@ -55,6 +57,7 @@ def resident() -> int:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from fedlean.planning.pricing import choice
     from fedlean.runtime.config import RunConfig
     from fedlean.runtime.how import How, Parts, in_process
     from fedlean.runtime.run import start
@@ -71,10 +74,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def measured(task: Any, batches: Any, engine: Any, state: Any) -> Any:
             held: list[int] = []
             result = inner(task, batches, Noting(engine, held.append), state)
-            width = str(task.hparams["width"])
-            specs[width] = task.spec.to_json()
+            part = choice(task)
+            specs[part] = task.spec.to_json()
             done.append(
-                {"client": task.client, "round": task.round, "width": width, "held": max(held)}
+                {"client": task.client, "round": task.round, "part": part, "held": max(held)}
             )
             return result
 
@@ -84,7 +87,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     entries: list[dict[str, Any]] = []
     config = RunConfig(
-        "heterofl",
+        options.method,
         dataset=options.data,
         model=options.model,
         rounds=options.rounds,
@@ -145,15 +148,15 @@ def lines(options: argparse.Namespace, found: dict[str, Any], memory: Any) -> It
     step_of = {entry["round"]: step for step, entry in enumerate(entries, start=1)}
     shares = [one["held"] / memory(step_of[one["round"]], one["client"]) for one in tasks]
     left = [(entry["round"], c, why) for entry in entries for c, why in entry["left_out"].items()]
-    widths = {width: sum(one["width"] == width for one in tasks) for width in found["processes"]}
+    counts = Counter(one["part"] for one in tasks)
     yield f"{options.model}, batch {options.batch}, {options.rounds} rounds, {len(tasks)} tasks"
     yield f"largest share of a budget that a device held: {max(shares):.3f}"
     yield f"tasks above their budget: {sum(share > 1 for share in shares)}"
     yield f"not sent, since too large for the device: {len(left)}"
     yield from (f"  round {number}, client {client}: {why}" for number, client, why in left[:3])
-    for width, one in found["processes"].items():
+    for part, one in found["processes"].items():
         grown, planned = (f"{one[key] / MB:.1f} MB" for key in ("grown_bytes", "planned_bytes"))
-        yield f"width {width}: {widths[width]} tasks, planned {planned}, VmHWM {grown}"
+        yield f"{part}: {counts[part]} tasks, planned {planned}, VmHWM {grown}"
     yield f"accuracy after the last round: {found['accuracy']:.3f}"
 
 
@@ -161,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--method", default="heterofl")
     parser.add_argument("--data", default="digits")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--rounds", type=int, default=100)
@@ -180,9 +184,11 @@ def main() -> None:
         folder = Path(name)
         found = run(options, folder)
         found["processes"] = {}
-        for width, spec in sorted(found.pop("specs").items(), reverse=True):
-            path = folder / f"{width}.json"
-            path.write_text(spec)
+        counts = Counter(one["part"] for one in found["tasks"])
+        specs = found.pop("specs")
+        for number, (part, _) in enumerate(counts.most_common(MOST_PROCESSES)):
+            path = folder / f"{number}.json"
+            path.write_text(specs[part])
             command = [
                 sys.executable,
                 __file__,
@@ -192,7 +198,7 @@ def main() -> None:
                 str(options.batch),
             ]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found["processes"][width] = json.loads(out)
+            found["processes"][part] = json.loads(out)
         print("\n".join(lines(options, found, budgets(options, folder))))
     if options.json:
         document = {"machine": describe(), "options": vars(options) | {"json": None}, **found}
