@@ -1,10 +1,10 @@
 """Whether devices stay within their memory when each trains the slice that it can hold.
 
-A method that chooses sub-models (HeteroFL, or what `--method` names) over a fleet whose devices have
-a memory drawn anew every round.  Of every task that was done this takes what the native engine held
-at most (its plan, which tests hold to the byte) against the device's budget, and of one task of each
-sub-model, in fresh processes, how much resident memory (VmHWM) grew from before the session was
-opened.  Devices that fit nothing are counted, with one reason.
+A method that chooses sub-models (HeteroFL, or what `--method` names) over a fleet whose devices
+have a memory drawn anew every round.  Of every task that was done this takes what the native engine
+held at most (its plan, which tests hold to the byte) against the device's budget, and of one task
+of each sub-model, in fresh processes, how much resident memory (VmHWM) grew from before the session
+was opened.  Devices that fit nothing are counted, with one reason.
 
     python benchmarks/fleet_memory.py --data CIFAR10 --json fleet_memory.json
 """
