@@ -76,7 +76,10 @@ def test_the_pages_of_methods_say_what_their_boards_get(tmp_path):
     boards = of_the_page("heterofl", tmp_path)
     assert [memory_of(board) for board in boards] == [500_000, 900_000, 2_000_000]
     assert asked("heterofl", boards, "width") == ["0.25", "0.5", "1.0"]
-    assert of_the_page("controls", tmp_path) == boards
+    for page in ("controls", "fedrolex", "federated-dropout", "fjord"):
+        assert of_the_page(page, tmp_path) == boards
+    for method in ("fedrolex", "federated_dropout", "fjord"):
+        assert asked(method, boards, "width") == ["0.25", "0.5", "1.0"]
     assert asked("allsmall", boards, "width") == [0.25] * 3
     assert asked("allsmall", boards[1:], "width") == [0.5] * 2
     boards = of_the_page("depthfl", tmp_path)
