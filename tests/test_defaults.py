@@ -20,6 +20,16 @@ PHASES = {
 }
 
 
+@pytest.mark.parametrize("method", ["ssfl", "fiarse"])
+def test_a_pruned_model_learns_the_digits(method, tmp_path):
+    """FIARSE without a fleet would train the whole model: client i gets density i mod 5."""
+    folder, more = tmp_path / "run", ["--set", "assign=fixed"] if method == "fiarse" else []
+    cli.main(["run", method, *more, "--out", str(folder)])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == 100 and summary["final_accuracy"] >= 0.9
+    assert summary["density"] == (0.5 if method == "ssfl" else 1.0)
+
+
 @pytest.mark.parametrize("method", PHASES)
 def test_a_model_trained_part_by_part_learns_the_digits(method, tmp_path):
     """Every stage in its place, and nine of ten are right at the end of the default rounds."""

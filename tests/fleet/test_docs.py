@@ -61,9 +61,11 @@ def memory_of(device: Device) -> int:
     return device.memory_bytes or 0
 
 
-def asked(method: str, devices: Sequence[Device], hparam: str) -> list[Scalar]:
-    """By the method's defaults, on resnet8 for digits."""
-    spec = build("resnet8", (1, 8, 8), 10)
+def asked(
+    method: str, devices: Sequence[Device], hparam: str, model: str = "resnet8"
+) -> list[Scalar]:
+    """By the method's defaults, on a model for digits."""
+    spec = build(model, (1, 8, 8), 10)
     server = Server(spec, open_engine("torch", 1), 0, 30, PI)
     algorithm = find_method(method)(server)
     tasks = algorithm.configure(algorithm.init(Model(spec, init_params(spec, 0))), devices)
@@ -72,7 +74,7 @@ def asked(method: str, devices: Sequence[Device], hparam: str) -> list[Scalar]:
 
 
 def test_the_pages_of_methods_say_what_their_boards_get(tmp_path):
-    """Boards of 0.5, 0.9 and 2 MB by width; of 0.9, 1.2 and 2 MB by depth."""
+    """Boards of 0.5, 0.9 and 2 MB by width; of 0.9, 1.2 and 2 MB by depth; others by density."""
     boards = of_the_page("heterofl", tmp_path)
     assert [memory_of(board) for board in boards] == [500_000, 900_000, 2_000_000]
     assert asked("heterofl", boards, "width") == ["0.25", "0.5", "1.0"]
@@ -85,3 +87,6 @@ def test_the_pages_of_methods_say_what_their_boards_get(tmp_path):
     boards = of_the_page("depthfl", tmp_path)
     assert [memory_of(board) for board in boards] == [900_000, 1_200_000, 2_000_000]
     assert asked("depthfl", boards, "depth") == ["1", "2", "3"]
+    boards = of_the_page("fiarse", tmp_path)
+    assert [memory_of(board) for board in boards] == [100_000, 160_000, 240_000, 400_000]
+    assert asked("fiarse", boards, "density", "lenet300") == [0.0625, 0.25, 0.5, 1.0]

@@ -22,12 +22,14 @@ memory_bytes = { choice = [70e3, 150e3, 400e3], redrawn = "once" }
 """
 SPEC = lenet300((1, 8, 8), 10)
 EXITS = with_exits(SPEC)
-# what is saved: of lenet300 a step takes 330, 138 and 65 kB by width, 352 and 203 kB by depth
+# what is saved: of lenet300 a step takes 330, 138 and 65 kB by width, 352 and 203 kB by depth,
+# 330, 225, 150, 112 and 93 kB by density
 SAVED = {
     "allsmall": width(SPEC, 0.25).spec,
     "exclusivefl": SPEC,
     "heterofl": SPEC,
     "depthfl": ending_at(EXITS, 2).spec,
+    "fiarse": SPEC,
 }
 
 
@@ -66,5 +68,6 @@ def test_a_run_with_a_fleet_is_resumed_and_ends_bit_equal(tmp_path: Path, method
         "heterofl": (6, False),
         "exclusivefl": (len(asked), False),
         "depthfl": (len(asked), True),
+        "fiarse": (len(asked), True),
     }[method]
     assert 0 < len(asked) < 6 or method in ("allsmall", "heterofl")

@@ -129,6 +129,8 @@ def test_widths_as_text(text, rates):
 def test_text_that_is_no_widths_is_refused(text):
     with pytest.raises(ValueError, match=r"widths must be numbers in \(0, 1\] from the largest"):
         rates_from(text)
+    with pytest.raises(ValueError, match="densities must be numbers"):
+        rates_from(text, "densities")
 
 
 def test_the_merge_of_slices_is_that_of_a_loop_over_elements():

@@ -5,27 +5,30 @@ Importance-Aware Submodel Extraction", NeurIPS 2024, arXiv 2407.19389, and the a
 (github.com/HarliWu/FIARSE).  The magnitude of a weight is its importance: a device of capacity γ
 gets the share γ of largest |w|, chosen anew from the server's model in every round, and trains it
 by the threshold-controlled biased gradient of eq. (3) (`fedlean.pruning.threshold_bias`).  The
-server averages each weight over the devices that hold it (Algorithm 1).
+server averages each weight over the devices that hold it (Algorithm 1).  The text of the paper was
+not at hand: what is said of it here follows the code and public re-implementations.
 
 **Deviations.**
-- The memory of the device decides which of `densities` it gets; the paper gives capacities by hand,
-  as many devices of 1, 1/4, 1/16 and 1/64 each, which `assign` and `densities` also give.
+- The memory of the device decides which of `densities` it gets; the authors give capacities by
+  hand, as many devices of 1, 1/4, 1/16 and 1/64 each, which `assign` and `densities` also give.
 - Biases and norms are held by all devices, whatever their level, and no density counts them.  The
   code takes the biases of linear layers among the largest weights; norms are whole there, too.
 - `selection="layer"`, the default: the largest of each tensor.  The authors' main experiments take
   the largest of the whole model ("model"), and their layer-wise variant those of each stage of the
   network.  Where layers differ in how their weights are drawn, one threshold for all takes every
   weight of some of them.
-- The factor of eq. (3) comes with each local step in the paper, and needs two copies of the kept
-  weights beside the engine.  `biased="round"` is OURS: the server applies it once, to what a round
-  moved, with the factors of the weights that were sent; that costs a device nothing.  With it, a
-  weight that falls below the threshold within a round goes on being trained until the next; by
-  step, as in the paper, it counts as 0 and stays where it is.
+- The authors' factor of eq. (3) comes with each local step ("step"), and needs two copies of the
+  kept weights beside the engine.  `biased="round"`, the default, is OURS: the server applies it
+  once, to what a round moved, with the factors of the weights that were sent; that costs a device
+  nothing.  With it, a weight that falls below the threshold within a round is trained until its
+  end; by step it counts as 0 from then on and stays where it is, as in the code.
 - At density 1 the threshold is 0 and the round is FedAvg's; the code takes the smallest |w|.
-- Momentum and decay are not in the paper: with them the factor is on all that SGD moves.
+- The code has neither momentum nor decay: with them the factor is on all that SGD moves.
 - Means are weighted by examples, over the devices that hold a weight; the code's are plain, over
   those whose weight has moved.  A weight that nobody held keeps its value.
 - Exactly the count is kept; of equal magnitudes the first.
+- What is evaluated and saved is the largest sub-model that was trained; the authors evaluate one of
+  each size, and their networks have BatchNorm without running statistics, ours GroupNorm.
 """
 
 from __future__ import annotations
@@ -96,13 +99,13 @@ def fiarse(
 
     Args:
       sgd: local SGD, whose settings are this method's as well.
-      densities: γ, kept shares of the prunable weights, from the largest to the smallest (paper: 1,
-        1/4, 1/16 and 1/64).
+      densities: γ, kept shares of the prunable weights, from the largest to the smallest (authors:
+        1, 1/4, 1/16 and 1/64).
       assign: which of them a device gets.  "memory": the largest that it can hold, the first where
         its memory is not known.  "fixed": client i, level i modulo their number.  "drawn": any
         level, anew each round.
       selection: the largest weights of each tensor ("layer") or of the whole model ("model").
-      biased: when the factor of eq. (3) comes: with every local "step", as in the paper, once for a
+      biased: when the factor of eq. (3) comes: with every local "step", as the authors', once for a
         "round", on the server, or "never".
 
     Raises ValueError naming the hyper-parameter that is out of range.

@@ -4,7 +4,8 @@ Ohib, Thapaliya, Dziugaite, Liu, Calhoun and Plis, "SSFL: Discovering Sparse Uni
 Initialization for Efficient Federated Learning", TMLR 2026, arXiv 2405.09037, and the authors' code
 (github.com/riohib/SSFL).  Every client sends the saliency |∂L/∂w ⊙ w| of one mini-batch at the
 common initial weights, the server adds them up with p_n = n_n/Σn and keeps the largest of the whole
-model; from then on all train the same sub-network by FedAvg and exchange kept values only.
+model; from then on all train the same sub-network by FedAvg and exchange kept values only.  Of the
+paper no more was at hand than its abstract and what its authors say of it beside their code.
 
 The server reads Σ n·saliency once and Σ n·w after that, each over one set of coordinates that all
 clients share, and never one client's alone: sums are all that secure aggregation gives.
@@ -134,7 +135,16 @@ def ssfl(
     def done(state: State) -> bool:
         return state.phase != "score" and state.round >= server.rounds
 
-    return FederatedAlgorithm(init, configure, client_update, server_update, done, statistics, work)
+    return FederatedAlgorithm(
+        init,
+        configure,
+        client_update,
+        server_update,
+        done,
+        statistics,
+        work,
+        sends_params=lambda task: task.phase != "score",
+    )
 
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -4,9 +4,11 @@ Wu et al. (FIARSE), NeurIPS 2024, arXiv 2407.19389, eq. (3): with M the mask of 
 
     g ⊙ M ⊙ (1 + 2·|w|·θ / (|w| + θ)²)
 
+(The text of the paper was not at hand: formula and mask are those of the authors' code, the number
+of the equation is as public re-implementations cite it.)
 A weight at the threshold moves 1.5 times as far as its gradient says, a large one hardly more than
 that, and one below the threshold not at all.  The factor comes from the derivative that stands in
-for that of the mask, 2θ / (|w| + θ)²; it and the mask are those of the authors' code.
+for that of the mask, 2θ / (|w| + θ)².
 """
 
 from __future__ import annotations
