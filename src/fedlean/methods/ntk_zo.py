@@ -55,8 +55,7 @@ from fedlean.core import (
     Work,
     derive_seed,
 )
-from fedlean.engine.directions import Kind
-from fedlean.engine.protocol import Engine, Loss
+from fedlean.engine.protocol import Engine
 from fedlean.pruning import client_scores
 from fedlean.pruning.client_scores import FROM_CLIENTS, Inputs
 from fedlean.pruning.density import density as density_of
@@ -66,13 +65,14 @@ from fedlean.pruning.global_top import count_at
 from fedlean.pruning.ntk_pruning import prune_step
 from fedlean.pruning.rescale import rescale_kept
 from fedlean.train import forward_round, missed_rounds
-from fedlean.train.cohort import check_cohort, sample_cohort
-from fedlean.train.forward_round import ForwardRound, LastBlock
-from fedlean.train.forward_updates import Entry, Held, Optimizer, Rule, Space, averaged, round_seed
-from fedlean.train.hyperparameters import at_least, in_range, learning_rate, one_of
+from fedlean.train.cohort import sample_cohort
+from fedlean.train.forward_round import LastBlock
+from fedlean.train.forward_training import ForwardTraining, run_seed
+from fedlean.train.forward_updates import Entry, Held, Space, averaged, round_seed
+from fedlean.train.hyperparameters import at_least, in_range, one_of
+from fedlean.train.local_sgd import with_settings
 from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.slope_fold import SlopeFold, own_seed
-from fedlean.train.zeroth_order import Differences, Form
 from fedlean.tree import apply_mask, fold, pack, unpack
 
 Scorer = Literal["server", "clients"]
@@ -97,25 +97,14 @@ class State:
     held: Mapping[str, int] = field(default_factory=dict)  # client -> round whose model it keeps
 
 
+@with_settings(ForwardTraining)
 def ntk_zo(
     server: Server,
+    forward: ForwardTraining,
     *,
-    lr: float = 0.01,
     lr_by_density: bool = True,
-    lr_half_life_rounds: float = 0.0,
-    optimizer: Optimizer = "adam",
-    momentum: float = 0.9,
     ema: float = 0.0,
-    directions: int = 50,
-    sigma: float = 1e-3,
-    kind: Kind = "gaussian",
-    differences: Differences = "forward",
     shared_directions: bool = True,
-    batch_size: int = 32,
-    micro_batch: int = 0,
-    cohort: int | None = None,
-    loss: Loss = "ce",
-    scalars: Form = "fp32",
     download: Download = "model",
     last_block: LastBlock = "zeroth",
     density: float = 0.2,
@@ -133,19 +122,12 @@ def ntk_zo(
     """Foresight pruning, then zeroth-order training.
 
     Args:
-      lr: of the server's optimiser on the dense model; divided by √density where `lr_by_density`,
-        halved every `lr_half_life_rounds` rounds (0: constant).
-      optimizer: "adam", "momentum" (with `momentum`) or "normalised"; see
-        `fedlean.train.forward_updates.Rule`.
+      forward: training by forward passes, whose settings are this method's as well; `lr` is for the
+        dense model.  Of the examples that a client scores on, too, `micro_batch` are in memory.
+      lr_by_density: whether `lr` is divided by √density.
       ema: decay in [0, 1) of a moving average of the models, which is then what is evaluated and
         saved; 0: none.
-      directions: K; sigma: σ; kind: "gaussian", "sign" (±1) or "rank1"; differences: "forward",
-        K + 1 evaluations of each example, or "central", 2K.
       shared_directions: False gives each client directions of its own, as a control.
-      batch_size: B, examples of a client's round; micro_batch: of them, and of those that a client
-        scores on, at once in memory, 0: all.
-      cohort: clients a round, drawn anew each round; None: all.  loss: as in `fedavg`.
-      scalars: in which the slopes go up: "fp32", "fp16" or "int8".
       download: "model", or "scalars" for clients that replay the rounds they missed: those keep the
         model and the optimiser's moments between rounds.
       last_block: "backprop" takes the last block's gradient exactly, and sends it.
@@ -161,32 +143,21 @@ def ntk_zo(
 
     Raises ValueError naming the hyper-parameter that is out of range or does not go with another.
     """
-    in_range("lr", lr, 0.0, 100.0, open_low=True)
-    in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
     in_range("ema", ema, 0.0, 0.99999)
     in_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
     in_range("density", density, 0.0, 1.0, open_low=True)
     at_least("prune_steps", prune_steps, 1)
     at_least("prune_draws", prune_draws, 1)
     at_least("prune_examples", prune_examples, 1)
-    check_cohort(cohort, server)
     one_of("download", download, get_args(Download))
     one_of("criterion", criterion, get_args(Criterion))
     one_of("scores", scores, get_args(Scorer))
     one_of("inputs", inputs, get_args(Inputs))
-    rule = Rule(optimizer, momentum)
-    asked = ForwardRound(
-        batch_size, micro_batch, loss, directions, sigma, kind, differences, scalars, last_block
-    )
+    rule, asked = forward.rule, replace(forward.asked, last_block=last_block)
     if scores == "clients" and criterion not in FROM_CLIENTS:
         raise ValueError(
             f"scores='clients' goes with the criteria {', '.join(FROM_CLIENTS)}, got "
             f"criterion={criterion!r}: it needs no client, take scores='server'"
-        )
-    if optimizer == "normalised" and directions == 1:
-        raise ValueError(
-            "optimizer='normalised' divides by the standard deviation of a round's slopes, and one "
-            "has none: take directions=2 or more, or another optimizer"
         )
     if inputs == "local" and scores == "server":
         raise ValueError("inputs='local' needs scores='clients': the server has no data")
@@ -206,7 +177,7 @@ def ntk_zo(
         )
 
     scoring = Scoring(prune_steps, prune_draws, prune_examples, epsilon, server.init, keep_units)
-    run_seed = derive_seed(server.seed, 0, 0, "zeroth order")
+    seed = run_seed(server)
     prune_seed = derive_seed(server.seed, 0, 0, "prune")
 
     def init(model: Model) -> State:
@@ -229,30 +200,32 @@ def ntk_zo(
     def score_tasks(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         step = state.prune_step + 1
         weights_seed = derive_seed(prune_seed, 0, step, "weights")
-        request = client_scores.request(scoring, criterion, inputs, micro_batch, weights_seed)
+        request = client_scores.request(
+            scoring, criterion, inputs, forward.micro_batch, weights_seed
+        )
         hparams, sub_model = request.to_hparams(), SubModel(masks=state.choosing)
         cohort_seed = derive_seed(server.seed, 0, 0, "score")  # another cohort than any round's
         tasks = []
-        for client in sample_cohort(devices, cohort, seed=cohort_seed, round=step):
-            seed = derive_seed(server.seed, step, client, "score")
-            tasks.append(ClientTask(step, "score", client, seed, spec, {}, sub_model, hparams))
+        for client in sample_cohort(devices, forward.cohort, seed=cohort_seed, round=step):
+            draws = derive_seed(server.seed, step, client, "score")
+            tasks.append(ClientTask(step, "score", client, draws, spec, {}, sub_model, hparams))
         return tasks
 
     def slope_tasks(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round, whole, hparams = state.round + 1, _held(state), asked.to_hparams()
         if download == "scalars":
-            hparams |= missed_rounds.replaying(rule, run_seed, state.round)
+            hparams |= missed_rounds.replaying(rule, seed, state.round)
         sub_model = SubModel(
             masks=state.masks,
             frozen=frozenset(spec.tensor_shapes.keys() - exact if exact else ()),
             mask_seed=state.mask_seed,
         )
-        shared_seed, tasks = round_seed(run_seed, round), []
-        for client in sample_cohort(devices, cohort, seed=server.seed, round=round):
-            own = shared_seed if shared_directions else own_seed(run_seed, round, client)
+        shared_seed, tasks = round_seed(seed, round), []
+        for client in forward.clients(server, devices, round):
+            own = shared_seed if shared_directions else own_seed(seed, round, client)
             given = {**hparams, "direction_seed": own}
-            seed = derive_seed(server.seed, round, client, "train")
-            task = ClientTask(round, "train", client, seed, spec, whole.params, sub_model, given)
+            draws = derive_seed(server.seed, round, client, "train")
+            task = ClientTask(round, "train", client, draws, spec, whole.params, sub_model, given)
             if download == "scalars":
                 at = state.held.get(str(client))
                 task = missed_rounds.from_what_it_keeps(task, whole, state.log, at, state.round)
@@ -282,8 +255,8 @@ def ntk_zo(
         return replace(_pruned(state, masks, mask_seed, rescale), choosing={}, prune_step=step)
 
     def after_slopes(state: State, updates: Iterable[ClientUpdate]) -> State:
-        round, space = state.round + 1, Space(moved, state.masks, kind)
-        folded = SlopeFold(state.params, run_seed, round, space, shared=shared_directions)
+        round, space = state.round + 1, Space(moved, state.masks, asked.kind)
+        folded = SlopeFold(state.params, seed, round, space, shared=shared_directions)
         held = dict(state.held)
         for update in updates:
             if missed_rounds.has_lost(update):
@@ -295,9 +268,9 @@ def ntk_zo(
         if slopes is None and held.keys() != state.held.keys():
             return replace(state, held=held)  # all have lost their model: asked again
         if slopes is None:  # nobody answered: the round is over
-            entry, after = Entry(round, 0.0, np.zeros(directions, np.float32)), before
+            entry, after = Entry(round, 0.0, np.zeros(asked.directions, np.float32)), before
         else:
-            rate = learning_rate(lr, state.round, lr_half_life_rounds)
+            rate = forward.rate(state.round)
             if lr_by_density:
                 rate /= density_of(state.masks) ** 0.5
             entry = Entry(round, float(np.float32(rate)), slopes)
