@@ -126,3 +126,17 @@ def test_the_last_block_fits_where_there_is_as_much_memory_as_is_priced(masks):
     answer(ordered, params(), data, LimitedEngine(native, said, emulated=True))
     with pytest.raises(TooLarge):
         answer(ordered, params(), data, LimitedEngine(native, said * 9 // 10, emulated=True))
+
+
+def test_directions_are_of_what_is_not_frozen():
+    frozen = frozenset({"conv.weight", "fc1.bias"})
+    plain = task(ASKED)
+    held = replace(plain, sub_model=SubModel(frozen=frozen))
+    session = ENGINE.open_forward(SPEC, params(), SubModel(frozen=frozen), batch_size=8)
+    ((x, y),) = client_data()[0].draw(steps=1, batch_size=8, seed=7)
+    by_hand = directional_derivatives(session, x, y, ASKED.probe, seed=5, at_once=8)
+    found, other = (
+        answer(one, params(), client_data()[0], ENGINE).statistics["c"].tensors["c"]
+        for one in (held, plain)
+    )
+    assert same(found, by_hand.astype(np.float32)) and not same(found, other)

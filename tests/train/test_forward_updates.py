@@ -22,6 +22,7 @@ from fedlean.train.forward_updates import (
     averaged,
     estimate,
     log_arrays,
+    only_where,
     read_log,
     replay,
     round_seed,
@@ -173,3 +174,18 @@ def test_a_rule_names_what_is_wrong():
         Rule("sgd")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 0.9999\]"):
         Rule("momentum", 1.0)
+
+
+def test_what_did_not_move_keeps_value_and_moments():
+    """The second of three coordinates; a tensor without an entry is the later one."""
+    before = Held({"w": np.float32([1, 2, 3]), "b": np.float32([4])}, {}, 6)
+    moments = {"velocity": {"w": np.float32([7, 8, 9]), "b": np.float32([5])}}
+    after = Held({"w": np.float32([-1, -2, -3]), "b": np.float32([-4])}, moments, 7)
+    moved = {"w": np.array([True, False, True])}
+    mixed = only_where(before, after, moved)
+    assert mixed.params["w"].tolist() == [-1, 2, -3] and mixed.params["b"].tolist() == [-4]
+    assert mixed.moments["velocity"]["w"].tolist() == [7, 0, 9] and mixed.steps == 7
+    again = only_where(mixed, after, moved)
+    assert again.moments["velocity"]["w"].tolist() == [7, 0, 9]
+    assert only_where(before, after, {"w": np.ones(3, bool)}).params["w"] is after.params["w"]
+    assert all(values.dtype == np.float32 for values in mixed.moments["velocity"].values())

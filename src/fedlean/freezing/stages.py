@@ -91,6 +91,15 @@ def settled(before: Params, merge: Fold) -> dict[str, np.ndarray]:
     return merged
 
 
+def check_rounds(count: int, rounds: int) -> None:
+    """Raises ValueError with the remedy where `count` stages have not a round each."""
+    if rounds < count:
+        raise ValueError(
+            f"{count} stages need {count} rounds or more, got {rounds}: take more rounds, or "
+            "divide the model into fewer parts with ends"
+        )
+
+
 def deadline(number: int, count: int, rounds: int) -> int:
     """The round after which stage `number` (from 0) of `count` ends at the latest.
 

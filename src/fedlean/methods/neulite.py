@@ -54,7 +54,14 @@ from fedlean.freezing.beginning import frozen_beginning, split_alone
 from fedlean.freezing.client import open_stage, stage_update, stage_work
 from fedlean.freezing.eligible import Eligibility
 from fedlean.freezing.foresight import Foresight
-from fedlean.freezing.stages import Stage, merge_stage, module_params, stage, stage_model
+from fedlean.freezing.stages import (
+    Stage,
+    check_rounds,
+    merge_stage,
+    module_params,
+    stage,
+    stage_model,
+)
 from fedlean.freezing.staging import Staging, stage_tasks
 from fedlean.freezing.tail import tail
 from fedlean.layers import Flatten, GlobalAvgPool, Layer, Linear, ReLU
@@ -179,11 +186,7 @@ def neulite(
         )
         for number in range(len(own))
     )
-    if server.rounds < len(found):
-        raise ValueError(
-            f"{len(found)} stages need {len(found)} rounds or more, got {server.rounds}: take more "
-            "rounds, or divide the model into fewer parts with ends"
-        )
+    check_rounds(len(found), server.rounds)
     if staging.beginning != "together":
         for one in found:
             if frozen_beginning(one.stage.spec, one.stage.frozen):

@@ -64,7 +64,7 @@ from fedlean.pruning.foresight import Criterion, Scoring, foresight_masks, shuff
 from fedlean.pruning.global_top import count_at
 from fedlean.pruning.ntk_pruning import prune_step
 from fedlean.pruning.rescale import rescale_kept
-from fedlean.train import forward_round, missed_rounds
+from fedlean.train import forward_round, forward_training, missed_rounds
 from fedlean.train.cohort import sample_cohort
 from fedlean.train.forward_round import LastBlock
 from fedlean.train.forward_training import ForwardTraining, run_seed
@@ -299,9 +299,7 @@ def ntk_zo(
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
-    found = {}
-    if settings["optimizer"] != "momentum":
-        found["momentum"] = f"optimizer is {settings['optimizer']!r}"
+    found = forward_training.unused(settings)
     scoring = ("prune_steps", "prune_draws", "prune_examples", "epsilon", "keep_units")
     choosing = ("criterion", "scores", "inputs", *scoring)
     if settings["density"] == 1:

@@ -52,7 +52,14 @@ from fedlean.freezing.client import open_stage, stage_update, stage_work
 from fedlean.freezing.eligible import Eligibility, without_values
 from fedlean.freezing.foresight import Foresight
 from fedlean.freezing.rules import RuleState, never, scalars, slope_of_movement
-from fedlean.freezing.stages import Stage, deadline, merge_stage, module_params, stage_model
+from fedlean.freezing.stages import (
+    Stage,
+    check_rounds,
+    deadline,
+    merge_stage,
+    module_params,
+    stage_model,
+)
 from fedlean.freezing.staging import Staging, stage_tasks
 from fedlean.spec import ModelSpec
 from fedlean.train.cohort import devices_of
@@ -134,11 +141,7 @@ def smartfreeze(
         selection.check_louvain()
     spec = server.spec
     stages = staging.stages(spec) if schedule else (_whole(spec),)
-    if server.rounds < len(stages):
-        raise ValueError(
-            f"{len(stages)} stages need {len(stages)} rounds or more, got {server.rounds}: take "
-            "more rounds, or divide the model into fewer parts with ends"
-        )
+    check_rounds(len(stages), server.rounds)
 
     def held(one: Stage, params: Params, masks: Masks) -> np.ndarray:
         """The scalars whose movement is measured; nobody looks at them without `pace`."""

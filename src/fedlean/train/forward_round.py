@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil, prod
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from fedlean.core import (
     Batches,
     ClientTask,
@@ -23,7 +25,7 @@ from fedlean.core import (
     Work,
 )
 from fedlean.engine.directions import Kind
-from fedlean.engine.protocol import Engine, Loss
+from fedlean.engine.protocol import Engine, ForwardSession, Loss
 from fedlean.spec import ModelSpec
 from fedlean.train.hyperparameters import at_least, in_range, one_of
 from fedlean.train.last_block import exact_gradient, last_block
@@ -75,6 +77,11 @@ class ForwardRound:
         """Tensors whose gradient is exact; the slopes are those of all others."""
         return last_block(spec) if self.last_block == "backprop" else ()
 
+    def work(self, kept: Mapping[str, int] | None = None) -> Work:
+        """The evaluations of a round on whatever model; `kept` as of `Work`."""
+        examples = self.batch_size * self.probe.evaluations
+        return Work(0, self.at_once, forward_examples=examples, kept=kept or {})
+
     def to_hparams(self) -> dict[str, Scalar]:
         return asdict(self)
 
@@ -99,8 +106,7 @@ def forms(task: ClientTask) -> dict[str, StatisticForm]:
 def work(task: ClientTask) -> tuple[Work, ...]:
     """The evaluations, after forward and backward through the last block where asked for."""
     asked, kept = ForwardRound.from_hparams(task.hparams), kept_counts(task.sub_model.masks)
-    forward = asked.batch_size * asked.probe.evaluations
-    along = Work(0, asked.at_once, forward_examples=forward, kept=kept)
+    along = asked.work(kept)
     names = asked.exact(task.spec)
     if not names:
         return (along,)
@@ -116,9 +122,13 @@ def work(task: ClientTask) -> tuple[Work, ...]:
 
 
 def answer(task: ClientTask, params: Params, batches: Batches, engine: Engine) -> ClientUpdate:
-    """Eq. (1) of `methods.ntk_zo` at `params`, on one batch, in parts that fit in memory."""
+    """Eq. (1) of `methods.ntk_zo` at `params`, on one batch, in parts that fit in memory.
+
+    The directions are of what the task does not freeze; where an exact gradient goes up, of all
+    other tensors.
+    """
     asked, spec = ForwardRound.from_hparams(task.hparams), task.spec
-    ((x, y),) = batches.draw(steps=1, batch_size=asked.batch_size, seed=task.seed)
+    x, y = drawn(task, batches)
     sent = {}
     if exact := asked.exact(spec):
         gradient = exact_gradient(
@@ -136,14 +146,27 @@ def answer(task: ClientTask, params: Params, batches: Batches, engine: Engine) -
     session = engine.open_forward(
         spec,
         params,
-        SubModel(masks=task.sub_model.masks, frozen=frozenset(exact)),
+        SubModel(masks=task.sub_model.masks, frozen=frozenset(exact) or task.sub_model.frozen),
         batch_size=asked.at_once,
         loss=asked.loss,
     )
-    slopes = directional_derivatives(
-        session, x, y, asked.probe, seed=int(task.hparams["direction_seed"]), at_once=asked.at_once
-    )
-    sent[SLOPES] = Statistic({SLOPES: rounded(slopes, asked.scalars)}, "mean")
+    sent[SLOPES] = slopes(session, task, x, y)
     return ClientUpdate(
         task.client, batches.num_examples, {}, task.sub_model, sent, work=work(task)
     )
+
+
+def drawn(task: ClientTask, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+    """The one batch of the task: x (B, *input_shape), y (B,)."""
+    size = int(task.hparams["batch_size"])
+    ((x, y),) = batches.draw(steps=1, batch_size=size, seed=task.seed)
+    return x, y
+
+
+def slopes(session: ForwardSession, task: ClientTask, x: np.ndarray, y: np.ndarray) -> Statistic:
+    """Those that the task asks for, of the loss on x, y, as they go up."""
+    asked = ForwardRound.from_hparams(task.hparams)
+    found = directional_derivatives(
+        session, x, y, asked.probe, seed=int(task.hparams["direction_seed"]), at_once=asked.at_once
+    )
+    return Statistic({SLOPES: rounded(found, asked.scalars)}, "mean")

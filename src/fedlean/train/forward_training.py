@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedlean.algorithm import Device, Server
 from fedlean.core import derive_seed
@@ -86,3 +87,9 @@ class ForwardTraining:
 def run_seed(server: Server) -> int:
     """From which the directions of all rounds follow."""
     return derive_seed(server.seed, 0, 0, "zeroth order")
+
+
+def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Of these settings, those without effect beside the others, and why."""
+    optimizer = settings["optimizer"]
+    return {} if optimizer == "momentum" else {"momentum": f"optimizer is {optimizer!r}"}

@@ -137,6 +137,28 @@ def advance(held: Held, gradient: Params, rule: Rule, lr: float, scalars: np.nda
     return Held(params, moments, steps)
 
 
+def only_where(before: Held, after: Held, moved: Masks) -> Held:
+    """`after` at the coordinates that are True in `moved`, and `before` bit for bit elsewhere.
+
+    So with the moments, which are 0 where `before` has none.  Both are dense; a tensor without an
+    entry in `moved` is that of `after`.
+    """
+
+    def mixed(old: Params, new: Params) -> dict[str, np.ndarray]:
+        return {
+            name: np.where(moved[name], value, old.get(name, np.float32(0)))
+            if name in moved and not moved[name].all()
+            else value
+            for name, value in new.items()
+        }
+
+    moments = {
+        group: mixed(before.moments.get(group, {}), tensors)
+        for group, tensors in after.moments.items()
+    }
+    return Held(mixed(before.params, after.params), moments, after.steps)
+
+
 def groups(rule: Rule) -> tuple[str, ...]:
     """What the optimiser holds of each trained tensor, besides its value."""
     return {"adam": ("first", "second"), "momentum": ("velocity",)}.get(rule.optimizer, ())
