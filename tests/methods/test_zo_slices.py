@@ -13,6 +13,7 @@ from federation import (
     SEED,
     SPEC,
     client_data,
+    dataset,
     devices,
     first_model,
     params,
@@ -30,10 +31,12 @@ from fedlean.methods.heterofl import heterofl
 from fedlean.methods.ntk_zo import ntk_zo
 from fedlean.methods.zo_slices import client_update, unused, zo_slices
 from fedlean.models.initialise import init_params
+from fedlean.models.resnet import resnet8
 from fedlean.runtime.checks import Expected, refusal
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.method import complete
 from fedlean.spec import sequential
+from fedlean.submodels.static_norm import calibrate
 from fedlean.submodels.width import width
 from fedlean.train.forward_round import forms
 from fedlean.train.forward_updates import round_seed
@@ -42,7 +45,7 @@ from fedlean.train.forward_updates import round_seed
 TRAIN = {"directions": 6, "sigma": 0.02, "optimizer": "momentum", "lr": 0.01, "batch_size": 8}
 CASE = Case(
     method=zo_slices,
-    settings={**TRAIN, "cohort": 3, "assign": "fixed"},
+    settings={**TRAIN, "cohort": 3, "assign": "fixed", "widths": "1 0.75"},
     knob={"widths": "1 0.5"},
     neutral="every step is along slopes in random directions: no setting takes FedAvg's gradient",
     why_no_masks="slices are dense",
@@ -252,6 +255,20 @@ def test_a_round_without_answers_changes_nothing():
 def test_bad_settings_are_named(setting, said):
     with pytest.raises(ValueError, match=said):
         zo_slices(server(), **setting)
+
+
+def test_the_server_finds_the_statistics_of_norms():
+    spec = resnet8((1, 8, 8), 3, norm="batch")
+    inputs = [(dataset(7).x_test[:20] / np.float32(255), np.zeros(20))]
+    there = replace(server(), spec=spec, inputs=lambda: iter(inputs))
+    with pytest.raises(ValueError, match="is a BatchNorm, whose running statistics differ"):
+        zo_slices(there, **TRAIN)
+    algorithm = zo_slices(there, **TRAIN, assign="fixed", static_norm=True)
+    state = algorithm.init(Model(spec, init_params(spec, SEED)))
+    after = algorithm.server_update(state, answered(algorithm, state))
+    for name, value in calibrate(spec, after.params, inputs, ENGINE).items():
+        np.testing.assert_allclose(after.params[name], value, rtol=1e-4, atol=1e-6)
+    assert not same(after.params["stem_norm.running_mean"], state.params["stem_norm.running_mean"])
 
 
 def test_a_model_with_masks_is_refused():

@@ -24,16 +24,16 @@ the plan of its forward passes.
 **Deviations.**  Nobody has published this combination: (3), and one optimiser for the whole model,
 are ours.  A coordinate that nobody held keeps its value and its moments bit for bit.  Widths draw
 directions of their own.  The slice's values go down in every round, and no client replays what it
-missed.  HeteroFL's scaler is for training mode; a forward pass is an evaluation, which has none.
-BatchNorm has the running statistics that the run begins with, which no forward pass moves, so that
-all widths agree in them.  What is ours of the training is in `methods.ntk_zo`.
+missed.  HeteroFL's scaler is for training mode; a forward pass is an evaluation, which has none,
+and in which BatchNorm takes its running statistics: those that the server finds with `static_norm`.
+What is ours of the training is in `methods.ntk_zo`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -52,14 +52,15 @@ from fedlean.core import (
 from fedlean.engine.protocol import Engine
 from fedlean.submodels.cut import whole
 from fedlean.submodels.cut_round import Given, cut_tasks
-from fedlean.submodels.levels import Assign, assigned, levels, rates_from
+from fedlean.submodels.levels import levels, rates_from
+from fedlean.submodels.sliced import Slices, without_effect
+from fedlean.submodels.static_norm import calibrated
 from fedlean.submodels.width import width
 from fedlean.train import forward_round, forward_training
 from fedlean.train.cohort import devices_of
 from fedlean.train.forward_round import SLOPES
 from fedlean.train.forward_training import ForwardTraining, run_seed
 from fedlean.train.forward_updates import Held, Space, advance, estimate, only_where, round_seed
-from fedlean.train.hyperparameters import one_of
 from fedlean.train.local_sgd import with_settings
 from fedlean.train.start import dense_params
 from fedlean.tree import Fold
@@ -79,55 +80,37 @@ class State:
     masks: Masks = field(default_factory=dict)  # always empty
 
 
-@with_settings(ForwardTraining)
-def zo_slices(
-    server: Server,
-    forward: ForwardTraining,
-    *,
-    widths: str = "1 0.5 0.25",
-    assign: Assign = "memory",
-) -> FederatedAlgorithm:
+@with_settings(ForwardTraining, Slices)
+def zo_slices(server: Server, forward: ForwardTraining, slices: Slices) -> FederatedAlgorithm:
     """Zeroth-order training of slices of one model.
 
     Args:
       forward: training by forward passes, whose settings are this method's as well.
-      widths: shares of every layer's channels, from the largest to the smallest.
-      assign: which slice a device gets.  "memory": the largest whose forward passes it can hold,
-        the first where its memory is not known.  "fixed": client i, level i modulo their number.
-        "drawn": any level, anew each round.
+      slices: the same; the memory that decides is that of the slice's forward passes.
 
     Raises ValueError naming the hyper-parameter that is out of range, or the layer that cannot be
     sliced.
     """
-    one_of("assign", assign, get_args(Assign))
-    spec, rates, asked, seed = server.spec, rates_from(widths), forward.asked, run_seed(server)
+    spec, rates, asked = server.spec, rates_from(slices.widths), forward.asked
     cuts = [whole(spec) if rate == 1 else width(spec, rate) for rate in rates]
-    choice = levels(
-        [(str(rate), cut, asked.work()) for rate, cut in zip(rates, cuts, strict=True)],
-        server.profile,
-    )
+    named = zip(map(str, rates), cuts, strict=True)
+    choice = levels([(name, cut, [asked.work()]) for name, cut in named], server.profile)
+    seed = run_seed(server)
 
     def init(model: Model) -> State:
         return State(0, "train", dense_params(model))
 
+    def given(device: Device, round: int) -> Given:
+        at = choice.given(slices.assign, device, seed=server.seed, round=round)
+        own = {"width": choice.names[at], "direction_seed": round_seed(seed, round, at)}
+        return Given(device.id, choice.cuts[at], own)
+
     def configure(state: State, devices: Sequence[Device]) -> list[ClientTask]:
         round = state.round + 1
-
-        def given(device: Device) -> Given:
-            at = assigned(
-                assign,
-                choice.needs,
-                device,
-                profile=server.profile,
-                seed=server.seed,
-                round=round,
-            )
-            own = {"width": choice.names[at], "direction_seed": round_seed(seed, round, at)}
-            return Given(device.id, choice.cuts[at], own)
-
+        cohort = devices_of(devices, forward.clients(server, devices, round))
         return cut_tasks(
             server,
-            map(given, devices_of(devices, forward.clients(server, devices, round))),
+            [given(device, round) for device in cohort],
             round=round,
             phase=state.phase,
             model=Model(spec, state.params),
@@ -152,9 +135,8 @@ def zo_slices(
         rate = forward.rate(state.round)
         after = advance(before, gradient, forward.rule, rate, np.concatenate(slopes))
         after = only_where(before, after, merged.sent(ESTIMATE))
-        return replace(
-            state, round=round, params=after.params, moments=after.moments, steps=after.steps
-        )
+        params = calibrated(server, slices.static_norm, merged, after.params)
+        return replace(state, round=round, params=params, moments=after.moments, steps=after.steps)
 
     def done(state: State) -> bool:
         return state.round >= server.rounds
@@ -184,10 +166,7 @@ def _estimated(at: int, examples: int, gradient: Params) -> ClientUpdate:
 
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
-    out = forward_training.unused(settings)
-    if len(rates_from(settings["widths"])) == 1:
-        out["assign"] = "widths names one width"
-    return out
+    return forward_training.unused(settings) | without_effect(settings)
 
 
 def client_update(
