@@ -320,7 +320,10 @@ def test_values_travel_at_the_density_of_the_slice():
         ({"assign": "luck"}, "assign must be one of memory, fixed, drawn"),
         ({"widths": "0.5 1"}, "widths must be numbers"),
         ({"initial_density": 1e-4}, "initial_density: .* choose at least"),
-        ({"size_limit": 0.1}, "initial_density=0.2 keeps 168 weights, but .* allows 84"),
+        (
+            {"size_limit": 0.1, "initial_density": 0.2},
+            "initial_density=0.2 is above what the size limit .* 0.1",
+        ),
         ({"reconfigure_every": -1}, "reconfigure_every"),
         ({"size_target": 0.1, "initial": "all"}, "size_target needs a size_limit"),
     ],

@@ -106,6 +106,22 @@ def test_initial_pruning_may_be_for_a_larger_device():
     assert any("importance_budget_bytes sums them in pieces" in line for line in said)
 
 
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_masks_of_a_criterion_get_as_small_as_they_must(density):
+    """The size limit that is found bounds the first masks, too; more does not fit."""
+    settings = {"initial": "synflow", "initial_density": density, "importance_budget_bytes": 10_000}
+    one = method(130_000, "prunefl", MLP, settings=settings)
+    assert one.fits and one.needs_bytes <= 130_000
+    assert one.knob is not None and one.knob.name == "size_limit"
+    found = one.knob.value
+    assert found is not None and 0.01 < found < 0.1
+    assert one.phases[0].model_share == pytest.approx(found, abs=0.01)
+    for limit, expected in ((1.1 * found, found), (0.9 * found, 0.9 * found)):
+        set_so = method(130_000, "prunefl", MLP, settings={**settings, "size_limit": limit})
+        assert set_so.knob is not None
+        assert set_so.knob.value == pytest.approx(expected, rel=0.03)
+
+
 def test_what_begins_with_full_masks_needs_them():
     dense = method(None, "fedavg", MLP).needs_bytes
     settings = {"initial_pruning": False, "reconfigure_every": 0}

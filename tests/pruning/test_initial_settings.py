@@ -179,10 +179,19 @@ def test_masks_that_a_run_starts_from_are_kept():
     assert same(dict(state.params), dict(params()))
 
 
+def test_without_a_density_the_limit_says_it():
+    for more, kept in (({}, 84), ({"size_limit": 0.3}, 252)):
+        algorithm = prunefl(server(), initial="synflow", reconfigure_every=2, **more)
+        after = algorithm.server_update(algorithm.init(first_model()), [])
+        assert num_kept(after.masks) == kept
+
+
 def test_a_limit_holds_from_the_first_round_on():
-    """D(r) = 0.3 -> 0.2 over 6 rounds: until the reconfiguration after round 2 D(2) is allowed."""
+    """D(r) = 0.3 -> 0.2 over 6 rounds: until the reconfiguration after round 2 D(2) = 0.267."""
     limits = {"size_limit": 0.3, "size_target": 0.2, "reconfigure_every": 2}
-    with pytest.raises(ValueError, match=r"initial_density=0.3 keeps 252 .* allows 224 until"):
+    with pytest.raises(
+        ValueError, match=r"initial_density=0.3 is above what the size limit .* 0.26"
+    ):
         prunefl(server(), **SMALL, initial="snip", **limits)
     settings = {**SMALL, "initial_density": 0.26}
     state, seen = logged(prunefl(server(), **settings, initial="snip", **limits))

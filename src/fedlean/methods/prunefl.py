@@ -69,9 +69,10 @@ from fedlean.pruning import connection_sensitivity, importance_round
 from fedlean.pruning.connection_sensitivity import GRADIENT, sensitive
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.further_pruning import FurtherPruning, Reconfigurations, unused_further
+from fedlean.pruning.global_top import count_at
 from fedlean.pruning.initial_client import first_that_fits
 from fedlean.pruning.initial_pruning import alone, chosen, most_work, prune_alone
-from fedlean.pruning.initial_settings import InitialPruning, unused_initial
+from fedlean.pruning.initial_settings import InitialPruning, unused_initial, walked_density
 from fedlean.train.cohort import cohort_tasks
 from fedlean.train.hyperparameters import at_least
 from fedlean.train.local_sgd import LocalSGD, with_settings
@@ -123,7 +124,7 @@ def prunefl(
     at_least("importance_budget_bytes", importance_budget_bytes, 0)
     spec = server.spec
     moves = Reconfigurations(server, sgd, further, importance_budget_bytes)
-    first_count = initial.count(server, moves.size.kept(0)) if initial.by_criterion else 0
+    first_density = initial.density(server, moves.size.density(0))
 
     def init(model: Model) -> State:
         if model.masks:  # initial pruning is what somebody else has done
@@ -153,7 +154,7 @@ def prunefl(
             return [initial_task(state, devices)]
         round, model = state.round + 1, Model(spec, state.params)
         if state.phase == "score":
-            round, most = 0, ceil(further.importance_multiple * first_count)
+            round, most = 0, ceil(further.importance_multiple * count_at(first_density, spec))
             hparams = connection_sensitivity.orders(
                 sgd, initial.initial_batches, most, further.importance_dtype
             )
@@ -169,13 +170,14 @@ def prunefl(
         if state.phase == "initial":
             return _after_initial(state, updates)
         if state.phase == "prune":
-            return begun(state, initial.masks(server, state.params))
+            return begun(state, initial.masks(server, state.params, first_density))
         merged = fold(state.params, updates, variances=spec.variances)  # w = Σ p_n w_n
         if state.phase == "score":
             gradient = merged.statistic(GRADIENT)  # Σ p_n g_n
             if not gradient:
                 return state
-            return begun(state, sensitive(spec, gradient, state.params, first_count))
+            count = count_at(first_density, spec)
+            return begun(state, sensitive(spec, gradient, state.params, count))
         round = state.round + 1
         collected = moves.rounds.collected(round, state.importance, merged)
         state = replace(state, round=round, params=merged.params(), importance=collected)
@@ -236,9 +238,10 @@ def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
         bound=limit is None,
     )
     if settings["initial_pruning"] and settings["initial"] == "snip":
-        return [replace(train, settings={"reconfigure_every": every}, one_batch=True)]
+        short = {"reconfigure_every": every, "initial_density": walked_density(settings)}
+        return [replace(train, settings=short, one_batch=True)]
     if settings["initial_pruning"] and settings["initial"] != "client":
-        return [replace(train, density=settings["initial_density"])]
+        return [replace(train, density=walked_density(settings))]
     found = []
     if settings["initial_pruning"]:
         alone = {"initial_client": settings["initial_client"] or 0}  # whether it fits or not

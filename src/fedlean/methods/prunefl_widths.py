@@ -46,7 +46,7 @@ from fedlean.pruning import importance_round
 from fedlean.pruning.density import full_masks
 from fedlean.pruning.further_pruning import FurtherPruning, Reconfigurations, unused_further
 from fedlean.pruning.importance_round import IMPORTANCE
-from fedlean.pruning.initial_settings import InitialPruning
+from fedlean.pruning.initial_settings import InitialPruning, walked_density
 from fedlean.submodels.cut import whole
 from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
 from fedlean.submodels.levels import Assign, assigned, rates_from
@@ -82,7 +82,8 @@ def prunefl_widths(
     assign: Assign = "memory",
     scaler: bool = True,
     initial: Initial = "synflow",
-    initial_density: float = 0.2,
+    initial_density: float | None = None,
+    initial_rescale: bool = False,
 ) -> FederatedAlgorithm:
     """Adaptive pruning of one model whose slices by width are trained.
 
@@ -95,7 +96,9 @@ def prunefl_widths(
       scaler: a slice multiplies what its layers give by 1/width in training.
       initial: which weights the run begins with.  "all", or what the server keeps of the whole
         model by "synflow" or "ntk" (`pruning.foresight`).
-      initial_density: of those masks, of all prunable weights together.
+      initial_density: of those masks, of all prunable weights together; None: what the size limit
+        allows, 0.1 without one.
+      initial_rescale: what they keep grows by 1/√(the kept share of its layer).
 
     Raises ValueError naming the hyper-parameter that is out of range, or the layer that cannot be
     sliced.
@@ -113,10 +116,9 @@ def prunefl_widths(
         str(rate): whole(spec) if rate == 1 else width(spec, rate, scaler=scaler) for rate in rates
     }
     moves = Reconfigurations(server, sgd, further)
-    first = InitialPruning(initial != "all", _criterion(initial), initial_density)
+    first = InitialPruning(initial != "all", _criterion(initial), initial_density, initial_rescale)
     first.check(server)
-    if first.by_criterion:
-        first.count(server, moves.size.kept(0))
+    first_density = first.density(server, moves.size.density(0))
 
     def init(model: Model) -> State:
         if model.masks:
@@ -157,7 +159,7 @@ def prunefl_widths(
 
     def server_update(state: State, updates: Iterable[ClientUpdate]) -> State:
         if state.phase == "prune":
-            masks = first.masks(server, state.params)
+            masks = first.masks(server, state.params, first_density)
             return replace(
                 state, phase="train", params=first.pruned(state.params, masks), masks=masks
             )
@@ -193,7 +195,7 @@ def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     once = "nothing is pruned" if initial == "all" else "reconfigure_every is 0: no mask moves"
     found = unused_further(settings, once)
     if initial == "all":
-        found["initial_density"] = "initial is 'all'"
+        found |= dict.fromkeys(("initial_density", "initial_rescale"), "initial is 'all'")
     if len(rates) == 1:
         found["assign"] = "widths names one width"
     if rates == (1.0,):
@@ -208,15 +210,15 @@ def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
     """
     every, limit = min(settings["reconfigure_every"], 3), settings["size_limit"]
     until = every or 3
-    return [
-        Rehearsal(
-            {"initial": "all", "reconfigure_every": every},
-            rounds=until + 1,
-            until=until,
-            density=None if settings["initial"] == "all" else settings["initial_density"],
-            bound=bool(settings["reconfigure_every"]) and limit is None,
-        )
-    ]
+    train = Rehearsal(
+        {"initial": "all", "reconfigure_every": every},
+        rounds=until + 1,
+        until=until,
+        bound=bool(every) and limit is None,
+    )
+    if settings["initial"] != "all":
+        return [replace(train, density=walked_density(settings))]
+    return [train] if limit is None else [train, replace(train, density=limit)]
 
 
 def statistics(task: ClientTask) -> dict[str, StatisticForm]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 from fedlean.algorithm import Device
 from fedlean.core import Scalar
@@ -108,7 +109,7 @@ class _Planner:
         """A walk in which something is masked, and its density."""
         masked = any(work.kept for kind in walked.walk.kinds for work in kind.works)
         if masked or self.knob is None:
-            return walked, 1.0 if self.value is None else float(self.value)
+            return walked, _density(walked) if self.value is None else float(self.value)
         return self._walked({self.knob: BASE}), BASE
 
     def _largest(self, walked: Walked) -> tuple[float, Walked] | None:
@@ -163,6 +164,18 @@ class _Planner:
             bound=walked.bound,
             complete=walked.walk.complete,
         )
+
+
+def _density(walked: Walked) -> float:
+    """Of what was walked under masks: the kept share of the tensors that have one."""
+    shares = [1.0]
+    for kind in walked.walk.kinds:
+        shapes = kind.task.spec.param_shapes
+        for work in kind.works:
+            if work.kept:
+                whole = sum(prod(shapes[name]) for name in work.kept)
+                shares.append(sum(work.kept.values()) / whole)
+    return min(shares)
 
 
 def _all_clients(kinds: Sequence[Kind]) -> list[Kind]:

@@ -19,6 +19,7 @@ from fedlean.train.hyperparameters import at_least, in_range, one_of
 from fedlean.tree import apply_mask
 
 Initial = Literal["client", "snip", "synflow", "ntk"]
+DENSITY = 0.1  # that a criterion keeps where nothing says it
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class InitialPruning:
     initial: who says what is pruned.  "client": one client, which prunes alone (the paper).  OURS:
     "snip": the clients, by a gradient at the first model, as `pruning.connection_sensitivity` says.
     "synflow", "ntk": the server, without data, as `pruning.foresight` says.
-    initial_density: what a criterion keeps, of all prunable weights together; a client finds its
-    own size.
+    initial_density: what a criterion keeps, of all prunable weights together; None: what the size
+    limit allows, 0.1 without one.  A client finds its own size.
     initial_rescale: what it keeps grows by 1/√(the kept share of its layer).
     initial_client: the one that prunes alone (one that has examples of all classes: with few it
     keeps too little; None: the first that has the memory), in passes of `initial_batches` batches
@@ -45,7 +46,7 @@ class InitialPruning:
 
     initial_pruning: bool = True
     initial: Initial = "client"
-    initial_density: float = 0.1
+    initial_density: float | None = None
     initial_rescale: bool = False
     initial_client: int | None = None
     initial_batches: int = 5
@@ -58,7 +59,8 @@ class InitialPruning:
     def check(self, server: Server) -> None:
         """Raises ValueError naming the setting that is out of range."""
         one_of("initial", self.initial, get_args(Initial))
-        in_range("initial_density", self.initial_density, 0.0, 1.0, open_low=True)
+        if self.initial_density is not None:
+            in_range("initial_density", self.initial_density, 0.0, 1.0, open_low=True)
         if self.initial_client is not None:
             check_client("initial_client", self.initial_client, server)
         at_least("initial_batches", self.initial_batches, 1)
@@ -72,8 +74,6 @@ class InitialPruning:
                 f"initial_passes must be at most initial_max_passes ({self.initial_max_passes}), "
                 f"got {self.initial_passes}: nothing would be pruned"
             )
-        if self.by_criterion:
-            self.count(server)
 
     @property
     def by_criterion(self) -> bool:
@@ -87,31 +87,38 @@ class InitialPruning:
             return "train"
         return {"client": "initial", "snip": "score"}.get(self.initial, "prune")
 
-    def count(self, server: Server, limit: int | None = None) -> int:
-        """Weights that a criterion keeps.  Raises ValueError for none, or more than `limit`."""
+    def density(self, server: Server, limit: float | None) -> float:
+        """That a criterion keeps, 1 without one; limit: that of the first rounds, or None.
+
+        Raises ValueError where it is above the limit, or keeps no weight.
+        """
+        if not self.by_criterion:
+            return 1.0
+        density = self.initial_density
+        if density is None:
+            density = DENSITY if limit is None else limit
+        if limit is not None and density > limit:
+            raise ValueError(
+                f"initial_density={density:g} is above what the size limit allows until the first "
+                f"reconfiguration, {limit:g}: lower it, or raise size_limit"
+            )
         try:
-            count = count_at(self.initial_density, server.spec)
+            count_at(density, server.spec)
         except ValueError as error:
             raise ValueError(f"initial_density: {error}") from None
-        if limit is not None and count > limit:
-            raise ValueError(
-                f"initial_density={self.initial_density:g} keeps {count} weights, but the size "
-                f"limit allows {limit} until the first reconfiguration: lower initial_density, or "
-                "raise size_limit"
-            )
-        return count
+        return density
 
     def pruned(self, params: Params, masks: Masks) -> Params:
         """What the run begins with; params: dense."""
         return (rescale_kept if self.initial_rescale else apply_mask)(params, masks)
 
-    def masks(self, server: Server, params: Params) -> Masks:
+    def masks(self, server: Server, params: Params, density: float) -> Masks:
         """By the criterion that needs no client; params: dense."""
         criterion = "synflow" if self.initial == "synflow" else "ntk"
         seed = derive_seed(server.seed, 0, 0, "prune")
         scoring = Scoring(init=server.init)
         masks, _ = foresight_masks(
-            server.engine, server.spec, params, self.initial_density, criterion, scoring, seed
+            server.engine, server.spec, params, density, criterion, scoring, seed
         )
         return masks
 
@@ -125,6 +132,12 @@ class InitialPruning:
             "initial_max_passes": self.initial_max_passes,
             "initial_stable": self.initial_stable,
         }
+
+
+def walked_density(settings: Mapping[str, Any]) -> float:
+    """At which a rehearsal walks the masks of a criterion: the size limit may be what is sought."""
+    density, limit = settings["initial_density"], settings["size_limit"]
+    return min(one for one in (density or limit or DENSITY, limit) if one is not None)
 
 
 _ALONE = ("client", "examples", "passes", "importance_passes", "max_passes", "stable")

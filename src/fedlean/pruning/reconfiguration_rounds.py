@@ -111,13 +111,16 @@ class SizeLimit:
         if self.limit is None and self.target is not None:
             raise ValueError("size_target needs a size_limit to start from, got none")
 
-    def kept(self, round: int) -> int | None:
-        """Kept weights allowed from the end of `round` until the next reconfiguration."""
+    def density(self, round: int) -> float | None:
+        """That is allowed from the end of `round` until the next reconfiguration; None: any."""
         if self.limit is None:
             return None
         total = self.rounds.total
         target = self.limit if self.target is None else self.target
         until = min(total, round + (self.rounds.every or total))
-        ends = (density_limit(r, total, self.limit, target) for r in (round, until))
-        spec = self.rounds.spec
-        return max_kept(min(ends), spec.param_shapes, spec.prunable)
+        return min(density_limit(r, total, self.limit, target) for r in (round, until))
+
+    def kept(self, round: int) -> int | None:
+        """The same as kept weights."""
+        density, spec = self.density(round), self.rounds.spec
+        return None if density is None else max_kept(density, spec.param_shapes, spec.prunable)
