@@ -54,6 +54,13 @@ def test_anything_else_is_a_value_error_in_one_line(text, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_that_is_twice_among_very_many_is_found_at_once():
+    """One look at each, not at all for each: that would take hours."""
+    many = ",".join(f'"{number}": 0' for number in range(10**6))
+    with pytest.raises(ValueError, match="the key '999999' twice"):
+        parse_json(f'{{{many}, "999999": 0}}')
+
+
 def test_the_deepest_that_is_taken():
     assert parse_json(nested(MAX_DEPTH)) is not None
     assert parse_json(nested(500), max_depth=None) is not None

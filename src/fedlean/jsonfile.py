@@ -63,8 +63,8 @@ def parse_json(text: bytes | str, *, finite: bool = True, max_depth: int | None 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"an object has the key {twice!r:.60} twice")
     return found
 
