@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections import defaultdict
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,19 @@ SETTINGS = (
     Setting("mnist_by_writer", "lenet300", "natural", 50),
     Setting("cifar10", "honest_moves:resnet8_batch", "dirichlet:0.3", 10),
 )
-MORE = {"prunefl": {"reconfigure_every": 5}, "dpf": {}, "prunetrain": {"reconfigure_every": 5}}
+# Such that what a method does happens in so few rounds, and devices differ where they may.
+MORE: dict[str, dict[str, Any]] = {
+    "prunefl": {"reconfigure_every": 5},
+    "prunetrain": {"reconfigure_every": 5},
+    "allsmall": {"width": 0.5},
+    "heterofl": {"assign": "drawn", "lr": 0.05},  # at 0.1 the narrowest may diverge
+    "depthfl": {"assign": "fixed"},
+    "profl": {"map_rounds": 1},
+}
+OF_A_MODEL: dict[tuple[str, str], dict[str, Any]] = {  # what else a method is told of it
+    ("heterofl", "lenet5"): {"widths": "1 0.5"},  # its norms have groups
+    ("heterofl", "honest_moves:resnet8_batch"): {"static_norm": True},
+}
 ROUNDS = {"cifar10": 10}  # fewer: a network that takes its time
 
 
@@ -82,12 +95,13 @@ class Watch:
         self.refused += len(step.record.rejected)
         kinds = {kind for each in moved.values() for kind in each} - {MODEL, BUFFERS}
         known = moves if moves.suffice(phase, kinds) else moves.after(phase, moved)
-        for kind, most in known.bound(None, phase).most.items():
-            median = most / (FACTOR if kind in (MODEL, BUFFERS) else STATISTIC_FACTOR)
+        bound = known.bound(None, phase)
+        for kind, move in (pair for each in moved.values() for pair in each.items()):
             name = kind if kind in (MODEL, BUFFERS) else "statistics"
-            for each in moved.values():
-                if kind in each and each[kind].far > SMALL * each[kind].asked and median < 1e30:
-                    self.largest[name] = max(self.largest[name], each[kind].far / median)
+            factor = STATISTIC_FACTOR if name == "statistics" else FACTOR
+            limit = bound.limit(kind, move)
+            if move.far > SMALL * move.asked and limit < inf:
+                self.largest[name] = max(self.largest[name], factor * move.far / limit)
 
 
 def main() -> None:
@@ -113,7 +127,7 @@ def main() -> None:
             for method in sorted(available(), key=lambda name: (name == "fixed_mask", name)):
                 if options.only and method not in options.only:
                     continue
-                more: dict[str, Any] = dict(MORE.get(method, {}))
+                more = MORE.get(method, {}) | OF_A_MODEL.get((method, setting.model), {})
                 folder = Path(scratch) / f"{method}-{setting.dataset}"
                 from_run = str(source) if method == "fixed_mask" else ""
                 folder = source if method == "snip" else folder

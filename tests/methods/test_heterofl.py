@@ -233,6 +233,19 @@ def test_static_norm_gives_the_statistics_of_the_servers_inputs():
     assert not np.array_equal(merged["conv1.weight"], state.params["conv1.weight"])
 
 
+def test_static_norm_leaves_the_statistics_of_clients_as_they_were_sent():
+    """Those of narrow slices are on another scale, by which their clients would seem to be rogues;
+    weights train with the statistics of each batch all the same."""
+    algorithm = heterofl(norm_server(), assign="fixed", static_norm=True, **SGD_SETTINGS)
+    state = algorithm.init(Model(NORM, init_params(NORM, SEED)))
+    tasks = algorithm.configure(state, devices())
+    for task, update in zip(tasks, answered(algorithm, state), strict=True):
+        assert task.spec.buffer_shapes
+        sent = {name: update.params[name] for name in task.spec.buffer_shapes}
+        assert same(sent, {name: task.params[name] for name in sent})
+        assert not np.array_equal(update.params["conv1.weight"], task.params["conv1.weight"])
+
+
 def test_static_norm_leaves_a_round_without_answers_alone():
     algorithm = heterofl(norm_server(), static_norm=True, **SGD_SETTINGS)
     state = algorithm.init(Model(NORM, init_params(NORM, SEED)))

@@ -15,8 +15,10 @@ from fedlean.runtime.moves import (
     BUFFERS,
     FACTOR,
     KEPT,
+    KEPT_ALIKE,
     LEAST,
     MODEL,
+    MODELS,
     SMALL,
     STATISTIC_FACTOR,
     Bound,
@@ -55,7 +57,7 @@ def test_one_value_moved_by_3_and_another_by_4_are_a_move_of_5():
     for masks in ({}, MASKS):
         asked = task(masks)
         far = moved(answer(asked, **{"fc1.bias": bias}), asked)
-        assert far[MODEL].far == pytest.approx(5) and far[BUFFERS] == Move(0, 0)
+        assert far[MODEL].far == pytest.approx(5) and far[BUFFERS] == Move(0, 0, SPEC.hash)
         norm = sum(float(np.sum(np.square(value))) for value in asked.params.values()) ** 0.5
         assert far[MODEL].asked == pytest.approx(norm)
 
@@ -94,8 +96,8 @@ def test_running_statistics_are_apart():
     asked = task(spec=NORMED, values=values)
     update = answer(asked, **{"bn.running_var": np.full(4, 4, np.float32)})
     assert moved(update, asked) == {
-        MODEL: Move(0, 12**0.5),
-        BUFFERS: Move(6, 2),
+        MODEL: Move(0, 12**0.5, NORMED.hash),
+        BUFFERS: Move(6, 2, NORMED.hash),
     }  # 4 times 3, squared: 36
 
 
@@ -105,7 +107,7 @@ def test_values_whose_squares_are_beyond_float32():
     assert moved(update, asked)[MODEL].far == pytest.approx(12**0.5 * 1e38)
 
 
-NOTHING = {MODEL: Move(0), BUFFERS: Move(0)}
+NOTHING = {kind: Move(0, 0, SPEC.hash) for kind in (MODEL, BUFFERS)}
 
 
 def test_a_task_without_values_and_frozen_tensors_say_nothing():
@@ -175,7 +177,7 @@ def test_a_statistic_has_a_bound_of_its_own():
     }
     update = ClientUpdate(0, 40, {}, SubModel(), statistics)
     far = moved_of(update, task(), forms)
-    assert (far["slopes"], far["importance"]) == (Move(5), Move(7))  # of squares, the root
+    assert (far["slopes"].far, far["importance"].far) == (5, 7)  # of squares, the root
     moves = Moves().after("train", each(far, far, far))
     bound = moves.bound(None, "train")
     assert bound.most["slopes"] == STATISTIC_FACTOR * 5
@@ -229,3 +231,47 @@ def test_a_rogue_in_every_round_does_not_lift_the_bound():
         moves = moves.after("train", each(*[both(1.0)] * 4, both(1e17)))
     assert moves.bound(None, "train").most[MODEL] == FACTOR
     assert len(moves.last[MODEL]) == max(KEPT, 10)
+
+
+def of(spec_hash: str, far: float) -> Moved:
+    return {MODEL: Move(far, 0, spec_hash)}
+
+
+def test_who_trains_the_same_model_is_compared_with_each_other_where_that_allows_more():
+    """Most train wide slices, which move by 1, three a narrow one, which moves by 30."""
+    wide = {client: of("wide", 1.0) for client in range(7)}
+    moves = Moves().after("train", wide | {client: of("narrow", 30.0) for client in (7, 8, 9)})
+    bound = moves.bound(None, "train")
+    assert bound.exceeded(of("narrow", FACTOR * 30)) is None
+    reason = bound.exceeded(of("narrow", FACTOR * 30 + 1)) or ""
+    assert "more than 20 times the median of the clients, which is 30" in reason
+    for other in ("wide", "deep"):  # what is known of the narrow says nothing of these
+        assert bound.exceeded(of(other, FACTOR)) is None
+        assert bound.exceeded(of(other, FACTOR + 1)) is not None
+    assert moves.bound(None, "grow") == Bound()
+
+
+@pytest.mark.parametrize("narrow", [{8: 1e9, 9: 1e9}, {7: 0.0, 8: 0.0, 9: 0.0}])
+def test_two_who_train_the_same_or_such_as_do_not_move_lift_no_bound(narrow):
+    moves = Moves().after("train", {client: of("wide", 1.0) for client in range(6)})
+    moves = moves.after("train", {client: of("narrow", far) for client, far in narrow.items()})
+    assert moves.bound(None, "train").limit(MODEL, Move(1e9, 0, "narrow")) <= FACTOR
+
+
+def test_a_rogue_that_is_asked_more_often_does_not_outweigh_those_with_its_model():
+    moves = Moves().after("train", {1: of("narrow", 1.0), 2: of("narrow", 1.0)})
+    for _ in range(50):
+        moves = moves.after(
+            "train", {3: of("narrow", 1e9)} | {c: of("wide", 1.0) for c in (4, 5, 6)}
+        )
+    assert moves.bound(None, "train").limit(MODEL, Move(1e9, 0, "narrow")) == FACTOR
+
+
+def test_what_is_kept_of_moves_of_different_models_does_not_grow():
+    moves = Moves()
+    for number in range(10 * MODELS):
+        moves = moves.after("train", {number: of(f"spec {number % (2 * MODELS)}", 1.0)})
+    assert len(moves.alike) == MODELS
+    for number in range(10 * KEPT_ALIKE):
+        moves = moves.after("train", {number: of("one", 1.0)})
+    assert max(map(len, moves.alike.values())) == KEPT_ALIKE

@@ -29,10 +29,10 @@ from fedlean.engine.protocol import Engine
 from fedlean.submodels.choose import Stride, rolling
 from fedlean.submodels.cut import Cut
 from fedlean.submodels.levels import rates_from
-from fedlean.submodels.sliced import Slices, sliced, without_effect
+from fedlean.submodels.sliced import Slices, sliced, train_slice, without_effect
 from fedlean.submodels.width import width
 from fedlean.train.hyperparameters import one_of
-from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_settings
+from fedlean.train.local_sgd import LocalSGD, with_settings
 
 
 @with_settings(LocalSGD, Slices)
@@ -82,4 +82,4 @@ def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """w_n <- w - η·g for `local_steps` steps on the slice."""
-    return train_kept_weights(task, batches, engine), client_state
+    return train_slice(task, batches, engine), client_state

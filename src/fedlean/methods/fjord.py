@@ -57,7 +57,7 @@ from fedlean.narrowed import narrowed
 from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut, whole
 from fedlean.submodels.levels import rates_from
-from fedlean.submodels.sliced import Slices, sliced, without_effect
+from fedlean.submodels.sliced import Slices, sliced, without_effect, without_statistics
 from fedlean.submodels.width import width
 from fedlean.train.local_sgd import (
     LocalSGD,
@@ -149,7 +149,7 @@ def client_update(
         metrics={"train_loss": fsum(losses) / len(losses) if losses else 0.0},
         work=work(task),
     )
-    return update, client_state
+    return without_statistics(task, update), client_state
 
 
 def _dropped(task: ClientTask, engine: Engine, drawn: Any) -> tuple[Params, list[float]]:

@@ -38,11 +38,12 @@ from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
 from fedlean.submodels.distil import Distillation, distil
 from fedlean.submodels.levels import rates_from
 from fedlean.submodels.search import Search
+from fedlean.submodels.sliced import train_slice
 from fedlean.submodels.static_norm import calibrated, check_norms
 from fedlean.submodels.supernet import supernet
 from fedlean.train.cohort import devices_of
 from fedlean.train.hyperparameters import at_least, in_range
-from fedlean.train.local_sgd import LocalSGD, train_kept_weights, with_local_sgd
+from fedlean.train.local_sgd import LocalSGD, with_local_sgd
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 
@@ -192,4 +193,4 @@ def client_update(
     task: ClientTask, batches: Batches, engine: Engine, client_state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """w_n <- w - η·g for `local_steps` steps on the sub-network."""
-    return train_kept_weights(task, batches, engine), client_state
+    return train_slice(task, batches, engine), client_state

@@ -27,7 +27,10 @@ SMALL = 0.1
 LEAST = 3  # clients from which a median says something: of two, either may be the wrong one
 KEPT = 8  # of the last moves, at least; and those of the last KEPT_COHORTS cohorts
 KEPT_COHORTS = 2
+KEPT_ALIKE = 64  # of the last clients that trained the same model
+MODELS = 64  # of the last kinds of moves of different models
 MODEL, BUFFERS = "model", "running statistics"
+_OF = " of "
 MaxNorm = float | None  # the user's bound, 0: none; None: it follows from the cohort
 
 
@@ -36,6 +39,7 @@ class Move(NamedTuple):
 
     far: float
     asked: float = 0.0
+    spec_hash: str = ""  # of the model that it is of, where clients train different ones
 
 
 # MODEL: over the tensors that gradients move; BUFFERS: over running means and variances, which are
@@ -45,10 +49,21 @@ Moved = Mapping[str, Move]
 
 @dataclass(frozen=True)
 class Bound:
-    """Largest moves that are taken, by kind.  `given`: the user's, of all tensors together."""
+    """Largest moves that are taken, by kind.  `given`: the user's, of all tensors together.
+
+    of_alike: by kind and model, where clients that hold it set each other a bound.
+    """
 
     most: Mapping[str, float] = field(default_factory=dict)
     given: float = inf
+    of_alike: Mapping[str, float] = field(default_factory=dict)
+
+    def limit(self, kind: str, move: Move) -> float:
+        """What this move is held to: the bound of all, or of those with the same model if larger.
+
+        A slice moves as slices of its width do, and running statistics lie where they do.
+        """
+        return max(self.most.get(kind, inf), self.of_alike.get(_alike(kind, move), 0.0))
 
     def exceeded(self, moved: Moved) -> str | None:
         """Why a move is too large, if it is."""
@@ -56,7 +71,7 @@ class Bound:
         if far > self.given:
             return f"moved the model by {far:.3g}, the bound is {self.given:g}"
         for kind, move in moved.items():
-            most = self.most.get(kind, inf)
+            most = self.limit(kind, move)
             if move.far > max(most, SMALL * move.asked):
                 known = kind in (MODEL, BUFFERS)
                 what = f"moved the {kind} by" if known else f"sent the statistic {kind} of norm"
@@ -77,13 +92,18 @@ class Moves:
 
     phase: str = ""
     last: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    # The last move of each client that trained a model, by `_alike`, of at most MODELS of them.
+    alike: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
     def bound(self, max_norm: MaxNorm, phase: str) -> Bound:
         if max_norm is not None:
             return Bound(given=max_norm or inf)
         if phase != self.phase:
             return Bound()
-        return Bound({kind: _bound(kind, moves) for kind, moves in self.last.items()})
+        most = {kind: _bound(kind, moves) for kind, moves in self.last.items()}
+        of_alike = {key: _bound(key.rpartition(_OF)[0], moves) for key, moves in self.alike.items()}
+        # what says nothing lifts no bound
+        return Bound(most, of_alike={key: one for key, one in of_alike.items() if one < inf})
 
     def suffice(self, phase: str, statistics: Collection[str]) -> bool:
         """Whether they give a bound for updates of this phase with these statistics."""
@@ -97,7 +117,24 @@ class Moves:
         for kind in {kind for each in moved.values() for kind in each}:
             new = [(client, each[kind].far) for client, each in moved.items() if kind in each]
             last[kind] = (*last.get(kind, ()), *new)[-max(KEPT, KEPT_COHORTS * len(new)) :]
-        return Moves(phase, last)
+        return Moves(phase, last, self._alike_after(phase, moved))
+
+    def _alike_after(
+        self, phase: str, moved: Mapping[int, Moved]
+    ) -> dict[str, tuple[tuple[int, float], ...]]:
+        """One move a client, so that nobody outweighs the others by taking part more often."""
+        found = dict(self.alike) if phase == self.phase else {}
+        for client, moves in moved.items():
+            for kind, move in moves.items():
+                if move.spec_hash:
+                    key = _alike(kind, move)
+                    others = [one for one in found.pop(key, ()) if one[0] != client]
+                    found[key] = (*others, (client, move.far))[-KEPT_ALIKE:]
+        return dict([*found.items()][-MODELS:])
+
+
+def _alike(kind: str, move: Move) -> str:
+    return f"{kind}{_OF}{move.spec_hash}"
 
 
 def _clients(moves: Sequence[tuple[int, float]]) -> int:
@@ -131,10 +168,11 @@ def moved(update: ClientUpdate, task: ClientTask, forms: Mapping[str, StatisticF
         kind = MODEL if name in task.spec.param_shapes else BUFFERS
         far[kind] += square(sent - asked)
         asked_with[kind] += square(asked)
-    moves = {kind: Move(far[kind] ** 0.5, asked_with[kind] ** 0.5) for kind in far}
+    spec = task.spec.hash
+    moves = {kind: Move(far[kind] ** 0.5, asked_with[kind] ** 0.5, spec) for kind in far}
     for key, form in forms.items():
         norm = sum(square(values) for values in update.statistics[key].tensors.values()) ** 0.5
-        moves[key] = Move(norm**0.5 if form.non_negative else norm)
+        moves[key] = Move(norm**0.5 if form.non_negative else norm, spec_hash=spec)
     return moves
 
 

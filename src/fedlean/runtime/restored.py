@@ -120,7 +120,7 @@ def _moves(values: Mapping[str, Any]) -> Moves:
     moves = Moves(**values)
     if not isinstance(moves.phase, str):
         raise TypeError(f"the phase of its moves is {moves.phase!r:.40}")
-    for kind, last in moves.last.items():
+    for kind, last in (*moves.last.items(), *moves.alike.items()):
         for client, far in last:
             _count(f"a client of the moves of {kind!r:.40}", client)
             if not isinstance(far, float) or not 0 <= far < math.inf:

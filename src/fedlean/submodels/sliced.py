@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
-from fedlean.core import ClientTask, ClientUpdate, Masks, Model, Params, Scalar, Work
+from fedlean.core import Batches, ClientTask, ClientUpdate, Masks, Model, Params, Scalar, Work
+from fedlean.engine.protocol import Engine
 from fedlean.spec import ModelSpec
 from fedlean.submodels.cut import Cut, whole
 from fedlean.submodels.cut_round import Given, cut_tasks, fold_cuts
@@ -19,7 +20,7 @@ from fedlean.submodels.levels import Assign, levels, rates_from
 from fedlean.submodels.static_norm import calibrated, check_norms
 from fedlean.train.cohort import devices_of
 from fedlean.train.hyperparameters import one_of
-from fedlean.train.local_sgd import LocalSGD
+from fedlean.train.local_sgd import LocalSGD, train_kept_weights
 from fedlean.train.start import dense_params
 from fedlean.train.work import only_sgd
 
@@ -124,6 +125,19 @@ def sliced(
         return state.round >= server.rounds
 
     return FederatedAlgorithm(init, configure, client_update, server_update, done, work=work)
+
+
+def train_slice(task: ClientTask, batches: Batches, engine: Engine) -> ClientUpdate:
+    """w_n <- w - η·g for `local_steps` steps on the slice."""
+    return without_statistics(task, train_kept_weights(task, batches, engine))
+
+
+def without_statistics(task: ClientTask, update: ClientUpdate) -> ClientUpdate:
+    """Running statistics go back as they came: no mean of slices of several widths would be that
+    of the model, and the server finds its own (`static_norm`).
+    """
+    given = {name: task.params[name] for name in task.spec.buffer_shapes}
+    return replace(update, params={**update.params, **given})
 
 
 def without_effect(settings: Mapping[str, Any], *of_narrower: str) -> dict[str, str]:
