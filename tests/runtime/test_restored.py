@@ -144,8 +144,37 @@ def test_tensors_of_a_restored_state_are_read_only(tmp_path):
     tree = load_checkpoint(folder / "checkpoint")[0]
     assert any(value.flags.writeable for value in tree["state"]["extra"].values())
     spec = build_model("lenet300", (1, 8, 8), 10)
-    algorithm = profl(replace(server(6), spec=spec))
+    its_server = replace(server(6), spec=spec)
+    algorithm = profl(its_server)
     initial = algorithm.init(Model(spec, init_params(spec, 0)))
-    state = restored(folder, tree, initial, algorithm.model, spec).progress.state
+    state = restored(folder, tree, initial, algorithm, its_server).progress.state
     for group in (state.params, state.extra):
         assert group and not any(value.flags.writeable for value in group.values())
+
+
+OF_STAGES = [
+    (put("state", "over", value=True), "IndexError"),
+    (put("state", "stage", value=10**9), "IndexError"),
+    (put("state", "pace", value={}), "KeyError: 'moves'"),
+    (put("state", "pace", "last", value="x"), "UFuncTypeError"),
+    (put("state", "extra", value={"a": 1}), "'a' of extra is no array"),
+    (put("state", "extra", value={"a": np.array([np.nan], F32)}), "extra.a of its state is not"),
+]
+
+
+def test_what_only_the_method_reads_is_tried_out(tmp_path, capsys):
+    """A state that its method cannot go on from is found before a step, and not by a traceback."""
+    folder, pace = tmp_path / "run", ["window=2", "values=2", "patience=1"]
+    cli.main(["run", "smartfreeze", *QUICK, "--rounds=4", "--set", *pace, "--out", str(folder)])
+    whole = load_checkpoint(folder / "checkpoint")[0]
+    whole["state"]["round"] = 3
+    for change, said in OF_STAGES:
+        changed = copy.deepcopy(whole)
+        change(changed)
+        save_checkpoint(folder / "checkpoint", 1000, changed)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["resume", str(folder)])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1
+        assert "does not fit its run" in err and said in err

@@ -36,6 +36,12 @@ def fault(before: State, after: State) -> str | None:
     return None
 
 
+def not_finite(state: State) -> str | None:
+    """The first number or array of a state with a value that is not."""
+    values = ((field.name, getattr(state, field.name)) for field in fields(state))  # type: ignore[arg-type]
+    return next((name for key, value in values if (name := _not_finite(None, value, key))), None)
+
+
 def _not_finite(before: Any, after: Any, name: str) -> str | None:
     """The first number or array with such a value; what a step has not touched is as it was."""
     if after is before:

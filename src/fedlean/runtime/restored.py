@@ -7,23 +7,27 @@ somebody made up, fits neither the method nor the model, and is refused before a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlean.core import ClientState, Model
+from fedlean.algorithm import Device, FederatedAlgorithm, Server
+from fedlean.core import ClientState
 from fedlean.engine.checks import check_masks
 from fedlean.models.initialise import check_params
 from fedlean.runtime.checkpoint import begin_anew
 from fedlean.runtime.clientstore import FROZEN, ClientStore
+from fedlean.runtime.merged import not_finite
+from fedlean.runtime.method import model_of
 from fedlean.runtime.moves import Moves
 from fedlean.runtime.rounds import EMPTY_STEPS, REFUSED_STEPS, LoopState
 from fedlean.runtime.runlog import Totals
-from fedlean.spec import ModelSpec
 from fedlean.tree import read_only
+
+TRIED = 16  # devices for which a state is tried out
 
 
 class Restored(NamedTuple):
@@ -39,19 +43,16 @@ def restored(
     folder: Path,
     tree: Mapping[str, Any],
     initial: Any,
-    modelled: Callable[[Any], Model],
-    whole: ModelSpec,
+    algorithm: FederatedAlgorithm,
+    server: Server,
 ) -> Restored:
     """Of the checkpoint `tree` in `folder`; `initial` is a state of the run's method.
-
-    modelled: what of a state is evaluated and saved.  whole: the run's model, which a state holds
-    where only a stage of it is evaluated.
 
     Raises ValueError naming what of it does not fit the method or the model.
     """
     try:
         progress = LoopState(
-            _state(tree["state"], initial, modelled, whole),
+            _state(tree["state"], initial, algorithm, server),
             ClientStore(_store(tree["store"])),
             _count("step", tree["step"]),
             _below("empty_steps", tree["empty_steps"], EMPTY_STEPS),
@@ -63,7 +64,7 @@ def restored(
         return Restored(
             progress, totals, _count("log_bytes", tree["log_bytes"]), _clients(tree["clients"])
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"the checkpoint in {folder} does not fit its run: {type(error).__name__}: {error}; "
             f"{begin_anew(folder)}"
@@ -78,7 +79,7 @@ def recorded_round(tree: Mapping[str, Any] | None) -> int:
 
 
 def _state(
-    values: Mapping[str, Any], initial: Any, modelled: Callable[[Any], Model], whole: ModelSpec
+    values: Mapping[str, Any], initial: Any, algorithm: FederatedAlgorithm, server: Server
 ) -> Any:
     """A state of the method, with model and masks of the shapes of its spec."""
     for field in fields(initial):
@@ -89,11 +90,15 @@ def _state(
     _count("round", state.round)
     _arrays("params", state.params)
     _arrays("masks", state.masks)
-    model = modelled(state)
+    _arrays("extra", getattr(state, "extra", {}))
+    if name := not_finite(state):
+        raise ValueError(f"{name} of its state is not finite")
+    model = model_of(algorithm, server, state)
     check_params(model.spec, model.params)
     if model.params is not state.params:  # a part of the whole model, which the state has
-        check_params(whole, state.params)
-    check_masks(whole, state.masks)
+        check_params(server.spec, state.params)
+    check_masks(server.spec, state.masks)
+    _try_out(state, algorithm, server)
     return replace(state, **_tensors(state))
 
 
@@ -109,6 +114,17 @@ def _tensors(state: Any) -> dict[str, dict[str, np.ndarray]]:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray)
+
+
+def _try_out(state: Any, algorithm: FederatedAlgorithm, server: Server) -> None:
+    """What the server does with a state that nobody answers: what is odd in it is found at once."""
+    if algorithm.report is not None:
+        algorithm.report(state)
+    if algorithm.done(state):
+        return
+    devices = [Device(client) for client in range(min(TRIED, server.clients or 1))]
+    if algorithm.configure(state, devices):  # a step of the server's own may take long
+        algorithm.server_update(state, ())
 
 
 def _below(name: str, value: Any, limit: int) -> int:

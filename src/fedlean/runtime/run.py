@@ -190,7 +190,7 @@ def resume(
             progress, totals, log_bytes = LoopState(initial, ClientStore()), Totals(), 0
         else:
             progress, totals, log_bytes, clients = restored(
-                folder, tree, initial, partial(model_of, run.algorithm, run.server), run.server.spec
+                folder, tree, initial, run.algorithm, run.server
             )
             run.dispatch.restore(clients)
             round = progress.state.round
