@@ -273,11 +273,11 @@ def floats(spec: ModelSpec) -> int:
 
 
 def test_memory_is_that_of_the_largest_and_of_its_weights_outside():
-    """Once as they are held, and once as they are read out of a session."""
+    """As they are read out of a session; the answer itself counts for no method."""
     (task,) = tasks_of(fjord(server(), **SGD_SETTINGS), having(None))
     own = work(replace(task, hparams={**task.hparams, "local_steps": 64}))
     plain = peak_memory_bytes(SPEC, [Work(64, 8)])
-    assert peak_memory_bytes(SPEC, own) == plain + 4 * 2 * floats(SPEC)
+    assert peak_memory_bytes(SPEC, own) == plain + 4 * floats(SPEC)
 
 
 @pytest.mark.parametrize("distilled", [False, True])

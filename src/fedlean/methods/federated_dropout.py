@@ -3,13 +3,14 @@
 Caldas, Konečný, McMahan and Talwalkar, "Expanding the Reach of Federated Learning by Reducing
 Client Resource Requirements", 2018, arXiv 1812.07210, Section 3.  The server drops a fixed share of
 the units of each dense layer and of the filters of each convolution, and sends what is left, which
-is a smaller dense model; the answers are mapped back and averaged.
+is a smaller dense model; the answers are mapped back and averaged.  Here each client of a round has
+channels of its own.
 
-**Deviations.**  Each client of a round has channels of its own.  Means are weighted by examples and
-go over the clients that have an element; one that no client has keeps its value.  The paper drops
-the same share at all devices: here it follows from what the device has (`assign`), and one name in
-`widths` gives the paper's.  The scaler, which is dropout's 1/share, is HeteroFL's.  The paper's
-lossy compression of what travels is not there.  Norms as in `heterofl`.
+**Deviations.**  Means are weighted by examples and go over the clients that have an element; one
+that no client has keeps its value.  The paper drops the same share at all devices: here it follows
+from what the device has (`assign`), and one name in `widths` gives the paper's.  The scaler, which
+is dropout's 1/share, is HeteroFL's.  The paper's lossy compression of what travels is not there.
+Norms as in `heterofl`.
 """
 
 from __future__ import annotations

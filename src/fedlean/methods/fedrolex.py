@@ -3,18 +3,18 @@
 Alam, Liu, Yan and Zhang, "FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model
 Extraction", NeurIPS 2022, arXiv 2212.01548, Algorithm 1.  In round j a device of share β holds, of
 each layer's K channels, the ⌈βK⌉ from the (j mod K)-th on, beginning again at the first after the
-last; the server averages each element over the devices that hold it.
+last; the server averages each element over the devices that hold it.  Rounds are those that were
+completed, whoever took part.
 
 A weight is trained where both of its channels are in their windows.  Those of layers of one size
 move together, here and in the authors' code, so that channels further apart than the window never
 meet in it; a wider device, or `reshuffle`, brings them together.
 
 **Deviations.**  Means are weighted by examples; the authors' code counts devices.  An element that
-nobody held keeps its value.  The window of all devices begins at the same channel, and moves with
-the rounds that are completed, whoever took part.  The share follows from what the device has, where
-the paper gives it out by hand (`assign`).  `shift="window"` and `reshuffle` are ours: variants of
-them in the authors' code do not cover a layer evenly.  Norms and scaler as in `heterofl`; the
-masked cross-entropy for clients that lack classes is not there.
+nobody held keeps its value.  The share follows from what the device has, where the paper gives it
+out by hand (`assign`).  `shift="window"` and `reshuffle` are ours: variants of them in the authors'
+code do not cover a layer evenly.  Norms and scaler as in `heterofl`; the masked cross-entropy for
+clients that lack classes is not there.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ It sends w_pmax back, and the server averages each element over the devices that
 weights, the largest.  A width is trained as a model of its own, in a session of its own that is
 opened on the first channels of these weights and written back into them; steps of one width in a
 row share it.  So a step costs what its width does, which is what the log charges, short of opening
-sessions.  One is open at a time: memory is that of the largest width, and of the weights outside
-the engine.
+sessions.  One is open at a time.  Memory is that of the largest width, and what is read out of it
+beside the weights that go back; with self-distillation the weights once more.
 
 **Deviations.**  Means are weighted by examples.  An element that nobody held keeps its value.  A
 narrower width is rounded up within the slice that the device holds, so that it may have a channel
@@ -233,18 +233,17 @@ def _works(
     for share in shares:
         if not (steps := counts[share]):
             continue
-        largest = _floats(spec)
         own = _floats(narrowed(spec, share))
-        if not distilled:  # the weights, and what is read back into them
-            works.append(replace(plain, steps=steps, held_floats=largest + own, width=share))
+        if not distilled:  # beside the answer: what is read back into it
+            works.append(replace(plain, steps=steps, held_floats=own, width=share))
             continue
         one = replace(plain, steps=steps, taps=(output,))
         if share == 1:
-            works.append(replace(one, held_floats=2 * largest))
+            works.append(replace(one, held_floats=own))
             continue
         works += [  # of the narrower one its own weights before and after the step
-            replace(one, held_floats=2 * largest + own),
-            replace(one, held_floats=largest + 2 * own, width=share),
+            replace(one, held_floats=_floats(spec) + own),
+            replace(one, held_floats=2 * own, width=share),
         ]
     return tuple(works)
 
