@@ -48,6 +48,7 @@ CASES = {
     ),
     "online": ({}, {1: (0, True), 2: (0, False)}),
     "ntk_zo": ({"density": 1.0, "directions": 7}, {1: (0, True), 2: (0, False)}),
+    "zo_slices": ({"widths": "0.5", "directions": 7}, {1: (0, True), 2: (0, False)}),
 }
 # the same of methods whose clients send more numbers than a loss
 STAGED = {
@@ -59,9 +60,11 @@ STAGED = {
         {"freezing": "never", "map_rounds": 1},
         {1: (0, True), 2: (1, True), 3: (2, True), 4: (2, False), 5: (3, True), 6: (3, False)},
     ),
+    "zo_stages": ({"directions": 7}, {1: (0, True), 2: (0, False), 4: (1, True), 5: (1, False)}),
     # in turns: what is frozen has been trained since
     "neulite": ({}, {1: (0, True), 2: (1, True), 3: (0, False), 4: (1, False), 6: (1, False)}),
 }
+SEEDED = ("zo_slices", "zo_stages")  # each round names a seed of 18 or 19 digits
 DATA_DECIDE = {
     "snip": (1, 2),
     "ssfl": (1,),
@@ -94,7 +97,8 @@ def test_bytes_down_are_those_of_the_log(method):
     for step, (at, first) in {**CASES, **STAGED}[method][1].items():
         kind, record = walk.kinds[at], logged(method)[step]
         expected = kind.downlink_first_bytes if first else kind.downlink_bytes
-        assert record.cost.downlink_bytes == federation.CLIENTS * expected, (step, kind.phase)
+        off = abs(record.cost.downlink_bytes - federation.CLIENTS * expected)
+        assert off <= federation.CLIENTS * (method in SEEDED), (step, kind.phase)
 
 
 @pytest.mark.parametrize("method", CASES)

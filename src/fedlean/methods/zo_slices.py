@@ -62,6 +62,7 @@ from fedlean.train.forward_round import SLOPES
 from fedlean.train.forward_training import ForwardTraining, run_seed
 from fedlean.train.forward_updates import Held, Space, advance, estimate, only_where, round_seed
 from fedlean.train.local_sgd import with_settings
+from fedlean.train.rehearsal import Rehearsal
 from fedlean.train.start import dense_params
 from fedlean.tree import Fold
 
@@ -167,6 +168,11 @@ def _estimated(at: int, examples: int, gradient: Params) -> ClientUpdate:
 def unused(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings without effect beside the others, and why."""
     return forward_training.unused(settings) | without_effect(settings)
+
+
+def rehearsals(settings: Mapping[str, Any]) -> Sequence[Rehearsal]:
+    """A few rounds, without the estimates, of which nothing is sent."""
+    return [Rehearsal(merged=False)]
 
 
 def client_update(

@@ -97,6 +97,7 @@ class Stage:
             ),
             until=short.until,
             steps=short.steps,
+            merged=short.merged,
             new_masks=short.new_masks,
         )
 

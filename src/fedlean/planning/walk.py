@@ -56,13 +56,15 @@ def walk(
     steps: int,
     seconds: float = SECONDS,
     new_masks: bool = False,
+    merged: bool = True,
 ) -> Walk:
     """Kinds of steps of the first device that is asked, up to training round `until`, in `steps`.
 
     devices: two or more, all alike, so that it shows what is asked of one only.  new_masks: no
-    client holds the pattern of its next task (`Rehearsal`).  Raises what the method raises.
+    client holds the pattern of its next task; merged: the server is given answers (`Rehearsal`).
+    Raises what the method raises.
     """
-    walker = _Walker(algorithm, devices, engine, batches, until, new_masks)
+    walker = _Walker(algorithm, devices, engine, batches, until, new_masks, merged)
     state, ends = algorithm.init(model), time.monotonic() + seconds
     for _ in range(steps):
         if walker.last or algorithm.done(state):
@@ -85,8 +87,9 @@ class _Walker:
         batches: DryBatches,
         until: int,
         new_masks: bool,
+        merged: bool,
     ):
-        self._new_masks = new_masks
+        self._new_masks, self._merged = new_masks, merged
         self._algorithm, self._devices = algorithm, devices
         self._engine, self._batches, self._until = engine, batches, until
         self._store = ClientStore()
@@ -125,9 +128,11 @@ class _Walker:
         self._note(state, task, update, down, ordered, len(tasks) == 1 < len(self._devices), alike)
         if self.last:
             return state
+        self.answered = True
+        if not self._merged:
+            return self._algorithm.server_update(state, ())
         nothing = replace(update.sub_model, frozen=frozenset(task.spec.tensor_shapes))
         merged = replace(update, task=task, sub_model=nothing)
-        self.answered = True
         return self._algorithm.server_update(state, iter([merged]))
 
     def _known(self, task: ClientTask) -> wire.Known:

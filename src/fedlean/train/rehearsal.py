@@ -24,6 +24,8 @@ class Rehearsal:
     bound: what clients hold follows from the data while a run goes on, and the walk shows the most.
     new_masks: a client's mask is another one in every round, and travels each time, though weights
     that are not trained would choose the same again.
+    merged: whether what the server makes of answers shows in what it asks next; otherwise it is
+    walked as if nobody answered, where a merge would take long.
     """
 
     settings: Mapping[str, Scalar | None] = field(default_factory=dict)
@@ -34,3 +36,4 @@ class Rehearsal:
     one_batch: bool = False
     bound: bool = False
     new_masks: bool = False
+    merged: bool = True
