@@ -14,6 +14,9 @@ from fedlean.fleet.load import load_fleet
 from fedlean.models.catalog import build
 from fedlean.models.initialise import init_params
 from fedlean.runtime.method import find_method
+from fedlean.submodels.needs import Needs
+from fedlean.submodels.width import width
+from fedlean.train.local_sgd import LocalSGD
 
 PAGE = Path(__file__).parents[2] / "docs" / "fleets.md"
 BLOCK = re.compile(r"^```(toml|csv)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -84,6 +87,12 @@ def test_the_pages_of_methods_say_what_their_boards_get(tmp_path):
         assert asked(method, boards, "width") == ["0.25", "0.5", "1.0"]
     assert asked("allsmall", boards, "width") == [0.25] * 3
     assert asked("allsmall", boards[1:], "width") == [0.5] * 2
+    boards = of_the_page("zo-slices", tmp_path)
+    assert [memory_of(board) for board in boards] == [150_000, 300_000, 1_000_000]
+    assert asked("zo_slices", boards, "width") == ["0.25", "0.5", "1.0"]
+    spec = build("resnet8", (1, 8, 8), 10)
+    least = Needs(width(spec, 0.25).spec, (LocalSGD().work,)).memory_bytes
+    assert asked("heterofl", boards[2:], "width") == ["0.5"] and least > memory_of(boards[1])
     boards = of_the_page("depthfl", tmp_path)
     assert [memory_of(board) for board in boards] == [900_000, 1_200_000, 2_000_000]
     assert asked("depthfl", boards, "depth") == ["1", "2", "3"]
