@@ -24,7 +24,7 @@ SGD_SETTINGS = {"lr": 0.05, "local_steps": 2, "batch_size": 8}
 CASE = Case(
     method=slt,
     settings={**SGD_SETTINGS, "cohort": 3, "momentum": 0.5, "shares": "equal"},
-    knob={"shares": "parameters"},
+    knob={"constraint": 1.0},
     neutral={**SGD_SETTINGS, "constraint": 1.0},
     fedavg=SGD_SETTINGS,
     why_no_masks="slices by width are dense",
@@ -91,6 +91,17 @@ def test_shares_of_the_rounds_by_hand():
     assert module._endings(steps, 100, "parameters") == ends == [67, 85, 100]
     assert module._endings(steps, 10, "equal") == [3, 6, 10]
     assert module._endings(steps, 2, "parameters")[-1] == 2
+
+
+def test_a_step_without_a_round_is_refused():
+    """lenet300 has three steps: one round of two is the first's, the other the last's."""
+    spec = lenet300((1, 8, 8), 10)
+    with pytest.raises(ValueError, match=r"3 steps share 2 rounds, and '\w+' has none.*with ends"):
+        slt(replace(server(2), spec=spec))
+    with pytest.raises(ValueError, match="shares=equal with 3 rounds or more"):
+        slt(replace(server(2), spec=spec), shares="equal")
+    assert slt(replace(server(3), spec=spec), shares="equal")
+    assert slt(replace(server(1), spec=spec), constraint=1.0)  # FedAvg
 
 
 def told(algorithm, round):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import CLIENTS, ENGINE, SPEC, client_data, params, run, same, server
+from federation import CLIENTS, ENGINE, SPEC, client_data, first_model, params, run, same, server
 
 from fedlean import wire
 from fedlean.algorithm import Device, FederatedAlgorithm
@@ -17,11 +17,12 @@ from fedlean.cost.price import Model, cost
 from fedlean.methods.fedavg import fedavg
 from fedlean.methods.ntk_zo import ntk_zo
 from fedlean.methods.prunefl import prunefl
+from fedlean.methods.smartfreeze import smartfreeze
 from fedlean.methods.snip import snip
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.local import LocalDispatch
 from fedlean.runtime.record import StepRecord
-from fedlean.runtime.rounds import EMPTY_STEPS, RunFailed
+from fedlean.runtime.rounds import EMPTY_STEPS, LoopState, RunFailed
 from fedlean.runtime.step import CHOICES
 
 BATCH = 4
@@ -118,6 +119,21 @@ def test_where_nobody_fits_the_run_says_so_and_ends_with_need_and_budget():
         for one in records
     )
     assert same(dict(states[-1].params), dict(params())) and states[-1].round == 0
+
+
+@pytest.mark.parametrize(("stage", "pieces"), [(0, False), (1, True)])
+def test_the_remedy_of_a_stage_that_fits_nobody_is_that_of_stages(stage, pieces):
+    """Where something is frozen and runs in one session with the rest, it may run in pieces."""
+    algorithm = smartfreeze(server(4), local_steps=2, batch_size=8, pace=False)
+    state = algorithm.init(first_model())
+    for _ in range(2 * stage):
+        state = algorithm.server_update(state, ())
+    dispatch = LocalDispatch(algorithm.client_update, ENGINE, client_data(), fleet(9, 9, 9, 9))
+    with pytest.raises(RunFailed) as failed:
+        run(algorithm, dispatch=dispatch, progress=LoopState(state, ClientStore()), rounds=4)
+    remedy = str(failed.value).split("has 0.000 MB: ")[-1]
+    assert remedy.startswith("divide the model into more parts (--set ends=..., or the model's ")
+    assert ("--set beginning=pieces" in remedy) == pieces and "train a smaller model" in remedy
 
 
 def test_a_step_in_which_nobody_is_there_is_said_and_does_not_count():

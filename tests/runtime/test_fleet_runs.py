@@ -204,6 +204,10 @@ def test_every_step_that_asks_nobody_is_said_in_colour_and_the_servers_own_is_no
     lines = shown(nobody, {"cohort": [], "server_only": True}, nobody)
     assert len(lines) == 2 and all("\x1b[" in line for line in lines)
     assert "round 3: nobody was asked: no device is there" in lines[1]
+    again = {**nobody, "asked_round": 7}  # asked again and again
+    other = {**again, "notes": ["nobody was asked: no task fits its device"]}
+    lines = shown(again, again, again, other, again)
+    assert [line.count("no task fits") for line in lines] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(

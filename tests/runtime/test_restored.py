@@ -116,7 +116,8 @@ def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, metho
         if step == first:
             save_checkpoint(folder, step, tree)
 
-    folder, settings = tmp_path / "run", ["shrink=false"] if method == "profl" else ["lr=0.05"]
+    own = {"profl": "shrink=false", "slt": "shares=equal"}
+    folder, settings = tmp_path / "run", [own.get(method, "lr=0.05")]
     settings += ["density=0.5", "prune_steps=2"] if masked else []
     with monkeypatch.context() as patch:
         patch.setattr("fedlean.runtime.run.CHECKPOINT_SECONDS", (0.0, 0.0))

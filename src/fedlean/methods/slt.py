@@ -109,12 +109,13 @@ def slt(
       shares: of the rounds.  "parameters": of a step by what it trains, as published.  "equal".
 
     Raises ValueError naming the hyper-parameter that is out of range, for a model that cannot be
-    divided, and where a step has no room, with what it needs.
+    divided, where a step has no room, with what it needs, and where one would have no round.
     """
     in_range("constraint", constraint, 0.0, 1.0)
     one_of("shares", shares, get_args(Shares))
     steps = _steps(server.spec, parts(server.spec, ends), sgd.work, constraint)
     ending = _endings(steps, server.rounds, shares)
+    _check_endings(steps, ending, server.rounds)
 
     def step(round: int) -> Step:
         """That of a round, counted from 1."""
@@ -182,6 +183,23 @@ def _endings(steps: Sequence[Step], rounds: int, shares: Shares) -> list[int]:
     before = int(steps[0].rate * rounds)
     sums = list(accumulate(step.num_trained for step in steps[1:]))
     return [before, *(before + (rounds - before) * one // sums[-1] for one in sums)]
+
+
+def _check_endings(steps: Sequence[Step], ending: Sequence[int], rounds: int) -> None:
+    """Raises ValueError naming a step without a round: its part would be frozen as it began.
+
+    Where the first step is the whole model, no other is needed.
+    """
+    begins = [0, *ending]
+    skipped = [
+        step.name for step, begin, end in zip(steps, begins, ending, strict=False) if begin >= end
+    ]
+    if skipped and steps[0].rate < 1.0:
+        raise ValueError(
+            f"{len(steps)} steps share {rounds} rounds, and {skipped[0]!r} has none: take more "
+            f"rounds, shares=equal with {len(steps)} rounds or more, or divide the model into "
+            "fewer parts with ends"
+        )
 
 
 def _steps(spec: ModelSpec, own: Sequence[Part], work: Work, constraint: float) -> tuple[Step, ...]:

@@ -47,9 +47,11 @@ def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[
 def _with_refusals(show: Show, console: Console) -> Show:
     """Also shows at once whose updates were refused in a step, and what to do about it.
 
-    The same, once, of whom is left out for what a device lacks, and of steps that asked nobody.
+    The same, once, of whom is left out for what a device lacks, and of steps that asked nobody, for
+    as long as they do for one reason.
     """
     said: list[str] = []
+    unasked = [""]  # what was last said of a step that asked nobody
 
     def shown(entry: dict[str, Any]) -> None:
         show(entry)
@@ -60,7 +62,9 @@ def _with_refusals(show: Show, console: Console) -> Show:
             console.print(printable(said[0]), style="bold yellow", **_PLAIN)
         if not (entry["cohort"] or entry["server_only"]):
             line = f"round {entry['asked_round']}: {entry['notes'][0]}"
-            console.print(printable(line), style="bold red", **_PLAIN)
+            if line != unasked[0]:
+                console.print(printable(line), style="bold red", **_PLAIN)
+            unasked[0] = line
 
     return shown
 

@@ -29,6 +29,7 @@ class StepRecord:
     left_out: dict[int, str] = field(default_factory=dict)  # why a client got no task
     not_chosen: list[int] = field(default_factory=list)  # who was left when it stopped looking
     lacks: list[Lack] = field(default_factory=list)  # of those, of what
+    smaller: str = ""  # what would make their tasks smaller, where it is not the same for all
     refused: dict[int, str] = field(default_factory=dict)  # why a client gave nothing
     rejected: dict[int, str] = field(default_factory=dict)  # of those: an update came and is wrong
     notes: list[str] = field(default_factory=list)  # what the user should know
@@ -46,6 +47,15 @@ _LACKS = (
     ("traffic", "smallest", " of traffic", "budget is"),
     ("time", "quickest", "", "budget is"),
 )
+
+
+def smaller(task: ClientTask) -> str:
+    """What makes a stage of progressive training smaller; "" of another task."""
+    if "stage" not in task.hparams:
+        return ""
+    parts = "divide the model into more parts (--set ends=..., or the model's blocks=unit), "
+    together = task.hparams.get("beginning") == "together" and task.sub_model.frozen
+    return parts + ("run what is frozen in pieces (--set beginning=pieces), " if together else "")
 
 
 def nobody_was_asked(record: StepRecord) -> str:

@@ -92,8 +92,8 @@ def _failure(progress: LoopState, record: StepRecord) -> str | None:
 def _unanswered(record: StepRecord) -> str:
     if not record.tasks:
         remedy = (
-            "train a smaller model, batch or density, or give the devices more (in --fleet, or by "
-            "the --memory-limit of a node)"
+            f"{record.smaller}train a smaller model, batch or density, or give the devices more "
+            "(in --fleet, or by the --memory-limit of a node)"
         )
         if not record.lacks:
             remedy = "see which devices are there and when in --fleet"

@@ -28,7 +28,7 @@ from fedlean.runtime.moves import LEAST, MaxNorm, Moves, moved
 from fedlean.runtime.notices import some
 from fedlean.runtime.order import in_cohort_order
 from fedlean.runtime.prices import Lack, Prices
-from fedlean.runtime.record import StepRecord, nobody_was_asked
+from fedlean.runtime.record import StepRecord, nobody_was_asked, smaller
 
 ATTEMPTS = 3  # how often a step asks
 CHOICES = 64  # how often it has clients chosen of whom none can hold its task
@@ -129,6 +129,7 @@ class Step:
             else:
                 self.record.left_out[task.client] = str(lack)
                 lacks.append(lack)
+                self.record.smaller = smaller(task)
         self.record.lacks += lacks
         if not fitting:
             self._choices += 1
