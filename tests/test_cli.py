@@ -110,7 +110,8 @@ def test_models_lists_one_line_each_with_the_options_of_each(capsys):
     assert [line.split()[0] for line in found] == list(entries)
     lines = dict(zip(entries, found, strict=True))
     assert all(entries[name] in line for name, line in lines.items())
-    assert lines["vgg16"].endswith(entries["vgg16"])
+    assert lines["lenet300"].endswith(entries["lenet300"])
+    assert lines["vgg16"].endswith(" [,width=64]") and lines["conv2"].endswith(" [,width=32]")
     assert lines["resnet20"].endswith(" [,norm=group|batch,blocks=stage|unit]")
     assert lines["resnet18"].endswith(" [,norm=group|batch,blocks=stage|unit,width=64]")
 
