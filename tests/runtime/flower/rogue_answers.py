@@ -35,11 +35,17 @@ def values(change: Callable[[np.ndarray], np.ndarray]) -> Callable[..., ClientUp
     return spoil
 
 
-def own_masks(update: ClientUpdate, task: ClientTask) -> ClientUpdate:
-    """Masks of one tensor on a dense task, its values packed by them."""
-    name = task.spec.prunable[0]
-    masks = {name: np.arange(update.params[name].size).reshape(update.params[name].shape) % 2 > 0}
-    return replace(update, params=pack(update.params, masks), sub_model=SubModel(masks=masks))
+def own_masks(at_most: int) -> Callable[..., ClientUpdate]:
+    """Masks of so many tensors on a dense task, their values packed by them."""
+
+    def change(update: ClientUpdate, task: ClientTask) -> ClientUpdate:
+        masks = {
+            name: np.arange(update.params[name].size).reshape(update.params[name].shape) % 2 > 0
+            for name in [*task.spec.prunable][:at_most]
+        }
+        return replace(update, params=pack(update.params, masks), sub_model=SubModel(masks=masks))
+
+    return change
 
 
 def fields(**changed: object) -> Callable[[bytes], bytes]:
@@ -62,7 +68,9 @@ ATTACKS = {
     "nan": Attack("not finite", values(lambda v: v * np.float32(np.nan))),
     "huge": Attack("beyond", values(lambda v: np.full_like(v, 3e38))),
     "far": Attack("times the median", values(lambda v: v * np.float32(1e9))),
-    "masks": Attack("holds masks of 1 of", own_masks),
+    "a mask": Attack("holds masks of 1 tensors, and was given none", own_masks(1)),
+    "masks": Attack("tensors, and was given none", own_masks(99)),
+    "nothing": Attack("lacks", claiming(params={})),
     "part": Attack("lacks", lambda u, t: replace(u, params=dict([*u.params.items()][:1]))),
     "work": Attack("claims work of", claiming(work=(Work(2**62, 2**62),))),
     "examples": Attack("when it joined", claiming(num_examples=10**9)),
