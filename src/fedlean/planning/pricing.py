@@ -57,7 +57,8 @@ def pricer(device: Device, fallback: Profile, splits: Splits) -> Pricer:
 def phases(kinds: Sequence[Kind], whole: ModelSpec, pricer: Pricer) -> tuple[Phase, ...]:
     """`kinds` on a device; `whole` is the model that is to be trained."""
     last = kinds[-1].phase if kinds else ""
-    names = [_about(kind) for kind in kinds]
+    always = set.intersection(*(set(kind.statistics) for kind in kinds)) if kinds else set()
+    names = [_about(kind, always) for kind in kinds]
     several = len({kind.phase for kind in kinds}) < len(kinds)
     return tuple(
         _phase(kind, about if several or choice(kind.task) else "", last, whole, pricer)
@@ -168,13 +169,14 @@ def choice(task: ClientTask) -> str:
     return ", ".join(said)
 
 
-def _about(kind: Kind) -> str:
+def _about(kind: Kind, always: set[str]) -> str:
+    """always: statistics that tell no kind from another."""
     masks = kind.task.sub_model.masks
     parts = [choice(kind.task)] if choice(kind.task) else []
     if not parts:
         parts.append(f"{100 * density(masks):.3g}% kept" if masks else "dense")
     measured = kind.task.hparams.get("measure")
-    parts += [f"+ {name}" for name in kind.statistics]
+    parts += [f"+ {name}" for name in kind.statistics if name not in always]
     if measured:
         parts.append("+ losses")
     return " ".join(parts)
