@@ -1,6 +1,6 @@
 """Progressive training and its controls, Conv-2 on Fashion-MNIST, on devices of little memory.
 
-100 clients of whom 7 can hold the full model (`fleet.toml`).  README.md is the card.
+100 clients of whom 8 can hold the full model (`fleet.toml`).  README.md is the card.
 """
 
 from pathlib import Path
