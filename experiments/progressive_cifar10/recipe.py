@@ -77,7 +77,7 @@ def runs(make: partial, settings: dict, narrow: int) -> dict[str, RunConfig]:
         "profl": make("profl", {**settings, "lr": 0.01}),  # diverges at 0.03 when it grows
         "profl_patient": make("profl", {**settings, **PATIENT, "lr": 0.01}),
         "neulite": make("neulite", settings),
-        "slt": make("slt", settings),
+        "slt": make("slt", {**settings, "shares": "equal"}),
     }
 
 

@@ -22,7 +22,7 @@ SETTINGS = {
 PATIENT = {"window": 20, "below": 1.1, "patience": 5}
 
 
-def config(method: str, partition: str, width: int = 16, **settings: float) -> RunConfig:
+def config(method: str, partition: str, width: int = 16, **settings: float | str) -> RunConfig:
     return RunConfig(
         method=method,
         model=f"conv2,width={width}",
@@ -47,7 +47,7 @@ def runs(partition: str) -> dict[str, RunConfig]:
         "smartfreeze": config("smartfreeze", partition, **PATIENT),
         "profl": config("profl", partition, **PATIENT),
         "neulite": config("neulite", partition),
-        "slt": config("slt", partition),
+        "slt": config("slt", partition, shares="equal"),
     }
 
 
