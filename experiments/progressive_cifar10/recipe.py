@@ -93,7 +93,7 @@ GROUPS = {
     "paper": runs(paper, PAPER, narrow=8),
 }
 
-SMOKE = {"rounds": 13}  # what the phases of ProFL need
+SMOKE = {"rounds": 17}  # what the phases of ProFL need on VGG-11
 
 if __name__ == "__main__":
     main(GROUPS, default_out="runs/progressive_cifar10", smoke=SMOKE)
