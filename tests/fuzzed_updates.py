@@ -121,8 +121,10 @@ def claims(rng: Rng, update: ClientUpdate, task: ClientTask) -> ClientUpdate:
     if kind == 0:
         return replace(update, num_examples=int(one_of(rng, COUNTS)))
     if kind == 1:
-        names = {str(one_of(rng, (*NAMES, "train_loss"))): float(one_of(rng, EXTREMES))}
-        return replace(update, metrics=names)
+        # those that methods read among them
+        name = str(one_of(rng, (*NAMES, "train_loss", "lost_state", *update.metrics)))
+        said = dict(update.metrics) if rng.random() < 0.5 else {}
+        return replace(update, metrics={**said, name: float(one_of(rng, EXTREMES))})
     counts = [int(one_of(rng, COUNTS)) for _ in range(4)]
     kept = {some_name(rng, update): int(one_of(rng, COUNTS))} if rng.random() < 0.5 else {}
     floats, beside, held, piece, first, outside = (
