@@ -53,7 +53,7 @@ MORE: dict[str, dict[str, Any]] = {
     "prunefl": {"reconfigure_every": 5},
     "prunetrain": {"reconfigure_every": 5},
     "allsmall": {"width": 0.5},
-    "heterofl": {"assign": "drawn", "lr": 0.05},  # at 0.1 the narrowest may diverge
+    "heterofl": {"assign": "drawn"},
     "depthfl": {"assign": "fixed"},
     "profl": {"map_rounds": 1},
 }
@@ -110,6 +110,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the data sets")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--lr", type=float, help="learning rate (default: the methods' own)")
     parser.add_argument("--only", nargs="*", help="methods (default: all)")
     parser.add_argument("--sets", nargs="*", help="data sets (default: all)")
     parser.add_argument("--json", type=Path)
@@ -128,6 +129,7 @@ def main() -> None:
                 if options.only and method not in options.only:
                     continue
                 more = MORE.get(method, {}) | OF_A_MODEL.get((method, setting.model), {})
+                more |= {} if options.lr is None else {"lr": options.lr}
                 folder = Path(scratch) / f"{method}-{setting.dataset}"
                 from_run = str(source) if method == "fixed_mask" else ""
                 folder = source if method == "snip" else folder
