@@ -48,18 +48,23 @@ SETTINGS = (
     Setting("mnist_by_writer", "lenet300", "natural", 50),
     Setting("cifar10", "honest_moves:resnet8_batch", "dirichlet:0.3", 10),
 )
+SLICED = ("fedrolex", "federated_dropout", "fjord", "zo_slices")  # in the settings of heterofl
 # Such that what a method does happens in so few rounds, and devices differ where they may.
 MORE: dict[str, dict[str, Any]] = {
     "prunefl": {"reconfigure_every": 5},
     "prunetrain": {"reconfigure_every": 5},
     "allsmall": {"width": 0.5},
-    "heterofl": {"assign": "drawn"},
+    **{name: {"assign": "drawn"} for name in ("heterofl", *SLICED, "fiarse", "prunefl_widths")},
     "depthfl": {"assign": "fixed"},
     "profl": {"map_rounds": 1},
 }
 OF_A_MODEL: dict[tuple[str, str], dict[str, Any]] = {  # what else a method is told of it
-    ("heterofl", "lenet5"): {"widths": "1 0.5"},  # its norms have groups
-    ("heterofl", "honest_moves:resnet8_batch"): {"static_norm": True},
+    # its norms have groups
+    **{(name, "lenet5"): {"widths": "1 0.5"} for name in ("heterofl", *SLICED, "prunefl_widths")},
+    **{
+        (name, "honest_moves:resnet8_batch"): {"static_norm": True}
+        for name in ("heterofl", *SLICED, "model_selection")
+    },
 }
 ROUNDS = {"cifar10": 10}  # fewer: a network that takes its time
 
