@@ -135,8 +135,8 @@ def test_the_bound_is_a_multiple_of_the_lower_median():
     assert bound.most == {MODEL: FACTOR * 2, BUFFERS: pytest.approx(FACTOR * 0.2)}
     assert bound.exceeded(both(FACTOR * 2, 0)) is None
     reason = bound.exceeded(both(FACTOR * 2 + 1, 0)) or ""
-    assert "moved the model by 41, more than 20 times the median of the clients" in reason
-    assert "running statistics by 5" in (bound.exceeded(both(0, 5)) or "")
+    assert "moved the model by 101, more than 50 times the median of the clients" in reason
+    assert "running statistics by 11" in (bound.exceeded(both(0, 11)) or "")
 
 
 def test_less_than_a_tenth_of_the_model_is_always_taken():
@@ -244,7 +244,7 @@ def test_who_trains_the_same_model_is_compared_with_each_other_where_that_allows
     bound = moves.bound(None, "train")
     assert bound.exceeded(of("narrow", FACTOR * 30)) is None
     reason = bound.exceeded(of("narrow", FACTOR * 30 + 1)) or ""
-    assert "more than 20 times the median of the clients, which is 30" in reason
+    assert "more than 50 times the median of the clients, which is 30" in reason
     for other in ("wide", "deep"):  # what is known of the narrow says nothing of these
         assert bound.exceeded(of(other, FACTOR)) is None
         assert bound.exceeded(of(other, FACTOR + 1)) is not None

@@ -398,11 +398,14 @@ def test_suspects_stand_out_or_are_everybody():
 
     assert suspects(of(1, 1e9, 1, 50)) == [1]  # more than a hundred times what a model of 1 may
     assert suspects(of(1e9, 2e9, 1)) == [0, 1]  # however many
-    assert suspects(of(1, 150, 1, 50)) == [1, 3]  # none is, and two stand out
+    assert suspects(of(1, 99, 1, 51)) == [1, 3]  # none is, and two stand out
     assert suspects(of(1, 1.5, 1)) == [0, 1, 2]  # nobody stands out
     slopes = of(0, 0, 0, statistic=1)
     slopes[2] = {**slopes[2], "c": Move(1e9)}
     assert suspects(slopes) == [2]
+    moving = of(1, 1.2, 0.8, statistic=1)  # as the others do, with a statistic that they do not send
+    moving[2] = {**moving[2], "c": Move(1e9)}
+    assert suspects(moving) == [2]
 
 
 def scaled_statistics(factor: float) -> Change:

@@ -97,7 +97,7 @@ class RunConfig:
     # 0: no bound; None: the clients' own (`moves`)
     max_update_norm: float | None = setting(
         None,
-        "refuse an update that moves the model by more (Euclidean norm), or off (default: 20 times "
+        "refuse an update that moves the model by more (Euclidean norm), or off (default: 50 times "
         "the clients' median)",
     )
     start: str = setting(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedlean.algorithm import State
-from fedlean.runtime.moves import BUFFERS, FACTOR, MODEL, Moved, square
+from fedlean.runtime.moves import BUFFERS, MODEL, Moved, factor, square
 
 GROWTH = 100.0  # by which one step may multiply the norm of a model, plus 1: ours, generous
 BUFFER_GROWTH = 1e4  # the same of running statistics, which begin anywhere
@@ -82,12 +82,23 @@ def suspects(moved: Mapping[int, Moved]) -> list[int]:
     ]
     if wild:
         return wild
-    sizes = {client: _size(moves) for client, moves in moved.items()}
-    usual = median_low(sizes.values())
-    return [client for client, one in sizes.items() if one > FACTOR * usual] or list(moved)
+    sizes = {client: _sizes(moves) for client, moves in moved.items()}
+    usual = {
+        kind: median_low(one[kind] for one in sizes.values() if kind in one)
+        for kind in {kind for one in sizes.values() for kind in one}
+    }
+    apart = [
+        client
+        for client, one in sizes.items()
+        if any(far > factor(kind) * usual[kind] for kind, far in one.items())
+    ]
+    return apart or list(moved)
 
 
-def _size(moved: Moved) -> float:
-    """How much of an update there is: its move, or its statistics where it moves nothing."""
-    values = moved[MODEL].far + moved[BUFFERS].far
-    return values or sum(move.far for move in moved.values())
+def _sizes(moved: Moved) -> dict[str, float]:
+    """How much of an update there is: its move, and each of its statistics.
+
+    A client that moves the model as the others do may still send the statistic that spoils it.
+    """
+    statistics = {kind: one.far for kind, one in moved.items() if kind not in (MODEL, BUFFERS)}
+    return {MODEL: moved[MODEL].far + moved[BUFFERS].far, **statistics}

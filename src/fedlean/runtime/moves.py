@@ -19,7 +19,7 @@ import numpy as np
 from fedlean.core import ClientTask, ClientUpdate, StatisticForm
 from fedlean.tree import unpack
 
-FACTOR = 20.0  # times the median, of a move
+FACTOR = 50.0  # times the median, of a move
 STATISTIC_FACTOR = 100.0  # the same of statistics: what one has learnt, another has not
 # Of the norm of what was asked with: less is always taken.  Where most clients have learnt what
 # there is to learn, the median is next to nothing, and one with something new is no rogue.
@@ -75,10 +75,10 @@ class Bound:
             if move.far > max(most, SMALL * move.asked):
                 known = kind in (MODEL, BUFFERS)
                 what = f"moved the {kind} by" if known else f"sent the statistic {kind} of norm"
-                factor = _factor(kind)
+                times = factor(kind)
                 return (
-                    f"{what} {move.far:.3g}, more than {factor:g} times the median of the clients,"
-                    f" which is {most / factor:.3g}"
+                    f"{what} {move.far:.3g}, more than {times:g} times the median of the clients,"
+                    f" which is {most / times:.3g}"
                 )
         return None
 
@@ -141,7 +141,8 @@ def _clients(moves: Sequence[tuple[int, float]]) -> int:
     return len({client for client, _ in moves})
 
 
-def _factor(kind: str) -> float:
+def factor(kind: str) -> float:
+    """How many times the median a move of this kind may be."""
     return FACTOR if kind in (MODEL, BUFFERS) else STATISTIC_FACTOR
 
 
@@ -149,7 +150,7 @@ def _bound(kind: str, moves: Sequence[tuple[int, float]]) -> float:
     """Infinite where they are of too few clients; a median of 0 says nothing."""
     if _clients(moves) < LEAST:
         return inf
-    return _factor(kind) * median_low(far for _, far in moves) or inf
+    return factor(kind) * median_low(far for _, far in moves) or inf
 
 
 def moved(update: ClientUpdate, task: ClientTask, forms: Mapping[str, StatisticForm]) -> Moved:
