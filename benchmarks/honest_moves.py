@@ -66,6 +66,7 @@ OF_A_MODEL: dict[tuple[str, str], dict[str, Any]] = {  # what else a method is t
         for name in ("heterofl", *SLICED, "model_selection")
     },
 }
+REFUSED = {("prunefl_widths", "honest_moves:resnet8_batch")}  # for its running statistics
 ROUNDS = {"cifar10": 10}  # fewer: a network that takes its time
 
 
@@ -132,6 +133,8 @@ def main() -> None:
             source = Path(scratch) / f"snip-{setting.dataset}"
             for method in sorted(available(), key=lambda name: (name == "fixed_mask", name)):
                 if options.only and method not in options.only:
+                    continue
+                if (method, setting.model) in REFUSED:
                     continue
                 more = MORE.get(method, {}) | OF_A_MODEL.get((method, setting.model), {})
                 more |= {} if options.lr is None else {"lr": options.lr}
