@@ -403,7 +403,9 @@ def test_suspects_stand_out_or_are_everybody():
     slopes = of(0, 0, 0, statistic=1)
     slopes[2] = {**slopes[2], "c": Move(1e9)}
     assert suspects(slopes) == [2]
-    moving = of(1, 1.2, 0.8, statistic=1)  # as the others do, with a statistic that they do not send
+    moving = of(
+        1, 1.2, 0.8, statistic=1
+    )  # as the others do, with a statistic that they do not send
     moving[2] = {**moving[2], "c": Move(1e9)}
     assert suspects(moving) == [2]
 

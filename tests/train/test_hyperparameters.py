@@ -8,7 +8,7 @@ import pytest
 
 from fedlean.layers import BatchNorm, Flatten, Linear
 from fedlean.spec import sequential
-from fedlean.train.hyperparameters import at_least, check_sgd, in_range, learning_rate, one_of
+from fedlean.train.hyperparameters import at_least, check_sgd, in_range, one_of
 
 SPEC = sequential((3,), [("fc", Linear(2))])
 GOOD = {
@@ -104,18 +104,6 @@ def test_bad_sgd_names_the_setting(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must ") as error:
         check_sgd(SPEC, **{**GOOD, name: value})
     assert repr(value) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_learning_rate_by_hand():
-    """Halved every 10 rounds: at round 5 it is 0.8/√2."""
-    rates = [learning_rate(0.8, round, 10) for round in (0, 10, 20, 30)]
-    assert rates == [0.8, 0.4, 0.2, 0.1]
-    assert learning_rate(0.8, 5, 10) == pytest.approx(0.8 / 2**0.5, rel=1e-12)
-
-
-@pytest.mark.parametrize("round", [0, 1, 10_000])
-def test_learning_rate_without_half_life_is_constant(round):
-    assert learning_rate(0.25, round, 0) == 0.25
 
 
 def test_a_batch_of_one_cannot_train_batch_norm():

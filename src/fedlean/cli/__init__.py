@@ -15,6 +15,7 @@ import fedlean
 from fedlean.cli.screen import say
 
 BAD_INPUT, INTERRUPTED = 2, 130
+HELP = frozenset({"--help", "-h"})
 MAX_USAGE = 400  # characters of what is wrong with the options
 
 app = App(
@@ -60,8 +61,14 @@ for _name, (_place, _purpose) in COMMANDS.items():
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; never shows a traceback for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        method = _method_asked_about(arguments)
         app(arguments, exit_on_error=False, print_error=False)
+        if method is not None:
+            from fedlean.cli.method_help import show_settings
+
+            show_settings(method)
     except CycloptsError as error:
         said = " ".join(str(error).split())  # it may repeat all of a value of any length
         _fail(f"{said[:MAX_USAGE]} (see fedlean --help)")
@@ -74,6 +81,14 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not _is_end_of_a_run(error):
             raise
         _fail(" ".join(str(error).split()))
+
+
+def _method_asked_about(arguments: list[str]) -> str | None:
+    """The method of `run METHOD --help`, in any order; None where the arguments are none such."""
+    if not arguments or arguments[0] != "run" or HELP.isdisjoint(arguments):
+        return None
+    names = [each for each in arguments[1:2] if not each.startswith("-")]
+    return names[0] if names else None
 
 
 def _is_end_of_a_run(error: RuntimeError) -> bool:

@@ -32,6 +32,7 @@ class Staging:
     "disk": once a round over all of a client's examples, whose activations stay in memory or in an
     unnamed file; it pays where a round goes over the examples several times.  A client whose number
     of examples is not known to the server takes "pieces" then.
+    micro_batch: examples at a time of a beginning that has a session of its own.
     """
 
     ends: str = ""

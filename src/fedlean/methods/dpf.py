@@ -47,7 +47,7 @@ from fedlean.pruning.density import full_masks
 from fedlean.pruning.global_top import count_at, keep_largest
 from fedlean.pruning.gradual import gradual_density
 from fedlean.train.cohort import cohort_tasks
-from fedlean.train.hyperparameters import at_least, in_range, learning_rate
+from fedlean.train.hyperparameters import at_least, in_range
 from fedlean.train.local_sgd import LocalSGD, loss_of, open_session, with_local_sgd
 from fedlean.train.loss_gradient import loss_and_gradient
 from fedlean.train.rehearsal import Rehearsal
@@ -184,7 +184,7 @@ def decayed(sgd: LocalSGD, rounds_done: int) -> float:
     SGD is linear in the start and the gradients, so a client that starts a pruned weight at 0 and
     a server that multiplies its own value by this add up to SGD on the dense weight.
     """
-    lr = learning_rate(sgd.lr, rounds_done, sgd.lr_half_life_rounds)
+    lr = sgd.rate(rounds_done)
     weight, velocity = 1.0, 0.0
     for _ in range(sgd.local_steps):
         velocity = sgd.momentum * velocity + sgd.weight_decay * weight

@@ -57,8 +57,9 @@ def fedavg(
 
     Args:
       sgd: local SGD, whose settings are this method's as well.
-      warmup_steps: local steps of `warmup_client` before the first round, on `warmup_examples` of
-        its examples (0: all).
+      warmup_steps: local steps of `warmup_client` before the first round.
+      warmup_client: the client that takes them.
+      warmup_examples: of its examples, that it takes them on; 0: all.
 
     Raises ValueError naming the hyper-parameter that is out of range.
     """

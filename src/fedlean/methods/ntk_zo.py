@@ -133,11 +133,14 @@ def ntk_zo(
       last_block: "backprop" takes the last block's gradient exactly, and sends it.
       density: kept share of all prunable weights together; 1: no pruning.
       criterion: see `fedlean.pruning.foresight.foresight_masks`.
-      scores: who scores: the "server", or the "clients" (criteria of FROM_CLIENTS) on
-        `inputs`, "gaussian" or "local" ones.
-      prune_steps: T of the density schedule d^(t/T); prune_draws: models and batches per step;
-        prune_examples: inputs of a batch; epsilon: ε; keep_units: no unit loses its last weight;
-        rescale: kept weights grow by 1/√(their layer's density).
+      scores: who scores: the "server", or the "clients" (criteria of FROM_CLIENTS).
+      inputs: on which they score, "gaussian" or "local" ones.
+      prune_steps: T of the density schedule d^(t/T).
+      prune_draws: models and batches of a step of it.
+      prune_examples: inputs of a batch.
+      epsilon: ε, by which weights are moved.
+      keep_units: no unit loses its last weight.
+      rescale: kept weights grow by 1/√(their layer's density).
       rescale_given: weights grow so, too, where the run starts from a model that has masks (density
         and criterion are then not used): for weights that are not trained yet.
 

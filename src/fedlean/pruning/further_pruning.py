@@ -29,8 +29,9 @@ class FurtherPruning:
     importance_multiple: so many times the kept weights of a layer are the sums that go up, the
     largest ones; 0: all (paper).
     importance_dtype: in which the sums go up, "bf16" (two bytes each) or "fp32" (four).
-    prunable_fraction: φ, share of a layer's smallest weights that may be dropped at once, halved
-    every `prunable_half_life_rounds` rounds (paper's code: 0.3, 10000).
+    prunable_fraction: φ, share of a layer's smallest weights that may be dropped at once (paper's
+    code: 0.3).
+    prunable_half_life_rounds: rounds in which φ halves (paper's code: 10000).
     size_limit, size_target: D_lim and D_tgt of Sec. VI-E, densities in (0, 1]; None: no limit; the
     target defaults to the limit.  The limit acts at reconfigurations, which never drop a unit's
     last weight: far below what the units need it is not reached.  Initial pruning by a client

@@ -33,10 +33,10 @@ class InitialPruning:
     initial_density: what a criterion keeps, of all prunable weights together; None: what the size
     limit allows, 0.1 without one.  A client finds its own size.
     initial_rescale: what it keeps grows by 1/√(the kept share of its layer).
-    initial_client: the one that prunes alone (one that has examples of all classes: with few it
-    keeps too little; None: the first that has the memory), in passes of `initial_batches` batches
-    from `initial_examples` of its examples, 0: from all it has (paper: 10 batches of 200 examples).
-    Of "snip", `initial_batches` are what a client takes its gradient over.
+    initial_client: the one that prunes alone; it should have examples of all classes, since with
+    few it keeps too little.  None: the first that has the memory.
+    initial_batches: batches of a pass of it (paper: 10).  Of "snip": of a client's gradient.
+    initial_examples: of its examples, from which they are drawn (paper: 200); 0: all it has.
     initial_passes: passes between two initial reconfigurations (paper's code: 50).
     initial_importance_passes: passes before one in which g² accumulates; 0: all (paper).
     initial_stable: initial pruning ends after so many reconfigurations in a row that change the

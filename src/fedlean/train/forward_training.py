@@ -13,7 +13,7 @@ from fedlean.engine.protocol import Loss
 from fedlean.train.cohort import check_cohort, sample_cohort
 from fedlean.train.forward_round import ForwardRound
 from fedlean.train.forward_updates import Optimizer, Rule
-from fedlean.train.hyperparameters import in_range, learning_rate
+from fedlean.train.schedule import Schedule
 from fedlean.train.zeroth_order import Differences, Form
 
 
@@ -21,17 +21,25 @@ from fedlean.train.zeroth_order import Differences, Form
 class ForwardTraining:
     """The settings of zeroth-order training and of its cohort, by the same names in every method.
 
-    lr: of the server's optimiser; halves every `lr_half_life_rounds` rounds (0: constant).
-    optimizer: "adam", "momentum" (with `momentum`) or "normalised"; see `forward_updates.Rule`.
-    directions: K; sigma: σ; kind: "gaussian", "sign" (±1) or "rank1"; differences: "forward", K + 1
-    evaluations of each example, or "central", 2K.
-    batch_size: B, examples of a client's round; micro_batch: of them at once in memory, 0: all.
-    cohort: clients a round, drawn anew each round; None: all.  loss: as in `LocalSGD`.
+    lr: of the server's optimiser.
+    lr_half_life_rounds, lr_schedule, lr_warmup_rounds: as in `LocalSGD`.
+    optimizer: "adam", "momentum" or "normalised"; see `forward_updates.Rule`.
+    momentum: of the optimizer "momentum".
+    directions: K, along which a client takes the slope of its loss.
+    sigma: σ, how far along them it goes.
+    kind: of the directions: "gaussian", "sign" (±1) or "rank1".
+    differences: "forward", K + 1 evaluations of each example, or "central", 2K.
+    batch_size: B, examples of a client's round.
+    micro_batch: of them at once in memory, 0: all.
+    cohort: clients a round, drawn anew each round; None: all.
+    loss: "ce" or "bce", as in `LocalSGD`.
     scalars: in which the slopes go up: "fp32", "fp16" or "int8".
     """
 
     lr: float = 0.01
     lr_half_life_rounds: float = 0.0
+    lr_schedule: str = "constant"
+    lr_warmup_rounds: int = 0
     optimizer: Optimizer = "adam"
     momentum: float = 0.9
     directions: int = 50
@@ -46,8 +54,7 @@ class ForwardTraining:
 
     def check(self, server: Server) -> None:
         """Raises ValueError naming what is out of range or does not go with another setting."""
-        in_range("lr", self.lr, 0.0, 100.0, open_low=True)
-        in_range("lr_half_life_rounds", self.lr_half_life_rounds, 0.0, 1e12)
+        self.schedule.check()
         check_cohort(self.cohort, server)
         _ = self.rule, self.asked  # these check themselves
         if self.optimizer == "normalised" and self.directions == 1:
@@ -79,9 +86,13 @@ class ForwardTraining:
         """Ids of the cohort of `round`, ascending."""
         return sample_cohort(devices, self.cohort, seed=server.seed, round=round)
 
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.lr, self.lr_half_life_rounds, self.lr_schedule, self.lr_warmup_rounds)
+
     def rate(self, rounds_done: int) -> float:
         """The learning rate in the round after so many."""
-        return learning_rate(self.lr, rounds_done, self.lr_half_life_rounds)
+        return self.schedule.rate(rounds_done)
 
 
 def run_seed(server: Server) -> int:

@@ -1,4 +1,4 @@
-"""Checks of the hyper-parameters that methods share, and the learning rate over rounds."""
+"""Checks of the hyper-parameters that methods share, of numbers and of local SGD."""
 
 from __future__ import annotations
 
@@ -50,24 +50,13 @@ def check_sgd(
     momentum: float,
     weight_decay: float,
     loss: str,
-    lr_half_life_rounds: float = 0.0,
 ) -> None:
     """The hyper-parameters of local SGD of `spec`.  Raises ValueError naming what is wrong."""
     in_range("lr", lr, 0.0, 100.0, open_low=True)
     at_least("local_steps", local_steps, 1)
     at_least("batch_size", batch_size, 1, most=MAX_BATCH_SIZE)
     check_moments(spec, batch_size, ())
-    in_range("lr_half_life_rounds", lr_half_life_rounds, 0.0, 1e12)
     in_range("momentum", momentum, 0.0, 0.9999)
     in_range("weight_decay", weight_decay, 0.0, 10.0)
     if loss not in ("ce", "bce"):
         raise ValueError(f"loss must be 'ce' or 'bce', got {loss!r}")
-
-
-def learning_rate(lr: float, round: int, half_life_rounds: float) -> float:
-    """lr · 0.5^(round / half_life_rounds); constant when the half-life is 0.
-
-    >>> learning_rate(0.1, 10000, 10000), learning_rate(0.1, 10000, 0)
-    (0.05, 0.1)
-    """
-    return lr * 0.5 ** (round / half_life_rounds) if half_life_rounds else lr

@@ -21,7 +21,8 @@ from fedlean.core import (
 )
 from fedlean.engine.protocol import SGD, Engine, Loss, Session
 from fedlean.train.cohort import check_cohort, sample_cohort
-from fedlean.train.hyperparameters import check_sgd, learning_rate
+from fedlean.train.hyperparameters import check_sgd
+from fedlean.train.schedule import Schedule
 from fedlean.train.sgd import local_sgd
 from fedlean.train.work import only_sgd
 
@@ -30,7 +31,10 @@ from fedlean.train.work import only_sgd
 class LocalSGD:
     """The settings of local SGD and of its cohort, by the same names in every method.
 
-    lr: η, learning rate; halves every `lr_half_life_rounds` rounds (0: constant).
+    lr: η, learning rate.
+    lr_half_life_rounds: rounds in which it halves; 0: it does not.
+    lr_schedule: constant, cosine:ROUNDS or step:ROUNDS:FACTOR (`train.schedule`).
+    lr_warmup_rounds: the first rounds, in which it rises evenly to lr.
     local_steps: I, local steps a round.
     batch_size: B, examples a step.
     cohort: clients a round, drawn anew each round; None: all.
@@ -46,6 +50,8 @@ class LocalSGD:
     weight_decay: float = 0.0
     loss: Loss = "ce"
     lr_half_life_rounds: float = 0.0
+    lr_schedule: str = "constant"
+    lr_warmup_rounds: int = 0
 
     def check(self, server: Server) -> None:
         """Raises ValueError naming what is out of range, or fits neither model nor clients."""
@@ -57,9 +63,17 @@ class LocalSGD:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             loss=self.loss,
-            lr_half_life_rounds=self.lr_half_life_rounds,
         )
+        self.schedule.check()
         check_cohort(self.cohort, server)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.lr, self.lr_half_life_rounds, self.lr_schedule, self.lr_warmup_rounds)
+
+    def rate(self, rounds_done: int) -> float:
+        """The learning rate in the round after so many."""
+        return self.schedule.rate(rounds_done)
 
     def clients(self, server: Server, devices: Sequence[Device], round: int) -> list[int]:
         """Ids of the cohort of `round`, ascending."""
@@ -74,7 +88,7 @@ class LocalSGD:
     def hparams(self, rounds_done: int) -> dict[str, Scalar]:
         """What a client is told in the round after so many."""
         return {
-            "lr": learning_rate(self.lr, rounds_done, self.lr_half_life_rounds),
+            "lr": self.rate(rounds_done),
             "local_steps": self.local_steps,
             "batch_size": self.batch_size,
             "momentum": self.momentum,
@@ -109,6 +123,7 @@ def with_settings(
                 made[-1].check(server)
             return method(server, *made, **settings)
 
+        built.settings_records = records  # type: ignore[attr-defined]  # whose docstrings count
         signature = inspect.signature(method, eval_str=True)
         first, *others = signature.parameters.values()
         shared = [parameter for record in records for parameter in _keywords(record)]
