@@ -100,7 +100,7 @@ class Around:
     ):
         self.inner, self.change = inner, change
         self.acknowledge = inner.acknowledge
-        self.client_states = inner.client_states
+        self.client_states, self.clients = inner.client_states, inner.clients
         self.restore = inner.restore
         self.measured_seconds = inner.measured_seconds
         self.begin, self.troubles = inner.begin, inner.troubles

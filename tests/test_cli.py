@@ -152,6 +152,7 @@ OPTIONS = [  # of `fedlean run`
     "model",
     "out",
     "partition",
+    "personalize",
     "rounds",
     "seed",
     "set",

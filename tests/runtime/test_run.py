@@ -239,7 +239,7 @@ def test_a_diverged_loss_is_null(tmp_path):
         record=record,
         totals=Totals(),
         clients=2,
-        score=Score(0.1, float("nan")),
+        score=Score(0.1, float("nan"), np.zeros((2, 2), np.int64)),
         model=first_model(),
         whole=first_model().spec,
         reported={"movement": float("nan")},

@@ -39,6 +39,11 @@ class ClientData:
         self.indices = indices
         self.num_examples = len(indices)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (n,), in the order of the indices."""
+        return self.dataset.y_train[self.indices]
+
     def draw(
         self, *, steps: int, batch_size: int, seed: int, examples: int | None = None
     ) -> Iterator[Batch]:

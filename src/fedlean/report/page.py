@@ -29,6 +29,7 @@ from fedlean.report.run_folder import (
     targets_of,
     total,
 )
+from fedlean.report.served import served_section
 from fedlean.report.stage_table import stages_section
 from fedlean.report.stages import stages_notes
 from fedlean.report.style import CSS
@@ -59,6 +60,7 @@ def run_page(run: Run) -> str:
         section("Cost to each target", _costs([run], targets)),
         _plots([run], targets),
         *(section("Stages", content) for content in [stages_section(run)] if content),
+        *(section("Whom it serves", content) for content in [served_section(run)] if content),
         section("The run", markup.summary_table(labels([run]), summary_rows([run]))),
         section("How these figures were made", _method_note([run])),
         _evaluations(run),

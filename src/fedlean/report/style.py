@@ -50,6 +50,8 @@ td.missed{text-align:left;color:var(--muted);white-space:normal}
 td small{display:block;color:var(--muted);font-size:.82rem}
 .name{overflow-wrap:break-word;white-space:normal;max-width:16rem}
 table.summary td,table.summary thead th{text-align:left;min-width:7rem}
+table.confusion td{padding:.2rem .45rem;
+background:color-mix(in srgb,var(--s0) calc(var(--share,0)*70%),transparent)}
 details{margin:.6rem 0}
 summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;background:var(--panel);border-radius:6px;padding:.8rem;font-size:.82rem;

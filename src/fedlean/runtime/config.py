@@ -28,6 +28,7 @@ _MOST = {  # far beyond what a machine can do, so that no sum of them is beyond 
     "eval_every": 1 << 31,
     "eval_examples": 1 << 31,
     "final_eval_examples": 1 << 31,
+    "personalize": 1 << 31,
 }
 MAX_SEED = (1 << 63) - 1
 _BESIDE = (  # the run's, not its user's
@@ -94,6 +95,11 @@ class RunConfig:
         None, "test examples used during the run (default: all; the last round takes all)"
     )
     final_eval_examples: int | None = None  # the same after the last round; for recipes
+    personalize: int | None = setting(
+        None,
+        "steps that each client then trains the finished model for itself; the page says what that "
+        "gains it (default: none)",
+    )
     # 0: no bound; None: the clients' own (`moves`)
     max_update_norm: float | None = setting(
         None,

@@ -18,6 +18,7 @@ BATCH = 100  # small enough for the activations to stay in cache
 class Score(NamedTuple):
     accuracy: float  # in [0, 1]
     loss: float  # mean cross-entropy, nats
+    confusion: np.ndarray  # int64 (classes, classes): a row per true class
 
 
 Evaluate = Callable[[Model, bool], Score]  # flag: after the last round
@@ -37,13 +38,15 @@ def evaluator(
     def evaluate(model: Model, last: bool) -> Score:
         held = SubModel(masks=model.masks)
         session = engine.open(model.spec, model.params, held, batch_size=BATCH, optimizer=SGD(0.0))
-        hits, loss, total = 0, 0.0, 0
+        classes, loss = dataset.classes, 0.0
+        confusion = np.zeros(classes * classes, np.int64)
         for x, y in eval_batches(dataset, BATCH, final if last else during):
             (logits,) = session.forward(x).values()
-            hits += int(np.count_nonzero(logits.argmax(1) == y))
+            confusion += np.bincount(y * classes + logits.argmax(1), minlength=len(confusion))
             loss += float(_cross_entropy(logits, y).sum(dtype=np.float64))
-            total += len(y)
-        return Score(hits / total, loss / total)
+        confusion = confusion.reshape(classes, classes)
+        total = int(confusion.sum())
+        return Score(int(np.trace(confusion)) / total, loss / total, confusion)
 
     return evaluate
 

@@ -56,6 +56,10 @@ class Dispatch(Protocol):
         """
         ...
 
+    def clients(self) -> Mapping[int, Batches]:
+        """Those whose examples are in this process."""
+        ...
+
     def client_states(self) -> Mapping[int, ClientState]:
         """Committed states that this process holds for its clients; for the checkpoint."""
         ...
@@ -205,6 +209,9 @@ class LocalDispatch:
 
     def repeated_bytes(self) -> int:
         return 0
+
+    def clients(self) -> Mapping[int, Batches]:
+        return dict(enumerate(self._data))
 
     def client_states(self) -> Mapping[int, ClientState]:
         return dict(self._committed)

@@ -19,7 +19,7 @@ import numpy as np
 from fedlean.algorithm import FederatedAlgorithm, Server
 from fedlean.core import Masks, Model, Params
 from fedlean.cost.profile import other_model
-from fedlean.data.batches import own_inputs, test_subset
+from fedlean.data.batches import ClientData, own_inputs, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import absolute
 from fedlean.engine.open import engine_for
@@ -42,7 +42,7 @@ from fedlean.runtime.config import (
 )
 from fedlean.runtime.devices import Devices, load_devices, recorded_devices
 from fedlean.runtime.environment import environment
-from fedlean.runtime.evaluate import Evaluate, evaluator
+from fedlean.runtime.evaluate import Evaluate, Score, evaluator
 from fedlean.runtime.how import How, Parts
 from fedlean.runtime.local import Dispatch
 from fedlean.runtime.lock import NAME as LOCK
@@ -52,11 +52,13 @@ from fedlean.runtime.method import complete, model_of
 from fedlean.runtime.modelfile import write_model
 from fedlean.runtime.notices import about_masks, about_model
 from fedlean.runtime.outofmemory import memory_for
+from fedlean.runtime.personal import check_personalize, personalised
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.restored import recorded_round, restored
 from fedlean.runtime.rounds import LoopState, run_rounds
 from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
 from fedlean.runtime.samedata import about_data, held_against
+from fedlean.runtime.served import class_counts, served
 from fedlean.runtime.start import about_start, first_model, given_model, keep, kept, was_given
 from fedlean.runtime.summary import summary_of
 from fedlean.runtime.together import check_classes, check_together
@@ -255,6 +257,7 @@ def _prepare(
     algorithm = build_method(config.method, server, config.settings)
     # defaults may change, and with them what the same settings mean: the folder names all
     config = replace(config, engine=engine.name, settings=complete(config.method, config.settings))
+    check_personalize(config.method, config.settings, config.personalize or 0)
     during, final = (
         test_subset(dataset, examples) if examples else None
         for examples in (config.eval_examples, config.final_eval_examples)
@@ -299,6 +302,7 @@ def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str
         moved = state.params is not book.params or last  # initial pruning leaves them for long
         with memory_for("the evaluation of the model"):
             score = run.evaluate(model, last) if due and moved else None
+        book.score = score if last else None
         book.params = state.params
         if score is not None:
             book.totals = book.totals.scored(state.round, score.accuracy, config.target_accuracy)
@@ -359,6 +363,7 @@ class _Book:
     pause_seconds: float  # between the last checkpoint and the next
     masks: Masks = field(default_factory=dict)  # of the step before
     last_entry: dict[str, Any] | None = None
+    score: Score | None = None  # of the last step, where it was evaluated
     saved_at: float = field(default_factory=time.monotonic)
 
 
@@ -390,8 +395,30 @@ def _finish(run: _Run, progress: LoopState, book: _Book) -> dict[str, Any]:
     model = model_of(run.algorithm, run.server, state)
     write_model(run.folder / "model.safetensors", model, run.server.spec)
     final = book.last_entry["accuracy"] if book.last_entry else last_accuracy(run.folder)
-    if final is None:
-        final = run.evaluate(model, True).accuracy
+    if final is None or book.score is None:
+        book.score = run.evaluate(model, True)
+    final = book.score.accuracy if final is None else final
     summary = summary_of(config, run.server, state, model, totals, final, run.data_changes)
+    summary |= _whom_it_serves(run, model, book.score)
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _whom_it_serves(run: _Run, model: Model, score: Score) -> dict[str, Any]:
+    """Errors by class; of clients in this process also what each may expect, and what it gains."""
+    here = run.dispatch.clients()
+    clients = {client: one for client, one in here.items() if isinstance(one, ClientData)}
+    names = run.dataset.class_names
+    held = {client: class_counts(one.labels, len(names)) for client, one in clients.items()}
+    found: dict[str, Any] = {"served": served(score.confusion, held, names)}
+    if run.config.personalize:
+        found["personal"] = personalised(
+            model,
+            clients,
+            run.server.engine,
+            run.evaluate,
+            run.config.settings,
+            steps=run.config.personalize,
+            seed=run.config.seed,
+        )
+    return found

@@ -18,7 +18,7 @@ import numpy as np
 
 from fedlean import wire
 from fedlean.algorithm import Device
-from fedlean.core import ClientState, ClientTask, ClientUpdate
+from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate
 from fedlean.data.dataset import Dataset
 from fedlean.printable import megabytes, printable
 from fedlean.runtime.ceilings import Ceilings
@@ -368,6 +368,9 @@ class RemoteDispatch:
     def cannot_hold(self, client: int, needed_bytes: int) -> None:
         self._ceilings.lower(client, needed_bytes)
         self._say(f"client {client} is asked for less than {megabytes(needed_bytes)} from now on")
+
+    def clients(self) -> Mapping[int, Batches]:
+        return {}
 
     def client_states(self) -> Mapping[int, ClientState]:
         """Devices keep their own; the server remembers after which step each one's counts."""
