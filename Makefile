@@ -52,9 +52,15 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-# The pages in docs/ are plain Markdown; every code block in them and in the README is checked.
-docs: $(VENV)/dev.stamp
+# The site of docs/ and of the experiments' cards, in site/; every code block in them is run before.
+docs: $(VENV)/dev.stamp $(VENV)/docs.stamp
 	$(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html"
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/dev.stamp
+	$(INSTALL) '.[docs]'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) runs/demo build dist
+	rm -rf $(VENV) runs/demo build dist site

@@ -50,6 +50,13 @@ def test_commands_parse(code):
             assert (ROOT / words[1]).is_file(), words
 
 
+def test_the_site_has_every_page():
+    """Of docs/, once."""
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    named = re.findall(r": ([\w-]+\.md)$", nav, re.MULTILINE)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
