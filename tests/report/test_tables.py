@@ -120,3 +120,18 @@ def test_terminal_table(pair, tmp_path, synthetic):
     assert "[red]x" in text
     Console(file=out, width=140).print(cost_table(pair, []))
     assert "no target accuracy was set" in out.getvalue()
+
+
+def test_terminal_table_fits_80_columns_and_breaks_no_name(tmp_path, synthetic):
+    long = "speech_commands_cnn_prunefl_reconfigured_every_25"
+    runs = [
+        read_run(synthetic.make_run(tmp_path / name, {2: 0.4, 9: 0.98}, rounds=9))
+        for name in (long, f"{long}_again")
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(cost_table(runs, [0.3, 0.9725]))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines.count(long) == 2 and lines.count(f"{long}_again") == 2
+    heads = [line for line in lines if "simulated time" in line]
+    assert [line[:12] for line in heads] == ["30.0%  round", "97.25% round"]

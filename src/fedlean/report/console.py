@@ -1,46 +1,48 @@
-"""The comparison of costs for the terminal."""
+"""The comparison of costs for the terminal.
+
+A name has a line of its own, however long it is, and the figures below it fit 80 columns.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from fedlean.printable import printable
 from fedlean.report.run_folder import Run, targets_of
-from fedlean.report.tables import PRICES, Cost, Figure, costs
+from fedlean.report.tables import PRICES, Cost, costs
 
 _HEADS = [head for head in PRICES if head != "with dense gradients"]  # what a terminal has room for
+_ROUND, _WIDTH = 12, 17  # columns of a terminal
 
 
-def cost_table(runs: Sequence[Run], targets: Sequence[float] | None = None) -> Table:
+def cost_table(runs: Sequence[Run], targets: Sequence[float] | None = None) -> Text:
     """Costs to each target accuracy; ratios are against the first run."""
     wanted = targets_of(runs) if targets is None else sorted(set(targets))
-    table = Table(title="Cost to first reach a test accuracy", title_justify="left")
-    table.add_column("target", justify="right")
-    table.add_column("run", overflow="fold")
-    for name in ("round", *_HEADS):
-        table.add_column(name, justify="right")
-    for group in costs(runs, wanted):
-        for at, cost in enumerate(group):
-            _add(table, cost, first=at == 0, last=at == len(group) - 1)
+    text = Text("Cost to first reach a test accuracy\n", style="italic")
     if not wanted:
-        table.caption = "no target accuracy was set"
-    return table
+        return text.append("no target accuracy was set", style="dim")
+    for group in costs(runs, wanted):
+        text.append("\n" + _line(group[0].target, "round", _HEADS), style="bold")
+        for cost in group:
+            text.append_text(_of_a_run(cost))
+    text.rstrip()
+    return text
 
 
-def _add(table: Table, cost: Cost, *, first: bool, last: bool) -> None:
-    # Text, not str: a name with [brackets] is a name, not markup.
-    head = (Text(cost.target if first else ""), Text(printable(cost.run)))
+def _of_a_run(cost: Cost) -> Text:
+    """Its name; below it what it paid; below that how this compares."""
+    text = Text(f"{printable(cost.run)}\n")  # Text, not str: a name with [brackets] is no markup
     if cost.missed:
-        rest = ["–"] * (len(_HEADS) - 1)
-        table.add_row(*head, "–", Text(cost.missed, style="dim"), *rest, end_section=last)
-        return
-    cells = (_cell(cost.figures[head]) for head in _HEADS)
-    table.add_row(*head, cost.round, *cells, end_section=last)
+        return text.append(f"{'':{_ROUND}}{cost.missed}\n", style="dim")
+    figures = [cost.figures[head] for head in _HEADS]
+    text.append(_line("", cost.round, [figure.text for figure in figures]))
+    if any(figure.ratio for figure in figures):
+        text.append(_line("", "", [figure.ratio or "" for figure in figures]), style="dim")
+    return text
 
 
-def _cell(figure: Figure) -> Text:
-    text = Text(figure.text)
-    return text.append(f"  {figure.ratio}", style="dim") if figure.ratio else text
+def _line(first: str, round: str, cells: Sequence[str]) -> str:
+    begin = f"{first} {round:>{_ROUND - len(first) - 1}}"
+    return f"{begin}{''.join(f'{cell:>{_WIDTH}}' for cell in cells)}\n"

@@ -160,14 +160,14 @@ def _notices(runs: Sequence[Run]) -> str:
 def _tiles(run: Run) -> list[tuple[str, str]]:
     clock = run_total(run, "simulated_seconds") if has_clock(run) else None
     return [
+        ("memory of a device, mean round", units.human(mean_memory(run.rounds), "bytes")),
+        ("its peak, modelled", units.human(peak_memory(run), "bytes")),
+        ("bytes, both ways", units.human(run_total(run, "bytes"), "bytes")),
+        ("simulated time", units.human(clock, "seconds")),
         ("final accuracy", units.percent(final_accuracy(run))),
         ("rounds", str(run.num_rounds)),
         ("density", units.density_text(density(run))),
-        ("simulated time", units.human(clock, "seconds")),
-        ("bytes, both ways", units.human(run_total(run, "bytes"), "bytes")),
         ("FLOPs per client", units.human(run_total(run, "flops_per_client"), "flops")),
-        ("peak memory, modelled", units.human(peak_memory(run), "bytes")),
-        ("mean memory over rounds", units.human(mean_memory(run.rounds), "bytes")),
     ]
 
 
