@@ -28,12 +28,20 @@ $(VENV)/dev.stamp: $(SOURCES) | $(VENV)/bin/python
 	$(INSTALL) '.[dev]'
 	@touch $@
 
+BOARDS := experiments/fleets/demo.toml
+SMALL := --model resnet8 --fleet $(BOARDS) --rounds 60 --cohort 4 --target-accuracy 0.90 0.95
+
 demo: $(VENV)/demo.stamp
 	@rm -rf runs/demo
 	$(BIN)/fedlean run fedavg --rounds 150 --target-accuracy 0.90 0.95 --out runs/demo/fedavg
 	$(BIN)/fedlean run prunefl --rounds 150 --target-accuracy 0.90 0.95 \
 	  --set reconfigure_every=20 --out runs/demo/prunefl
 	$(BIN)/fedlean compare runs/demo/fedavg runs/demo/prunefl --out runs/demo/compare.html
+	@echo; echo "Ten boards of which two can train the whole of a larger model: who fits what"
+	$(BIN)/fedlean plan --model resnet8 --fleet $(BOARDS) --method fedavg prunefl heterofl smartfreeze
+	$(BIN)/fedlean run exclusivefl $(SMALL) --out runs/demo/exclusivefl
+	$(BIN)/fedlean run smartfreeze $(SMALL) --out runs/demo/smartfreeze
+	$(BIN)/fedlean compare runs/demo/exclusivefl runs/demo/smartfreeze --out runs/demo/small-devices.html
 
 # A file's tests stay together, for what they share; those that wait for servers begin.
 test: $(VENV)/dev.stamp
