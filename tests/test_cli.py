@@ -147,6 +147,7 @@ OPTIONS = [  # of `fedlean run`
     "init",
     "inputs",
     "local-steps",
+    "log",
     "lr",
     "max-update-norm",
     "model",

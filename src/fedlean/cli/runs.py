@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +15,7 @@ from fedlean.cli.options import Place, Whole
 from fedlean.cli.run_options import RunOptions, told
 from fedlean.cli.screen import say, show
 from fedlean.report.page import write_report
+from fedlean.report.tensorboard import tensorboard
 from fedlean.runtime import config as configs
 from fedlean.runtime import method as methods
 from fedlean.runtime import run as runs
@@ -36,6 +38,7 @@ def run(
     lr: float | None = None,
     set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Place | None = None,
+    log: Literal["tensorboard"] | None = None,
     options: Annotated[RunOptions, Parameter(name="*")] = _DEFAULTS,  # pyright: ignore[reportInvalidTypeForm]
 ) -> None:
     """Train one model across simulated clients and write a run folder with a report.
@@ -56,15 +59,31 @@ def run(
         further hyper-parameters of the method, key=value
     out
         run folder (default: runs/METHOD-DATASET-MODEL-sSEED)
+    log
+        tensorboard: curves while the run goes on, in the folder tensorboard beside the run folder
     """
     flags = {"cohort": cohort, "local_steps": local_steps, "batch_size": batch, "lr": lr}
     given = {key: value for key, value in flags.items() if value is not None}
     settings = methods.given_settings(method, set or [], given)
     config = configs.RunConfig(method=method, settings=settings, **told(options))
     folder = out or Path("runs") / _folder_name(config)
-    with watch_run(config, folder) as watch, _report_of_a_failure(folder):
-        summary = runs.start(config, folder, How(watch, say))
+    with ExitStack() as stack:
+        watches = [stack.enter_context(watch_run(config, folder))]
+        if log is not None:
+            watches.append(stack.enter_context(tensorboard(_events(folder))))
+        stack.enter_context(_report_of_a_failure(folder))
+        summary = runs.start(config, folder, How(partial(_to_all, watches), say))
     _finish(folder, summary)
+
+
+def _events(folder: Path) -> Path:
+    """Beside the run folder, which must be empty as the run begins: all runs in one place."""
+    return folder.parent / "tensorboard" / folder.name
+
+
+def _to_all(watches: list[Callable[[dict[str, Any]], None]], entry: dict[str, Any]) -> None:
+    for watch in watches:
+        watch(entry)
 
 
 def resume(
