@@ -209,8 +209,21 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _method_note(runs: Sequence[Run]) -> str:
-    paragraphs = [_clock_note(runs), _arithmetic_note(runs), _charge_note(runs)]
-    return "\n".join(f"<p>{escape(text)}</p>" for text in paragraphs)
+    paragraphs = [_clock_note(runs), _arithmetic_note(runs), _charge_note(runs), _odd_note(runs)]
+    return "\n".join(f"<p>{escape(text)}</p>" for text in paragraphs if text)
+
+
+def _odd_note(runs: Sequence[Run]) -> str:
+    """Why a pruned run's figures may look wrong and are not."""
+    pruned = [name for name, run in zip(labels(runs), runs, strict=True) if (density(run) or 1) < 1]
+    if not pruned:
+        return ""
+    return (
+        f"Memory and time fall less than the density{_whom(pruned, runs)}: activations stay as large, "
+        "and the modelled device computes a layer densely where its profile says that this is "
+        "quicker. Single rounds that take more are reconfigurations, which need the gradients of "
+        "all weights."
+    )
 
 
 def _grouped(runs: Sequence[Run], key: str) -> dict[str, list[str]]:
