@@ -70,7 +70,7 @@ def npz_deflated(stored: Stored, folder: Path) -> None:
 
 
 def npz_floats(stored: Stored, folder: Path) -> None:
-    npz(stored, folder, lambda x: x / 255.0, np.savez_compressed)
+    npz(stored, folder, lambda x: x[:, None] / 255.0, np.savez_compressed)
 
 
 def npz_colour(stored: Stored, folder: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 import fedlean
 from fedlean import cli
 from fedlean.cost import profile
+from fedlean.data.load import available
 from fedlean.models import catalog
 from fedlean.runtime import method as methods
 from fedlean.runtime.lock import hold
@@ -121,7 +122,7 @@ def test_datasets_lists_every_form_one_line_each(capsys):
     assert lines[0].startswith("digits ")
     for form in ("IDX", "LEAF", ".npz", "FOLDER:NAME"):
         assert any(form in line for line in lines), form
-    assert len(lines) == 5
+    assert len(lines) == len(available())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["resume", "--help"]])
@@ -146,6 +147,9 @@ OPTIONS = [  # of `fedlean run`
     "fleet",
     "init",
     "inputs",
+    "label",
+    "layout",
+    "length",
     "local-steps",
     "log",
     "lr",
@@ -160,6 +164,7 @@ OPTIONS = [  # of `fedlean run`
     "start",
     "start-weights",
     "target-accuracy",
+    "test-share",
     "threads",
 ]
 

@@ -217,7 +217,7 @@ def test_in_turns_the_same_results_a_step_of_each_at_a_time(tmp_path, monkeypatc
         "prunefl": RunConfig("prunefl", rounds=3, settings=pruned),
     }
     loaded = []
-    monkeypatch.setattr(recipe, "load_dataset", lambda name: loaded.append(name) or load(name))
+    monkeypatch.setattr(recipe, "load_dataset", lambda name, _: loaded.append(name) or load(name))
     recipe._loaded.cache_clear()
     recipe.run_all(configs, tmp_path / "one", in_turns=False)
     recipe.run_all(configs, tmp_path / "turns", in_turns=True)

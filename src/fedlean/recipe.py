@@ -20,6 +20,7 @@ from rich.console import Console
 from fedlean.core import Scalar
 from fedlean.cost.profile import load_profile, to_document
 from fedlean.data.dataset import Dataset
+from fedlean.data.declared import Declared
 from fedlean.data.load import load_dataset
 from fedlean.report.card import (
     card_table,
@@ -226,7 +227,7 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
             if hand_on is not None:
                 hand_on()
 
-        how = How(watch, say, load=_loaded)
+        how = How(watch, say, load=lambda name: _loaded(name, config.declared))
         if begun:
             resume(folder, how, named=Named(config.method, config.model))
         else:
@@ -235,9 +236,9 @@ def run_once(config: RunConfig, folder: Path, hand_on: turns.Pass | None = None)
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str) -> Dataset:
+def _loaded(name: str, declared: Declared) -> Dataset:
     """All runs of a recipe are on one data set, and some take longer to decode than to train on."""
-    return load_dataset(name)
+    return load_dataset(name, declared)
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:

@@ -41,10 +41,10 @@ def test_unit_takes_the_ends_of_the_range():
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([0, 255], [0, 1], r"training pixels in 0\.\.255, expected 0\.\.1"),
-        ([-1, 1], [0, 1], r"training pixels in -1\.\.1"),
-        ([0, 1], [0.5, 1.5], r"test pixels in 0\.5\.\.1\.5"),
-        ([0, 1], [-0.5, 1], r"test pixels in -0\.5\.\.1"),
+        ([0, 255], [0, 1], r"training values in 0\.\.255, expected 0\.\.1"),
+        ([-1, 1], [0, 1], r"training values in -1\.\.1"),
+        ([0, 1], [0.5, 1.5], r"test values in 0\.5\.\.1\.5"),
+        ([0, 1], [-0.5, 1], r"test values in -0\.5\.\.1"),
     ],
 )
 def test_unit_refuses_other_pixels(train: list[float], test: list[float], message: str):
@@ -56,5 +56,5 @@ def test_unit_refuses_other_pixels(train: list[float], test: list[float], messag
 
 def test_bytes_above_the_scale_are_refused():
     data = replace(dataset(), scale=16.0)
-    with pytest.raises(ValueError, match=r"training pixels in .*expected 0\.\.1"):
+    with pytest.raises(ValueError, match=r"training values in .*expected 0\.\.1"):
         with_inputs(data, "unit")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedlean.data.dataset import Dataset
+from fedlean.data.declared import Declared
 from fedlean.data.load import load_dataset
 from fedlean.data.npz import find_npz, npz_source
 
@@ -70,7 +71,7 @@ def test_channels_first_or_last(tmp_path: Path, shape: tuple[int, ...]):
 
 
 def test_floats_and_names(tmp_path: Path):
-    arrays = {**GOOD, "x": X / 255.0, "classes": np.array(["a", "b", "c", "d"])}
+    arrays = {**GOOD, "x": X / 255.0, "classes": np.array(["a", "b", "c", "d"]), "layout": "nhw"}
     del arrays["client"]
     data = load("a", write(tmp_path / "a.npz", arrays))
     assert data.x_train.dtype == np.float32 and data.scale == 1.0
@@ -78,26 +79,40 @@ def test_floats_and_names(tmp_path: Path):
 
 
 BAD = [
-    ({"x": X.reshape(5, 1, 8, 3)}, "shows no single axis of 1 or 3 channels"),
-    ({"x": X.reshape(5, 2, 6, 2)}, "shows no single axis of 1 or 3 channels"),
-    ({"x": X.astype(np.int32)}, "x is int32"),
+    (
+        {"x": X.reshape(5, 1, 8, 3)},
+        r"nhwc .pictures of 3 channels and 1 x 8. or as nchw .pictures of 1 channels and 8 x 3.",
+    ),
+    ({"x": X.reshape(5, 2, 6, 2)}, "can be read as nhwc .* or as nchw"),
+    (
+        {"x": X / 255},
+        r"x is float64 of shape \(5, 4, 6\), which can be read as ncl .signals of 4 channels and 6"
+        r" values each. or as nlc .signals of 6 .* or as nhw .grey .*: say which with --layout",
+    ),
+    ({"x": X.astype(np.int32)}, "x is int32 .* can be read as ncl"),
+    ({"x": X, "layout": "ncw"}, "layout is 'ncw', expected one of nf, ncl"),
+    ({"x": X, "layout": "nchw"}, r"\(5, 4, 6\), expected \(n, c, h, w\) .*of 3 axes are ncl, nlc"),
+    ({"x": X, "layout": np.array([1, 2])}, "layout is int64 .2,., expected one word"),
     ({"x": X[:3]}, r"x has shape \(3, 4, 6\)"),
     ({"x": X[0]}, "x has shape"),
-    ({"x": np.full(X.shape, 1e300)}, "NaN or infinity"),
+    ({"x": X[:, 0, 0]}, r"x has shape .5,., expected .n, f. or .n, c, l. or"),
+    ({"x": np.array(["a"] * 5)}, "x: expected numbers, got <U1"),
+    ({"x": np.full(X.shape, 1e300), "layout": "nhw"}, "NaN or infinity"),
     ({"x": np.array([None] * 5)}, "array 'x' cannot be read.*never unpickled"),
     ({"y": GOOD["y"][:3]}, "split has 5 entries, expected 3"),
     ({"x": np.asfortranarray(X)}, "x is stored in Fortran order.*ascontiguousarray"),
     ({"x": X[:, :, :0]}, r"x has shape \(5, 4, 0\)"),
     ({"y": GOOD["y"] + 0.5}, "labels hold 0.5, expected whole numbers or text"),
-    ({"y": GOOD["y"][:, None]}, r"labels are uint8 \(5, 1\)"),
+    ({"y": np.eye(5)}, r"y is float64 \(5, 5\), expected .*numpy\.argmax"),
     ({"y": np.array([0, 1, 2**40, 1, 0])}, "got 1099511627777 classes, expected 1..65536"),
     (
         {"y": list("abcab"), "classes": np.array(["a", "c"])},
         "labels hold 'b', expected names among",
     ),
-    ({"split": np.zeros(5, int)}, "5 training .0. and 0 test"),
-    ({"split": np.array([0, 1, 2, 0, 1])}, "split has values 0..2, expected 0..1"),
-    ({"client": np.array([0, 1, 2**40, 0, 1])}, "client has values"),
+    ({"split": np.array([0, 1, 2, 0, 1])}, "split has values 0..2, expected 0 for training"),
+    ({"split": np.array(list("aabab"))}, "split holds 'a', 'b', expected 'train' and 'test'"),
+    ({"client": np.full(5, 0.5)}, "client: labels hold 0.5"),
+    ({"X": X}, "got x and X, expected one of them"),
     ({"client": np.zeros(4, int)}, "client has 4 entries"),
     ({"classes": np.array([1, 2, 3])}, "expected names"),
     ({"classes": np.array(["a"])}, "labels are 0..2, expected 0..0"),
@@ -247,3 +262,123 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match=r"Pillow.*pip install 'fedlean\[sim\]'"):
         load("a", path)
+
+
+def test_without_a_split_all_are_for_training(tmp_path: Path):
+    data = load("a", write(tmp_path / "a.npz", {"x": X, "y": GOOD["y"]}))
+    assert len(data.y_train) == 5 and len(data.y_test) == 0
+
+
+KERAS = {"x_train": X[:3], "y_train": GOOD["y"][:3, None], "x_test": X[3:], "y_test": GOOD["y"][3:]}
+MEDMNIST = {
+    "train_images": X[:3],
+    "train_labels": GOOD["y"][:3, None],
+    "val_images": X[:2],
+    "val_labels": GOOD["y"][:2, None],
+    "test_images": X[3:],
+    "test_labels": GOOD["y"][3:, None],
+}
+
+
+@pytest.mark.parametrize(
+    "arrays", [KERAS, MEDMNIST, {k.replace("x_", "X_"): v for k, v in KERAS.items()}]
+)
+def test_training_and_test_apart(tmp_path: Path, arrays: dict[str, np.ndarray]):
+    write(tmp_path / "a.npz", arrays)
+    data = load_dataset(str(tmp_path))
+    np.testing.assert_array_equal(data.x_train, X[:3, None])
+    np.testing.assert_array_equal(data.x_test, X[3:, None])
+    assert data.y_train.tolist() == [0, 1, 2] and data.y_test.tolist() == [1, 0]
+    left_out = ("2 examples for validation are left out",)
+    assert data.notes == (left_out if arrays is MEDMNIST else ())
+
+
+def test_one_half_is_enough(tmp_path: Path):
+    for part, other in (("train", "test"), ("test", "train")):
+        half = {name: array for name, array in KERAS.items() if part in name}
+        data = load("a", write(tmp_path / f"{part}.npz", half))
+        assert len(getattr(data, f"y_{part}")) == len(half[f"y_{part}"])
+        assert len(getattr(data, f"y_{other}")) == 0
+    del half["y_test"]
+    with pytest.raises(ValueError, match="expected x and y, or x_train"):
+        load("a", write(tmp_path / "none.npz", half))
+    lacking = {name: array for name, array in KERAS.items() if name != "y_test"}
+    with pytest.raises(ValueError, match="expected y_test beside x_test"):
+        load("a", write(tmp_path / "lacking.npz", lacking))
+
+
+def test_clients_of_the_training_half(tmp_path: Path):
+    arrays = {**KERAS, "client_train": np.array(["b", "a", "b"])}
+    data = load("a", write(tmp_path / "a.npz", arrays))
+    assert data.clients is not None and data.clients.tolist() == [1, 0, 1]
+
+
+def test_halves_must_go_together(tmp_path: Path):
+    path = write(tmp_path / "a.npz", {**KERAS, "x_test": X[3:, :2]})
+    with pytest.raises(ValueError, match=r"test examples have shape \(1, 2, 6\), expected"):
+        load("a", path)
+
+
+SIGNALS = np.random.default_rng(1).standard_normal((5, 6, 128)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "layout", "shape"),
+    [
+        (SIGNALS, "ncl", (6, 128)),
+        (SIGNALS.transpose(0, 2, 1), "nlc", (6, 128)),
+        (SIGNALS, "nhw", (1, 6, 128)),
+        (SIGNALS[:, :, None], "", (6, 1, 128)),
+        ((1000 * SIGNALS).astype(np.int16), "ncl", (6, 128)),
+        ((1000 * SIGNALS[:, 0]).astype(np.int16), "", (128,)),
+        ((1000 * SIGNALS[:, 0]).astype(np.int64), "", (128,)),
+        (SIGNALS[:, 0] > 0, "", (128,)),
+    ],
+)
+def test_signals_and_tables(tmp_path: Path, x: np.ndarray, layout: str, shape: tuple[int, ...]):
+    """By a member of the file, and by what the user says."""
+    x = np.ascontiguousarray(x)
+    word = {"layout": np.array(layout)} if layout else {}
+    stored = load("a", write(tmp_path / "a.npz", {**GOOD, "x": x, **word}))
+    path = write(tmp_path / "b.npz", {**GOOD, "x": x})
+    said = npz_source("a", path, declared=Declared(layout)).dataset()
+    for data in (stored, said):
+        assert data.input_shape == shape
+        first = np.moveaxis(x, -1, 1) if layout == "nlc" else x
+        np.testing.assert_array_equal(
+            data.x_train.reshape(3, -1).astype(np.float64),
+            first[GOOD["split"] == 0].reshape(3, -1).astype(np.float64),
+        )
+
+
+def test_a_layout_is_said_once(tmp_path: Path):
+    path = write(tmp_path / "a.npz", {**GOOD, "x": SIGNALS, "layout": np.array("ncl")})
+    assert npz_source("a", path, declared=Declared("ncl")).input_shape == (6, 128)
+    with pytest.raises(ValueError, match="layout is 'ncl', but --layout says 'nlc'"):
+        npz_source("a", path, declared=Declared("nlc"))
+
+
+def test_npy_files(tmp_path: Path):
+    for name, array in {**GOOD, "x": SIGNALS, "layout": np.array("ncl")}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    data = load_dataset(str(tmp_path))
+    np.testing.assert_array_equal(data.x_train, SIGNALS[GOOD["split"] == 0])
+    assert data.y_train.tolist() == [0, 2, 1] and data.name == tmp_path.name
+    assert load_dataset(f"{tmp_path}:npy").input_shape == (6, 128)
+
+
+def test_damaged_npy_files(tmp_path: Path):
+    for name in ("x", "y"):
+        np.save(tmp_path / f"{name}.npy", GOOD[name])
+    whole = (tmp_path / "x.npy").read_bytes()
+    for content, message in (
+        (whole[:-1], "but it holds 119"),
+        (whole + b"1", "holds 121"),
+        (b"", "magic|EOF"),
+    ):
+        (tmp_path / "x.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=f"x.npy: array 'x' cannot be read: .*{message}"):
+            load_dataset(str(tmp_path))
+    (tmp_path / "x.npy").unlink()
+    with pytest.raises(ValueError, match="holds no data set"):
+        load_dataset(str(tmp_path))

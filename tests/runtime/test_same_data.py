@@ -48,7 +48,7 @@ CHANGES = {
     "one label": ({"y": np.where(np.arange(60) == 6, 2 - Y, Y)}, "the training labels (y_train)"),
     "images permuted": ({"x": X[::-1]}, "the training images (x_train)"),
     "one pixel": ({"x": np.where(np.arange(X.size).reshape(X.shape) == 40, 255 - X, X)}, "x_train"),
-    "another type": ({"x": X.astype(np.float32)}, "dtype float32, uint8 before"),
+    "another type": ({"x": X[:, None].astype(np.float32)}, "dtype float32, uint8 before"),
     "an example more to test": (
         {"split": np.where(np.arange(60) == 44, 1, SPLIT)},
         "44 examples, 45 before",

@@ -16,6 +16,7 @@ from fedlean.cli.screen import show, show_lines
 from fedlean.core import Scalar
 from fedlean.cost.profile import Profile, load_profile
 from fedlean.data import digits
+from fedlean.data.declared import Declared
 from fedlean.data.load import load_source
 from fedlean.fleet.load import load_fleet
 from fedlean.measure.machine import cores
@@ -39,6 +40,7 @@ def plan(
     *,
     model: Annotated[list[str] | None, Many] = None,
     dataset: str | None = None,
+    layout: str = "",
     input_shape: str | None = None,
     classes: Whole | None = None,
     batch: Whole | None = None,
@@ -61,6 +63,8 @@ def plan(
         package.module:function (default: lenet300)
     dataset
         gives the input's shape and the classes: digits (the default), or a folder
+    layout
+        what the axes of its arrays are, e.g. ncl (docs/data.md)
     input_shape
         instead of a data set, e.g. 3x32x32
     classes
@@ -87,7 +91,7 @@ def plan(
         page to write
     """
     profiles = [load_profile(name) for name in device or [DEFAULT_DEVICE]]
-    shape, count, examples = _shape(dataset, input_shape, classes)
+    shape, count, examples = _shape(dataset, layout, input_shape, classes)
     models = {name: catalog.build(name, shape, count) for name in model or [DEFAULT_MODEL]}
     names = method or [name for name in methods.available() if name not in LEFT_OUT]
     if out is not None and out.is_dir():
@@ -143,7 +147,7 @@ def memory_bytes(text: str) -> int:
 
 
 def _shape(
-    dataset: str | None, input_shape: str | None, classes: int | None
+    dataset: str | None, layout: str, input_shape: str | None, classes: int | None
 ) -> tuple[tuple[int, ...], int, int]:
     """(input shape, classes, examples of a client)."""
     if input_shape is not None:
@@ -161,9 +165,9 @@ def _shape(
         raise ValueError("--classes goes with --input-shape; a data set says how many it has")
     if dataset in (None, "digits"):
         return digits.SHAPE, digits.CLASSES, digits.TRAINING_EXAMPLES // CLIENTS
-    source = load_source(str(dataset))
-    found = source.dataset()
-    return tuple(found.input_shape), found.classes, max(1, len(found.y_train) // CLIENTS)
+    source = load_source(str(dataset), declared=Declared(layout))
+    examples = max(1, len(source.y_train) // CLIENTS)
+    return source.input_shape, len(source.class_names), examples
 
 
 def _settings(

@@ -1,11 +1,12 @@
-"""`Dataset`: a labelled image set in memory, and how its pixels become network inputs.
+"""`Dataset`: labelled examples in memory, and how their values become network inputs.
 
-Images stay as they were stored (uint8 wherever possible) and are normalised batch by batch: a set
-that takes 47 MB as bytes would take 188 MB as float32.  This module reads no files (the loaders do)
-and knows nothing of clients' shares (`fedlean.data.partition`) or batches (`fedlean.data.batches`).
+Tables (n, C), signals (n, C, L) and pictures (n, C, H, W) differ in their shape alone.  Values stay
+as they were stored (small integers wherever possible) and are normalised batch by batch: a set that
+takes 47 MB as bytes would take 188 MB as float32.  This module reads no files (the loaders do) and
+knows nothing of clients' shares (`fedlean.data.partition`) or batches (`fedlean.data.batches`).
 """
 
-# n examples, C channels, H height, W width
+# n examples, C channels or columns, L length, H height, W width
 
 from __future__ import annotations
 
@@ -17,18 +18,23 @@ from typing import Self
 import numpy as np
 
 from fedlean.data.labels import MAX_CLASSES, check_class_names, listed, numbered
+from fedlean.data.moments import moments
 
-CHUNK = 256  # images converted at a time, so that statistics never hold a float copy of the set
+KEPT = (np.uint8, np.int8, np.int16, np.uint16, np.float32)  # types of examples in memory
+MAX_AXES = 4  # of the array of all examples
+CHUNK = 256  # examples looked at together, so that checks never hold a copy of the set
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test set of images of one shape, with what normalises them.
+    """A training and a test set of examples of one shape, with what normalises them.
 
-    x_train, x_test: uint8 or float32 (n, C, H, W).  y_train, y_test: int64 (n,) in 0..classes-1.
-    mean, std: float32 (C,), of x_train / scale.  clients: int32 (n,) ≥ 0, who owns each training
-    example, or None.  class_names: one per class, all different; given as (), classes count from
-    "0".  A device's share has no test examples.
+    x_train, x_test: (n, C), (n, C, L) or (n, C, H, W), of a type in KEPT.  y_train, y_test: int64
+    (n,) in 0..classes-1.  mean, std: float32 (C,), of x_train / scale.  clients: int32 (n,) ≥ 0,
+    who owns each training example, or None.  class_names: one per class, all different; given as
+    (), classes count from "0".  notes: lines for the user about how it was read.  A device's share
+    has no test examples, and a server's set may have no training examples: its mean is 0 and its
+    deviation 1 then.
 
     Raises ValueError naming the field when dtypes, lengths, labels or values do not fit.
     """
@@ -44,15 +50,17 @@ class Dataset:
     scale: float = 255.0
     class_names: tuple[str, ...] = ()
     clients: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part, x, y in (
             ("train", self.x_train, self.y_train),
             ("test", self.x_test, self.y_test),
         ):
-            _check_images(f"data set {self.name!r}: x_{part}", x)
+            _check_examples(f"data set {self.name!r}: x_{part}", x)
             _check_labels(f"data set {self.name!r}: y_{part}", y, len(x), self.classes)
-        _check_some(f"data set {self.name!r}: x_train", self.x_train)
+        if not self.x_train.size and not self.x_test.size:
+            raise ValueError(f"data set {self.name!r} is empty; at least 1 example is needed")
         if not self.class_names:
             object.__setattr__(self, "class_names", numbered(self.classes))
         self._check_class_names()
@@ -64,32 +72,33 @@ class Dataset:
     def from_images(
         cls,
         name: str,
-        train: tuple[np.ndarray, np.ndarray],  # x (n, C, H, W), y int64 (n,)
+        train: tuple[np.ndarray, np.ndarray],  # x (n, C, ...), y int64 (n,)
         test: tuple[np.ndarray, np.ndarray],
         *,
         classes: int,
         scale: float,  # the stored value that counts as 1.0
         class_names: tuple[str, ...] = (),
         clients: np.ndarray | None = None,
+        notes: tuple[str, ...] = (),
     ) -> Self:
-        """A `Dataset` whose mean and std are computed on its training images.
+        """A `Dataset` whose mean and std are computed on its training examples, if it has any.
 
         >>> x, y = np.array([[[[0, 255]]]], np.uint8), np.array([0])
         >>> data = Dataset.from_images("tiny", (x, y), (x, y), classes=1, scale=255.0)
         >>> data.input_shape, data.normalise(x).tolist()
         ((1, 1, 2), [[[[-1.0, 1.0]]]])
         """
-        _check_images(f"data set {name!r}: x_train", train[0])  # the statistics need sound images
-        _check_some(f"data set {name!r}: x_train", train[0])
-        _check_some(f"data set {name!r}: x_test", test[0])
-        mean, std = channel_statistics(train[0], scale)
-        return cls(name, *train, *test, classes, mean, std, scale, class_names, clients)
+        _check_examples(f"data set {name!r}: x_train", train[0])  # sound ones, for the statistics
+        channels = train[0].shape[1]
+        mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        if train[0].size:
+            mean, std = moments(train[0]).statistics(scale)
+        return cls(name, *train, *test, classes, mean, std, scale, class_names, clients, notes)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one example."""
-        channels, height, width = self.x_train.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """(C,), (C, L) or (C, H, W) of one example."""
+        return self.x_train.shape[1:]
 
     @cached_property
     def labels_held(self) -> tuple[str, ...]:
@@ -99,8 +108,8 @@ class Dataset:
 
     @cached_property
     def value_range(self) -> tuple[float, float]:
-        """The smallest and the largest value of x_train / scale."""
-        return _value_range(self.x_train, self.scale)
+        """The smallest and the largest value of x_train / scale; without any, of x_test / scale."""
+        return _value_range(self.x_train if self.x_train.size else self.x_test, self.scale)
 
     def with_classes(self, names: Sequence[str]) -> Self:
         """The same examples with labels that count `names`, as a federation lists its classes.
@@ -124,12 +133,13 @@ class Dataset:
         return replace(self, y_train=y_train, y_test=y_test, classes=len(names), class_names=names)
 
     def normalise(self, x: np.ndarray) -> np.ndarray:
-        """(x / scale - mean) / std as float32 (B, C, H, W), for stored images `x` of that shape."""
+        """(x / scale - mean) / std as float32, for stored examples `x` (B, C, ...)."""
         # One multiplication and one subtraction in place: a device does this on every batch.
+        each = (-1, *(1 for _ in x.shape[2:]))  # per channel
         factor = (1 / (np.float64(self.scale) * self.std)).astype(np.float32)
         shift = (self.mean.astype(np.float64) / self.std).astype(np.float32)
-        out = np.multiply(x, factor[:, None, None], dtype=np.float32, order="C")
-        out -= shift[:, None, None]
+        out = np.multiply(x, factor.reshape(each), dtype=np.float32, order="C")
+        out -= shift.reshape(each)
         return out
 
     def _check_class_names(self) -> None:
@@ -146,12 +156,12 @@ class Dataset:
     def _check_shapes(self) -> None:
         if self.x_test.shape[1:] != self.x_train.shape[1:]:
             raise ValueError(
-                f"data set {self.name!r}: test images have shape {self.x_test.shape[1:]}, expected"
-                f" {self.x_train.shape[1:]} as in training; resize one of the two"
+                f"data set {self.name!r}: test examples have shape {self.x_test.shape[1:]},"
+                f" expected {self.x_train.shape[1:]} as in training; bring both to one shape"
             )
         if self.x_test.dtype != self.x_train.dtype:
             raise ValueError(
-                f"data set {self.name!r}: test images are {self.x_test.dtype}, expected"
+                f"data set {self.name!r}: test examples are {self.x_test.dtype}, expected"
                 f" {self.x_train.dtype} as in training; store both alike"
             )
 
@@ -175,7 +185,7 @@ class Dataset:
         smallest = float(self.std.min()) * self.scale
         if not 1 / np.finfo(np.float32).max < smallest:
             raise ValueError(
-                f"data set {self.name!r}: pixels spread over {smallest:g} only, which float32"
+                f"data set {self.name!r}: values spread over {smallest:g} only, which float32"
                 " cannot scale to 1; store them in a larger unit"
             )
 
@@ -190,24 +200,6 @@ class Dataset:
             )
 
 
-def channel_statistics(x: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float32 (C,) each, per channel of x (n, C, H, W) / scale.
-
-    A constant channel gets std 1, so that it normalises to 0 and not to NaN.
-    """
-    count = x.size // x.shape[1]
-    mean = sum(chunk.sum(axis=(0, 2, 3)) for chunk in _float_chunks(x)) / count
-    # Two passes: E[x²] - E[x]² loses digits where the spread is small beside the mean.
-    squares = (((c - mean[:, None, None]) ** 2).sum(axis=(0, 2, 3)) for c in _float_chunks(x))
-    std = np.sqrt(sum(squares) / count) / scale
-    constant = x.min(axis=(0, 2, 3)) == x.max(axis=(0, 2, 3))
-    return (mean / scale).astype(np.float32), np.where(constant, 1.0, std).astype(np.float32)
-
-
-def _float_chunks(x: np.ndarray) -> Iterator[np.ndarray]:
-    return (chunk.astype(np.float64) for chunk in _chunks(x))
-
-
 def _chunks(x: np.ndarray) -> Iterator[np.ndarray]:
     return (x[start : start + CHUNK] for start in range(0, len(x), CHUNK))
 
@@ -216,22 +208,18 @@ def _value_range(x: np.ndarray, scale: float) -> tuple[float, float]:
     return float(x.min()) / scale, float(x.max()) / scale
 
 
-def _check_images(what: str, x: np.ndarray) -> None:
-    if x.dtype not in (np.uint8, np.float32) or x.ndim != 4:
+def _check_examples(what: str, x: np.ndarray) -> None:
+    if x.dtype not in KEPT or not 2 <= x.ndim <= MAX_AXES:
         raise ValueError(
-            f"{what} is {x.dtype} {x.shape}, expected uint8 or float32 of (examples, channels,"
-            " height, width); convert it first"
+            f"{what} is {x.dtype} {x.shape}, expected {', '.join(t.__name__ for t in KEPT)} of"
+            " (examples, columns), (examples, channels, length) or (examples, channels, height,"
+            " width); convert it first"
         )
     if x.dtype == np.float32 and not all(np.isfinite(chunk).all() for chunk in _chunks(x)):
         raise ValueError(
             f"{what} holds NaN or infinity, or values beyond float32's 3.4e38, expected finite"
-            " pixels; clean the data"
+            " numbers; clean the data"
         )
-
-
-def _check_some(what: str, x: np.ndarray) -> None:
-    if x.size == 0:
-        raise ValueError(f"{what} is empty, shape {x.shape}; at least 1 example is needed")
 
 
 def _check_labels(what: str, y: np.ndarray, examples: int, classes: int) -> None:
@@ -239,7 +227,7 @@ def _check_labels(what: str, y: np.ndarray, examples: int, classes: int) -> None
         raise ValueError(f"{what}: got {classes} classes, expected 1..{MAX_CLASSES}")
     if y.dtype != np.int64 or y.shape != (examples,):
         raise ValueError(
-            f"{what} is {y.dtype} {y.shape}, expected int64 ({examples},): one label per image"
+            f"{what} is {y.dtype} {y.shape}, expected int64 ({examples},): one label per example"
         )
     if len(y) and (y.min() < 0 or y.max() >= classes):
         raise ValueError(
@@ -251,17 +239,17 @@ def _check_labels(what: str, y: np.ndarray, examples: int, classes: int) -> None
 def with_inputs(dataset: Dataset, inputs: str) -> Dataset:
     """The data set with network inputs "standardised" (as loaded) or "unit" (0 to 1, as stored).
 
-    Standardising needs the training images' mean and deviation, which a federation has to agree
-    on; "unit" needs nothing.  Raises ValueError for any other word, and for "unit" where pixels lie
+    Standardising needs the training examples' mean and deviation, which a federation has to agree
+    on; "unit" needs nothing.  Raises ValueError for any other word, and for "unit" where values lie
     outside 0..1.
     """
     if inputs == "standardised":
         return dataset
     if inputs != "unit":
         raise ValueError(f"inputs must be 'standardised' or 'unit', got {inputs!r}")
-    _check_unit(dataset, "training", dataset.value_range)
-    if len(dataset.x_test):
-        _check_unit(dataset, "test", _value_range(dataset.x_test, dataset.scale))
+    for part, x in (("training", dataset.x_train), ("test", dataset.x_test)):
+        if len(x):
+            _check_unit(dataset, part, _value_range(x, dataset.scale))
     zeros = np.zeros_like(dataset.mean)
     return replace(dataset, mean=zeros, std=np.ones_like(dataset.std))
 
@@ -270,7 +258,7 @@ def _check_unit(dataset: Dataset, part: str, found: tuple[float, float]) -> None
     low, high = found
     if not 0 <= low <= high <= 1:
         raise ValueError(
-            f"data set {dataset.name!r}: inputs 'unit' with {part} pixels in {low:.9g}..{high:.9g},"
-            " expected 0..1; store the pixels as bytes or divided by their largest value, or give"
+            f"data set {dataset.name!r}: inputs 'unit' with {part} values in {low:.9g}..{high:.9g},"
+            " expected 0..1; store the values as bytes or divided by the largest, or give"
             " --inputs standardised"
         )

@@ -39,7 +39,7 @@ def classes_of(
     >>> classes_of(np.array([2.0, 0.0]))
     (('0', '1', '2'), array([2, 0]))
     """
-    values, which = _distinct(labels)
+    values, which = distinct(labels)
     if names is not None:
         check_class_names(names)
         return tuple(names), _among(values, names)[which]
@@ -61,6 +61,30 @@ def classes_of(
 def numbered(count: int) -> tuple[str, ...]:
     """Names of classes that count from 0: their digits."""
     return tuple(map(str, range(count)))
+
+
+def distinct(labels: np.ndarray) -> tuple[Sequence[int | str], np.ndarray]:
+    """The distinct values, all of one kind, and which of them each label is, int64 (n,).
+
+    Numbers, and text by code point, are in ascending order.  Raises ValueError when they are
+    neither whole numbers nor text.
+    """
+    kind = labels.dtype.kind
+    if labels.ndim != 1 or not labels.size or kind not in "biufSU":
+        raise ValueError(
+            f"labels are {labels.dtype} {labels.shape}, expected one whole number or text per"
+            " example; labels must be classes"
+        )
+    found, which = np.unique(labels, return_inverse=True)
+    if kind in "SU":
+        return [str(value) for value in as_text(found)], which
+    if kind == "f":
+        broken = found[~(np.isfinite(found) & (found == np.rint(found)))]
+        if len(broken):
+            raise ValueError(
+                f"labels hold {broken[0]}, expected whole numbers or text; labels must be classes"
+            )
+    return [int(value) for value in found], which
 
 
 def as_text(array: np.ndarray) -> np.ndarray:
@@ -98,26 +122,6 @@ def listed(names: Sequence[str]) -> str:
     if len(names) <= SHOWN:
         return ", ".join(repr(name[:40]) for name in names)
     return f"{listed(names[: SHOWN - 1])}, ... {names[-1][:40]!r} ({len(names)} in all)"
-
-
-def _distinct(labels: np.ndarray) -> tuple[Sequence[int | str], np.ndarray]:
-    """The distinct values, all of one kind, and which of them each label is, int64 (n,)."""
-    kind = labels.dtype.kind
-    if labels.ndim != 1 or not labels.size or kind not in "biufSU":
-        raise ValueError(
-            f"labels are {labels.dtype} {labels.shape}, expected one whole number or text per"
-            " example; labels must be classes"
-        )
-    distinct, which = np.unique(labels, return_inverse=True)
-    if kind in "SU":
-        return [str(value) for value in as_text(distinct)], which
-    if kind == "f":
-        broken = distinct[~(np.isfinite(distinct) & (distinct == np.rint(distinct)))]
-        if len(broken):
-            raise ValueError(
-                f"labels hold {broken[0]}, expected whole numbers or text; labels must be classes"
-            )
-    return [int(value) for value in distinct], which
 
 
 def _among(values: Sequence[int | str], names: Sequence[str]) -> np.ndarray:

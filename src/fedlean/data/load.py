@@ -2,7 +2,7 @@
 
 A folder's format is found from its content, or from that of the folders below where it holds no
 set itself.  `FOLDER:NAME` chooses where there are several: NAME is the prefix of IDX files (nothing
-for files without one), an .npz file's name, or `leaf`.
+for files without one), an .npz file's name, `npy`, or `leaf`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from fedlean.data.dataset import Dataset
+from fedlean.data.declared import NOTHING, Declared
 from fedlean.data.digits import digits_source
+from fedlean.data.holdout import hold_out
 from fedlean.data.idx import find_idx, idx_source
 from fedlean.data.leaf import find_leaf, leaf_source
-from fedlean.data.npz import find_npz, npz_source
+from fedlean.data.npz import EXPECTED, find_npy, find_npz, npy_source, npz_source
 from fedlean.data.npzfile import member_names
 from fedlean.data.source import Room, Source, unlimited
 
@@ -32,7 +34,8 @@ class _Found:
 
     folder: Path
     name: str
-    open: Callable[[Room], Source]
+    open: Callable[[Room, Declared], Source]
+    takes: frozenset[str] = frozenset()  # what of `Declared` means something for it
 
 
 def available() -> list[tuple[str, str]]:
@@ -41,35 +44,47 @@ def available() -> list[tuple[str, str]]:
         ("digits", "scikit-learn's 8 x 8 handwritten digits: 10 classes, 1,438 + 359 examples"),
         ("FOLDER", "IDX files as published by MNIST, Fashion-MNIST and EMNIST, plain or .gz"),
         ("FOLDER", "LEAF JSON (FEMNIST): train/*.json and test/*.json, one client per writer"),
-        ("FOLDER", "one .npz with x (or jpeg and offset), y, split (0 train, 1 test) [, client]"),
+        ("FOLDER", "one .npz, or .npy files: x, y [, split, client, classes, layout]"),
+        ("FOLDER", "the same with x_train, y_train, x_test, y_test, or with jpeg, offset, y"),
         ("FOLDER:NAME", "one of several sets in a folder: IDX prefix or .npz file name"),
     ]
 
 
-def load_dataset(name_or_folder: str) -> Dataset:
+def load_dataset(name_or_folder: str, declared: Declared = NOTHING) -> Dataset:
     """The data set of a built-in name, a folder, or FOLDER:NAME, all in memory.
 
     Raises ValueError as `load_source`, or when an example is damaged.
     """
-    return load_source(name_or_folder).dataset()
+    return load_source(name_or_folder, declared=declared).dataset()
 
 
-def load_source(name_or_folder: str, room: Room = unlimited) -> Source:
+def load_source(
+    name_or_folder: str, room: Room = unlimited, declared: Declared = NOTHING
+) -> Source:
     """The same with its labels read and its examples not.
 
     room: asked before what takes much memory.  Raises ValueError when nothing of that name exists,
     nothing in the folder or up to DEEPER levels below is recognised, several sets are, or the one
-    found is damaged; and what `room` raises.
+    found is damaged, or is of a kind to which what is declared does not apply; and what `room`
+    raises.
     """
+    found = _chosen(name_or_folder)
+    declared.check(found.takes, name_or_folder)
+    source = found.open(room, declared)
+    return hold_out(source, declared.test_share) if declared.test_share else source
+
+
+def _chosen(name_or_folder: str) -> _Found:
     if name_or_folder in BUILT_IN:
-        return BUILT_IN[name_or_folder](room)
+        read = BUILT_IN[name_or_folder]
+        return _Found(Path(), name_or_folder, lambda room, declared: read(room))
     folder, wanted = _split(absolute(name_or_folder))
     found = _find(folder, folder.resolve().name) or _find_below(folder)
     if not found:
         raise ValueError(_nothing_found(folder))
     fitting = [each for each in found if wanted in (None, each.name)]
     if len(fitting) == 1:
-        return fitting[0].open(room)
+        return fitting[0]
     choices = ", ".join(sorted(f"{each.folder}:{each.name}" for each in found))
     if wanted is None or fitting:
         raise ValueError(f"{folder} holds {len(found)} data sets; choose one of {choices}")
@@ -113,18 +128,24 @@ def _split(text: str) -> tuple[Path, str | None]:
 
 def _find(folder: Path, title: str) -> list[_Found]:
     """What the folder itself holds.  title: what a set without a name of its own is called."""
-    idx, npz, leaf = find_idx(folder), find_npz(folder), find_leaf(folder)
-    return [
-        *(
-            _Found(folder, prefix, partial(idx_source, prefix or title, files, prefix))
-            for prefix, files in idx.items()
-        ),
-        *(
-            _Found(folder, each, partial(npz_source, title if len(npz) == 1 else path.stem, path))
-            for each, path in npz.items()
-        ),
-        *(_Found(folder, each, partial(leaf_source, title, base)) for each, base in leaf.items()),
+    npz, layout = find_npz(folder), frozenset({"layout"})
+    found = [
+        _Found(folder, prefix, _plainly(partial(idx_source, prefix or title, files, prefix)))
+        for prefix, files in find_idx(folder).items()
     ]
+    for each, path in npz.items():
+        name = title if len(npz) == 1 else path.stem
+        found.append(_Found(folder, each, partial(npz_source, name, path), layout))
+    for each, base in find_npy(folder).items():
+        found.append(_Found(folder, each, partial(npy_source, title, base), layout))
+    for each, base in find_leaf(folder).items():
+        found.append(_Found(folder, each, _plainly(partial(leaf_source, title, base))))
+    return found
+
+
+def _plainly(read: Callable[..., Source]) -> Callable[[Room, Declared], Source]:
+    """Of a format that says everything itself."""
+    return lambda room, declared: read(room=room)
 
 
 def _find_below(folder: Path) -> list[_Found]:
@@ -153,6 +174,6 @@ def _nothing_found(folder: Path) -> str:
     return (
         f"{folder} holds no data set that FedLean recognises{seen}; looked there and {DEEPER}"
         " levels down for IDX files ([PREFIX-]train-images-idx3-ubyte[.gz] and its three"
-        " companions), an .npz with x, y, split or jpeg, offset, y, split, and LEAF's train/*.json"
-        " and test/*.json"
+        f" companions), an .npz or .npy files with {EXPECTED}, and LEAF's train/*.json and"
+        " test/*.json"
     )

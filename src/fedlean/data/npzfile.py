@@ -1,8 +1,8 @@
-"""Reading named arrays of an .npz file, with every size checked before it is allocated.
+"""Reading arrays of .npz and .npy files, with every size checked before it is allocated.
 
 `np.load` believes the shape in each array's header and allocates it.  Here the header must agree
-with the archive's directory, and the directory with what deflate can pack into the file.
-Objects are never unpickled.
+with the archive's directory, and the directory with what deflate can pack into the file; of an .npy
+file it must agree with the file's size.  Objects are never unpickled.
 """
 
 # k rows of a block
@@ -30,7 +30,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 
 @dataclass(frozen=True)
 class Member:
-    """One array of the file, as its header describes it."""
+    """One array of the file, as its header describes it; of an .npy file `name` is the stem."""
 
     path: Path
     name: str
@@ -102,6 +102,12 @@ def describe_members(path: Path, names: Iterable[str]) -> dict[str, Member]:
     return found
 
 
+def describe_npy(path: Path) -> Member:
+    """What the header of an .npy file says.  Raises ValueError as `describe_members`."""
+    with _named(path, path.stem), _plain(path) as (_, member):
+        return member
+
+
 def read_member(member: Member) -> np.ndarray:
     """The whole array.  Raises ValueError naming it when it is damaged."""
     with streamed(member) as stream:
@@ -130,8 +136,12 @@ def streamed(member: Member) -> Iterator[MemberStream]:
     """The array's data, positioned at its first byte."""
     with ExitStack() as stack:
         with _named(member.path, member.name):
-            archive = stack.enter_context(zipfile.ZipFile(member.path))
-            file, now = stack.enter_context(_opened(archive, member.name))
+            if member.path.suffix == ".npy":
+                opened = _plain(member.path)
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(member.path))
+                opened = _opened(archive, member.name)
+            file, now = stack.enter_context(opened)
             if now != member:
                 raise ValueError("the file has changed meanwhile")
         yield MemberStream(file, member)
@@ -161,15 +171,27 @@ def _opened(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes], Me
             f" file of {file_bytes}, expected at most {MAX_DEFLATE_RATIO} times as many"
         )
     with archive.open(info) as file:
-        shape, fortran, dtype = _read_header(file)
-        member = Member(path, name, shape, dtype, fortran)
-        data_bytes = info.file_size - file.tell()
-        if any(side < 0 for side in shape) or member.data_bytes != data_bytes:
-            raise ValueError(
-                f"its header claims {dtype} {shape}, {member.data_bytes} bytes, but it holds"
-                f" {data_bytes}"
-            )
-        yield file, member
+        yield file, _described(file, path, name, info.file_size)
+
+
+@contextmanager
+def _plain(path: Path) -> Iterator[tuple[IO[bytes], Member]]:
+    """The same of an .npy file."""
+    with path.open("rb") as file:
+        yield file, _described(file, path, path.stem, path.stat().st_size)
+
+
+def _described(file: IO[bytes], path: Path, name: str, size_bytes: int) -> Member:
+    """What the header says at the start of `file`, which has `size_bytes` in all."""
+    shape, fortran, dtype = _read_header(file)
+    member = Member(path, name, shape, dtype, fortran)
+    data_bytes = size_bytes - file.tell()
+    if any(side < 0 for side in shape) or member.data_bytes != data_bytes:
+        raise ValueError(
+            f"its header claims {dtype} {shape}, {member.data_bytes} bytes, but it holds"
+            f" {data_bytes}"
+        )
+    return member
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

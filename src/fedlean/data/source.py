@@ -1,10 +1,10 @@
 """`Source`: a data set whose labels are known and whose examples are still in their files.
 
 So a device learns which examples are its own before it reads one, and then keeps only these: what
-is read and not wanted passes by in blocks.  Loaders (`idx`, `npz`, `leaf`) make sources.
+is read and not wanted passes by in blocks.  Loaders (`idx`, `npz`, `leaf` and others) make sources.
 """
 
-# n training and m test examples, C channels, H height, W width, k rows of a block
+# n training and m test examples, C channels or columns, k rows of a block
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from fedlean.data.dataset import Dataset
 
-# Of training and test examples, int64 positions each: their images (., C, H, W), in that order.
+# Of training and test examples, int64 positions each: their values (., C, ...), in that order.
 Read = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 # Is told what will be in memory at once: how many bytes, for what, and what to do where they do not
 # fit; raises ValueError in that case.
@@ -37,8 +37,9 @@ class Source:
     """What is known of a data set before its examples are read.
 
     y_train, y_test: int64 (n,), (m,), numbers of class_names.  clients: int32 (n,), or None.
-    input_shape: (C, H, W); dtype: uint8 or float32, as the images will be kept; scale: the value
-    that counts as 1.0.  reading_bytes: what `read` takes beside its result.
+    input_shape: (C,), (C, L) or (C, H, W); dtype: as the examples will be kept; scale: the value
+    that counts as 1.0.  reading_bytes: what `read` takes beside its result.  notes: lines for the
+    user.
     """
 
     name: str
@@ -46,12 +47,13 @@ class Source:
     y_test: np.ndarray
     class_names: tuple[str, ...]
     clients: np.ndarray | None
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     dtype: np.dtype
     scale: float
     read: Read
     reading_bytes: int = READING_BYTES
     room: Room = unlimited
+    notes: tuple[str, ...] = ()
 
     def dataset(self) -> Dataset:
         """All of it.  Raises ValueError naming what is damaged or does not fit."""
@@ -64,6 +66,7 @@ class Source:
             scale=self.scale,
             class_names=self.class_names,
             clients=self.clients,
+            notes=self.notes,
         )
 
     def share(self, indices: np.ndarray) -> Dataset:
@@ -108,6 +111,7 @@ def in_memory(dataset: Dataset, room: Room = unlimited) -> Source:
         scale=dataset.scale,
         read=lambda train, test: (dataset.x_train[train], dataset.x_test[test]),
         room=room,
+        notes=dataset.notes,
     )
 
 

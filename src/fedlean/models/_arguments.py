@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fedlean.layers import Shape
 
+ANY_SHAPE = "lenet300, mlp, mlp_40_20, mlp_27_14 and mlp_13_7"  # what begins with Flatten
+
 
 def check_classes(classes: int) -> None:
     """A classifier needs two classes or more."""
@@ -16,7 +18,7 @@ def check_image(model: str, input_shape: Shape) -> None:
     if len(input_shape) != 3:
         raise ValueError(
             f"{model} reads images: input_shape must be (channels, height, width), "
-            f"got {tuple(input_shape)}"
+            f"got {tuple(input_shape)}; {ANY_SHAPE} read signals and tables, too"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
+from fedlean.data.declared import Declared
 from fedlean.data.load import absolute
 from fedlean.jsonfile import read_json
 from fedlean.models.initialise import INIT_SCHEMES
@@ -22,6 +23,7 @@ from fedlean.runtime.older import in_todays_words
 FORMAT = 1  # of the run folder
 CLIENTS = 10  # where nothing says how many
 _MOST = {  # far beyond what a machine can do, so that no sum of them is beyond what it can count
+    "length": 1 << 31,
     "clients": 1 << 24,
     "rounds": 1 << 31,
     "threads": 1024,
@@ -64,6 +66,14 @@ class RunConfig:
     inputs: str = setting(
         "standardised",
         "standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)",
+    )
+    layout: str = setting(
+        "", "what the axes of its arrays are: nf, ncl, nlc, nhw, nhwc or nchw (docs/data.md)"
+    )
+    label: str = setting("", "the column of a table that holds the classes (default: found)")
+    length: int | None = setting(None, "samples to which recordings are cut or padded")
+    test_share: float = setting(
+        0.0, "share of the examples held out for testing, of data that has no test examples"
     )
     init: str = setting(
         "pytorch",
@@ -115,6 +125,11 @@ class RunConfig:
         "with its masks: trained, its weights; original, those it began with; random, new ones",
     )
     settings: Settings = field(default_factory=dict)
+
+    @property
+    def declared(self) -> Declared:
+        """What the user says about the data set.  Raises ValueError where it makes no sense."""
+        return Declared(self.layout, self.label, self.length, self.test_share)
 
     @property
     def num_clients(self) -> int:
@@ -245,6 +260,7 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{name} must be at least 1, got {value!r:.40}")
         if value is not None and value > most:
             raise ValueError(f"{name} must be at most {most}, got {value!r:.40}")
+    _ = config.declared  # which checks itself
     if abs(config.seed) > MAX_SEED:
         raise ValueError(f"seed must be from {-MAX_SEED} to {MAX_SEED}, got {config.seed!r:.40}")
     if config.max_update_norm is not None and not 0 <= config.max_update_norm < math.inf:

@@ -10,13 +10,13 @@ from typing import Any
 from fedlean.algorithm import Device, FederatedAlgorithm, Server
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
-from fedlean.data.load import load_dataset
 from fedlean.data.partition import partition
 from fedlean.fleet.fleet import Fleet
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.local import Dispatch, LocalDispatch
 from fedlean.runtime.lock import Lock
 from fedlean.runtime.notices import about_shares
+from fedlean.runtime.together import check_training
 
 Watch = Callable[[dict[str, Any]], None]  # called with every log entry
 Say = Callable[[str], None]  # called with a line that is worth knowing
@@ -49,6 +49,7 @@ Load = Callable[[str], Dataset]
 def in_process(parts: Parts) -> tuple[Dispatch, list[str]]:
     """The clients are in this process and share the data set out among them."""
     config, dataset = parts.config, parts.dataset
+    check_training(dataset)
     shares = partition(config.partition, dataset, config.num_clients, config.seed)
     data = [ClientData(dataset, indices) for indices in shares]
     dispatch = LocalDispatch(
@@ -64,6 +65,6 @@ class How:
     watch: Watch = lambda entry: None
     say: Say = lambda line: None  # gets why the native engine does not serve, and the like
     connect: Connect = in_process  # makes the dispatch to the clients
-    load: Load = load_dataset  # the data set of a name; a recipe keeps it for its next run
+    load: Load | None = None  # of a data set by its name, by who has it already
     checkpoint_seconds: float | None = None  # between two; 0: one after every step; None: see below
     shared: bool = False  # the folder is shared by servers of a Flower app, see `lock`

@@ -21,7 +21,7 @@ from fedlean.core import Masks, Model, Params
 from fedlean.cost.profile import other_model
 from fedlean.data.batches import ClientData, own_inputs, test_subset
 from fedlean.data.dataset import Dataset, with_inputs
-from fedlean.data.load import absolute
+from fedlean.data.load import absolute, load_dataset
 from fedlean.engine.open import engine_for
 from fedlean.fleet.fleet import Fleet
 from fedlean.models.catalog import build as build_model
@@ -61,7 +61,7 @@ from fedlean.runtime.samedata import about_data, held_against
 from fedlean.runtime.served import class_counts, served
 from fedlean.runtime.start import about_start, first_model, given_model, keep, kept, was_given
 from fedlean.runtime.summary import summary_of
-from fedlean.runtime.together import check_classes, check_together
+from fedlean.runtime.together import check_classes, check_test, check_together
 from fedlean.runtime.trust import Named, read_trusted
 from fedlean.spec import ModelSpec
 from fedlean.tree import read_only
@@ -239,6 +239,7 @@ def _prepare(
     check(config)
     devices.check(config.num_clients)
     check_classes(dataset)
+    check_test(dataset)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     check_together(spec, dataset, config.model)
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
@@ -265,6 +266,7 @@ def _prepare(
     parts = Parts(config, server, algorithm, dataset, lock, how.say, fleet)
     dispatch, about_clients = how.connect(parts)
     notes = [why_not_native, other_model(profile, spec), *about_model(spec, dataset)]
+    notes += dataset.notes
     said = [line for line in [*notes, *about_clients] if line]
     for line in said:
         how.say(line)
@@ -276,7 +278,9 @@ def _load(config: RunConfig, how: How, elsewhere: str = "") -> Dataset:
     """elsewhere: the command for a data set that is not where it was."""
     try:
         with memory_for(f"the data set {config.dataset!r}"):
-            return with_inputs(how.load(config.dataset), config.inputs)
+            if how.load is not None:
+                return with_inputs(how.load(config.dataset), config.inputs)
+            return with_inputs(load_dataset(config.dataset, config.declared), config.inputs)
     except ValueError as error:
         if not elsewhere:
             raise

@@ -15,6 +15,24 @@ def check_classes(dataset: Dataset) -> None:
         )
 
 
+def check_training(dataset: Dataset) -> None:
+    """Raises ValueError for a data set that clients in this process could not learn from."""
+    if not len(dataset.y_train):
+        raise ValueError(
+            f"data set {dataset.name!r} has no training examples: give one that has some, or let "
+            "devices train on theirs (docs/deploy.md)"
+        )
+
+
+def check_test(dataset: Dataset) -> None:
+    """Raises ValueError for a data set without examples to evaluate the model on."""
+    if not len(dataset.y_test):
+        raise ValueError(
+            f"data set {dataset.name!r} has no test examples: mark some in its files "
+            "(docs/data.md), or hold out a share of its examples with --test-share 0.2"
+        )
+
+
 def check_together(spec: ModelSpec, dataset: Dataset, model: str) -> None:
     """The model takes the data's examples and gives one number for each of its classes.
 

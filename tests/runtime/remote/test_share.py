@@ -134,7 +134,7 @@ def colour(stored: Stored, folder: Path) -> None:
 
 
 def doubles(stored: Stored, folder: Path) -> None:
-    npz(stored, folder, lambda x: x / 255.0)
+    npz(stored, folder, lambda x: x[:, None] / 255.0)
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="VmHWM is Linux's")

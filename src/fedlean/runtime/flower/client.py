@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlean.data.dataset import Dataset
+from fedlean.data.declared import Declared
 from fedlean.runtime.flower.content import NotOurs, from_record, to_record
 from fedlean.runtime.remote.share import Share, client_share, load_share
 from fedlean.runtime.remote.worker import Worker, trouble
@@ -45,7 +46,8 @@ def _worker(context: Context) -> Worker:
     folder = base / (f"client-{share.client}" if share.client is not None else str(context.node_id))
     key = (folder, share)
     if key not in _workers:
-        dataset = _dataset(str(node.get("data") or run.get("dataset") or "digits"))
+        name = str(node.get("data") or run.get("dataset") or "digits")
+        dataset = _dataset(name, _declared(node, run))
         _workers[key] = Worker(
             folder,
             client_share(dataset, share),
@@ -68,6 +70,22 @@ def _share(node: Mapping[str, Any], run: Mapping[str, Any]) -> Share:
     )
 
 
+def _declared(node: Mapping[str, Any], run: Mapping[str, Any]) -> Declared:
+    """What a node says about its data, and the run where it says nothing."""
+    layout, label, length = (
+        node.get(name) or run.get(name) for name in ("layout", "label", "length")
+    )
+    return Declared(
+        str(layout or ""), str(label or ""), int(length) if length else None, _test_share(node, run)
+    )
+
+
+def _test_share(node: Mapping[str, Any], run: Mapping[str, Any]) -> float:
+    """Of the run's own data set, of which a node in a simulation holds a part."""
+    return 0.0 if node.get("data") else float(run.get("test-share") or 0)
+
+
 @lru_cache(maxsize=2)
-def _dataset(name: str) -> Dataset:
-    return load_share(name, Share()).dataset  # without the test set, which no client uses
+def _dataset(name: str, declared: Declared) -> Dataset:
+    # without the test set, which no client uses
+    return load_share(name, Share(), declared=declared).dataset

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from fedlean.data.declared import Declared
 from fedlean.runtime.flower.address import parse_address
 from fedlean.runtime.flower.identity import PrivateKey, read_key
 from fedlean.runtime.flower.proxy import proxy_for
@@ -70,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of this device's examples (fedlean datasets)",
     )
+    add("--layout", default="", help="what the axes of its arrays are, e.g. ncl (docs/data.md)")
+    add("--label", default="", help="the column of a table that holds the classes")
+    add("--length", type=int, help="samples to which recordings are cut or padded")
+    add("--test-share", type=float, default=0.0, help="of a shared set: held out as the run does")
     add("--tls-ca", type=_path, help="PEM file of the authority of the SuperLink's certificate")
     add("--key", type=_path, help="this node's private key (ssh-keygen -t ecdsa -b 384 -N '')")
     add(
@@ -174,7 +179,8 @@ def device(options: argparse.Namespace, identity: str = "") -> Worker:
     index, clients = options.client or (None, 1)
     dealt = None if options.whole else index
     share = Share(dealt, clients, options.partition, options.seed)
-    data = load_share(options.data, share, limit_bytes=options.memory_limit)
+    declared = Declared(options.layout, options.label, options.length, options.test_share)
+    data = load_share(options.data, share, declared=declared, limit_bytes=options.memory_limit)
     log.info("%s examples of %s", data.num_examples, options.data)
     return Worker(
         options.state / _folder_name(options),

@@ -64,6 +64,8 @@ def _read(name: str, value: object) -> Any:
         return _accuracies(str(value))
     if hint is int:
         return _whole(name, value)
+    if hint is float:
+        return _number(name, value)
     if hint == int | None:
         return _whole(name, value) or None
     return str(value) or None

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedlean.data.batches import ClientData
 from fedlean.data.dataset import Dataset
+from fedlean.data.declared import NOTHING, Declared
 from fedlean.data.load import load_source
 from fedlean.data.partition import Labelled, partition
 from fedlean.data.source import Room, unlimited
@@ -24,14 +25,24 @@ class Share:
     seed: int = 0
 
 
-def load_share(name_or_folder: str, share: Share, *, limit_bytes: int | None = None) -> ClientData:
+def load_share(
+    name_or_folder: str,
+    share: Share,
+    *,
+    declared: Declared = NOTHING,
+    limit_bytes: int | None = None,
+) -> ClientData:
     """The share's training examples, of which alone this process ever holds any.
 
     The same examples in the same order as `client_share` of the whole set, so that draws are the
     same, bit for bit.  limit_bytes: of the whole process.  Raises TooLarge, before they are read,
     when labels or examples do not fit; ValueError naming what is damaged or does not fit the share.
     """
-    source = load_source(name_or_folder, room_under(limit_bytes))
+    source = load_source(name_or_folder, room_under(limit_bytes), declared)
+    if not len(source.y_train):
+        raise ValueError(
+            f"data set {source.name!r} has no training examples, of which a device needs some"
+        )
     dataset = source.share(_indices(source, share))
     return ClientData(dataset, np.arange(len(dataset.y_train)))
 
