@@ -75,8 +75,26 @@ def test_dirichlet_draws_again_until_everyone_has_enough(
 
 
 def test_impossible_dirichlet_ends_with_an_error(balanced: Dataset):
-    with pytest.raises(ValueError, match=r"1000 draws .* give fewer clients or a larger A"):
+    with pytest.raises(
+        ValueError, match=r"1000 draws .* or a smaller minimum, as dirichlet:0\.001:1"
+    ):
         partition("dirichlet:0.001", balanced, 500, 0)
+
+
+def test_dirichlet_with_a_minimum(balanced: Dataset):
+    for minimum in (1, 40):
+        shares = partition(f"dirichlet:0.3:{minimum}", balanced, 10, 0)
+        assert min(len(share) for share in shares) >= minimum
+    default = partition("dirichlet:0.3", balanced, 10, 0)
+    assert same(default, partition("dirichlet:0.3:10", balanced, 10, 0)), "which is 10 here"
+    with pytest.raises(ValueError, match="10 clients with 101 examples each need 1010, there are"):
+        partition("dirichlet:0.3:101", balanced, 10, 0)
+
+
+def test_a_small_minimum_is_the_way_out(balanced: Dataset):
+    with pytest.raises(ValueError, match=r"fewer than 4; .* as dirichlet:0\.03:1"):
+        partition("dirichlet:0.03", balanced, 25, 0)
+    assert len(partition("dirichlet:0.03:1", balanced, 25, 0)) == 25
 
 
 def test_shards_hold_few_classes(balanced: Dataset):
@@ -146,6 +164,10 @@ def test_only_natural_goes_without_a_number(balanced: Dataset):
         ("dirichlet:nan", "got 'nan'"),
         ("dirichlet:inf", "got 'inf'"),
         ("dirichlet:0", "got '0'"),
+        ("dirichlet:0.5:", "got '', expected dirichlet:A:M"),
+        ("dirichlet:0.5:0", "got '0', expected dirichlet:A:M.*as 'dirichlet:0.5:20'"),
+        ("dirichlet:0.5:few", "got 'few'"),
+        ("dirichlet:half:3", "got 'half'"),
         ("dirichlet:-1", "got '-1'"),
         ("shards", "got '', expected shards:K.*as 'shards:2'"),
         ("shards:1.5", "whole number"),

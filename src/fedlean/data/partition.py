@@ -1,4 +1,4 @@
-"""Who holds which training examples: iid, dirichlet:A, natural and shards:K.
+"""Who holds which training examples: iid, dirichlet:A[:M], natural and shards:K.
 
 Every partition is disjoint, covers all training examples, leaves no client empty, and is a pure
 function of (text, labels, ids, number of clients, seed).  The test set is not divided.
@@ -39,7 +39,8 @@ def partition(text: str, dataset: Labelled, clients: int | None, seed: int) -> P
     """The share of each client, N = `clients` arrays of sorted int64 training indices.
 
     iid: a shuffle cut into N parts that differ by at most 1.
-    dirichlet:A: label skew (see `dirichlet`); small A, strong skew.
+    dirichlet:A: label skew (see `dirichlet`); small A, strong skew.  dirichlet:A:M: at least M
+    examples for each client, in place of its own minimum.
     natural: by the data set's client ids; clients=None gives one client per id (see `natural`).
     shards:K: sorted by label, cut into N·K shards, K to each client (McMahan et al. 2017).
 
@@ -52,6 +53,7 @@ def partition(text: str, dataset: Labelled, clients: int | None, seed: int) -> P
     >>> [share.tolist() for share in partition("shards:1", data, 2, seed=0)]
     [[1, 3, 5], [0, 2, 4]]
     """
+    text, minimum = _minimum(text)
     scheme, argument = _parse(text)
     if scheme == "natural":
         return natural(dataset, clients)
@@ -68,7 +70,7 @@ def partition(text: str, dataset: Labelled, clients: int | None, seed: int) -> P
             f" at most one share per training example ({len(labels)})"
         )
     if scheme == "dirichlet":
-        return dirichlet(labels, clients, argument, seed)
+        return dirichlet(labels, clients, argument, seed, minimum)
     if scheme == "shards":
         return shards(labels, clients, int(argument), seed)
     return iid(len(labels), clients, seed)
@@ -91,17 +93,25 @@ def shards(labels: np.ndarray, clients: int, each: int, seed: int) -> Parts:
     return [np.sort(np.concatenate([pieces[i] for i in hand])) for hand in dealt]
 
 
-def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> Parts:
+def dirichlet(
+    labels: np.ndarray, clients: int, alpha: float, seed: int, minimum: int | None = None
+) -> Parts:
     """Each class divided among the clients in proportions drawn from Dirichlet(α, ..., α).
 
     The per-class form (Yurochkin et al. 2019; Li et al. 2022, "Federated Learning on Non-IID Data
     Silos"), not the per-client one of Hsu et al. 2019: it uses every example once, and clients
-    differ in size too.  A draw in which a client gets fewer than the minimum (10, or a tenth of an
-    equal share where that is less, at least 1) is drawn again with a derived seed.
+    differ in size too.  A draw in which a client gets fewer than the minimum (for None 10, or a
+    tenth of an equal share where that is less, at least 1) is drawn again with a derived seed.
 
     labels: int64 (n,).  Raises ValueError when ATTEMPTS draws have not given every client enough.
     """
-    minimum = max(1, min(FULL_MINIMUM, len(labels) // (10 * clients)))
+    if minimum is None:
+        minimum = max(1, min(FULL_MINIMUM, len(labels) // (10 * clients)))
+    if minimum * clients > len(labels):
+        raise ValueError(
+            f"partition 'dirichlet:{alpha:g}:{minimum}': {clients} clients with {minimum} examples"
+            f" each need {minimum * clients}, there are {len(labels)}; give a smaller minimum"
+        )
     members = [np.flatnonzero(labels == value) for value in np.unique(labels)]
     sizes = np.array([len(each) for each in members])
     for attempt in range(ATTEMPTS):
@@ -111,7 +121,8 @@ def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> Part
             return _deal(rng, members, cuts)
     raise ValueError(
         f"partition 'dirichlet:{alpha:g}': {ATTEMPTS} draws of {len(labels)} examples over"
-        f" {clients} clients left one with fewer than {minimum}; give fewer clients or a larger A"
+        f" {clients} clients left one with fewer than {minimum}; give fewer clients, a larger A,"
+        f" or a smaller minimum, as dirichlet:{alpha:g}:1"
     )
 
 
@@ -164,6 +175,19 @@ def _deal(rng: np.random.Generator, members: Sequence[np.ndarray], cuts: np.ndar
         np.split(rng.permutation(each), row[1:-1]) for each, row in zip(members, cuts, strict=True)
     ]
     return [np.sort(np.concatenate(hand)) for hand in zip(*pieces, strict=True)]
+
+
+def _minimum(text: str) -> tuple[str, int | None]:
+    """The text of a partition without a minimum, and that; None where it names none."""
+    parts = text.split(":")
+    if parts[0] != "dirichlet" or len(parts) != 3:
+        return text, None
+    if not parts[2].isdecimal() or not 1 <= len(parts[2]) <= 9 or int(parts[2]) < 1:
+        raise ValueError(
+            f"partition {text!r:.80}: got {parts[2]!r:.40}, expected dirichlet:A:M with a whole"
+            " number of examples from 1, as 'dirichlet:0.5:20'"
+        )
+    return f"{parts[0]}:{parts[1]}", int(parts[2])
 
 
 def _parse(text: str) -> tuple[str, float]:

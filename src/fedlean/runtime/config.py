@@ -79,7 +79,7 @@ class RunConfig:
         "pytorch",
         "how the first weights are drawn: pytorch (its default) or he (deep nets without norms)",
     )
-    partition: str = setting("iid", "iid, dirichlet:A, natural or shards:K")
+    partition: str = setting("iid", "iid, dirichlet:A[:MINIMUM], natural or shards:K")
     clients: int | None = setting(
         None, "devices in the federation (default: 10; natural: one per client id of the data)"
     )
