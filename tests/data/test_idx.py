@@ -58,6 +58,22 @@ def test_published_names(tmp_path: Path, prefix: str, test: str, joint: str, end
     assert data.name == (prefix.rstrip("-") or tmp_path.name)
 
 
+@pytest.mark.parametrize(("part", "x", "y"), [("train", TRAIN, TRAIN_Y), ("t10k", TEST, TEST_Y)])
+def test_one_half_is_enough(tmp_path: Path, part: str, x: np.ndarray, y: np.ndarray):
+    write_set(tmp_path)
+    for path in tmp_path.iterdir():
+        if not path.name.startswith(part):
+            path.unlink()
+    data = load_dataset(str(tmp_path))
+    held, none = ("train", "test") if part == "train" else ("test", "train")
+    np.testing.assert_array_equal(getattr(data, f"x_{held}"), x[:, None])
+    np.testing.assert_array_equal(getattr(data, f"y_{held}"), y)
+    assert len(getattr(data, f"x_{none}")) == 0
+    next(tmp_path.glob("*labels*")).unlink()
+    with pytest.raises(ValueError, match="expected images with their labels in one folder"):
+        load_dataset(str(tmp_path))
+
+
 def test_emnist_is_turned_back_and_counts_from_one(tmp_path: Path):
     letters = (TRAIN_Y + 1, TEST_Y + 1)
     write_set(tmp_path, "emnist-letters-", test="test", ending=".gz", labels=letters)

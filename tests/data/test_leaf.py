@@ -156,5 +156,10 @@ def test_images_of_two_sizes(tmp_path: Path):
 def test_no_test_files(tmp_path: Path):
     write_json(tmp_path / "train/a.json", content(TEST))
     assert find_leaf(tmp_path) == {"leaf": tmp_path}
-    with pytest.raises(ValueError, match=r"test: got 0 \.json files"):
-        leaf_source("a", tmp_path).dataset()
+    device = leaf_source("a", tmp_path).dataset()
+    assert len(device.y_train) and not len(device.y_test)
+    (tmp_path / "train").rename(tmp_path / "test")
+    assert find_leaf(tmp_path) == {"leaf": tmp_path}
+    server = leaf_source("a", tmp_path).dataset()
+    np.testing.assert_array_equal(server.x_test, device.x_train)
+    assert not len(server.y_train) and server.clients is None

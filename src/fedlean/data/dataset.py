@@ -236,13 +236,18 @@ def _check_labels(what: str, y: np.ndarray, examples: int, classes: int) -> None
         )
 
 
-def with_inputs(dataset: Dataset, inputs: str) -> Dataset:
+def with_inputs(
+    dataset: Dataset, inputs: str, mean: Sequence[float] = (), deviation: Sequence[float] = ()
+) -> Dataset:
     """The data set with network inputs "standardised" (as loaded) or "unit" (0 to 1, as stored).
 
     Standardising needs the training examples' mean and deviation, which a federation has to agree
-    on; "unit" needs nothing.  Raises ValueError for any other word, and for "unit" where values lie
-    outside 0..1.
+    on, or those that are given: one number for all channels, or one each, in units of the value
+    that counts as 1.0.  "unit" needs nothing.  Raises ValueError for any other word, for numbers
+    that do not fit, and for "unit" where values lie outside 0..1.
     """
+    if mean or deviation:
+        return _fixed(dataset, inputs, mean, deviation)
     if inputs == "standardised":
         return dataset
     if inputs != "unit":
@@ -252,6 +257,22 @@ def with_inputs(dataset: Dataset, inputs: str) -> Dataset:
             _check_unit(dataset, part, _value_range(x, dataset.scale))
     zeros = np.zeros_like(dataset.mean)
     return replace(dataset, mean=zeros, std=np.ones_like(dataset.std))
+
+
+def _fixed(
+    dataset: Dataset, inputs: str, mean: Sequence[float], deviation: Sequence[float]
+) -> Dataset:
+    channels = dataset.input_shape[0]
+    if inputs != "standardised":
+        raise ValueError(f"--mean and --deviation standardise: leave out --inputs {inputs}")
+    for name, values in (("mean", mean), ("deviation", deviation)):
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"--{name} has {len(values)} numbers, expected 1, or {channels}: one for each"
+                f" channel of {dataset.name!r}; --mean and --deviation go together"
+            )
+    given = (np.resize(np.array(each, np.float32), channels) for each in (mean, deviation))
+    return replace(dataset, **dict(zip(("mean", "std"), given, strict=True)))
 
 
 def _check_unit(dataset: Dataset, part: str, found: tuple[float, float]) -> None:

@@ -1,7 +1,8 @@
 """IDX files, the format of MNIST, Fashion-MNIST and EMNIST: finding the four files, and the set.
 
 A set is four files under one prefix, each plain or .gz: `[PREFIX-]train-images-idx3-ubyte`,
-`...-labels-idx1-ubyte`, and the same with `t10k` or `test`; `train-images.idx3-ubyte` too.
+`...-labels-idx1-ubyte`, and the same with `t10k` or `test`; `train-images.idx3-ubyte` too.  A
+device has the first two only, and a server may have the others only.
 `fedlean.data.idxfile` reads one such file.  Only unsigned bytes are covered, as published.
 """
 
@@ -56,33 +57,49 @@ def idx_source(name: str, files: IdxFiles, prefix: str = "", room: Room = unlimi
     Raises ValueError naming the file for anything missing, damaged or contradictory, or what `room`
     raises.
     """
+    pairs = [[key for key in KEYS if key.startswith(part) and key in files] for part in PARTS]
     missing = [key for key in KEYS if key not in files]
-    if missing:
+    if not any(len(pair) == 2 for pair in pairs) or any(len(pair) == 1 for pair in pairs):
         raise ValueError(
             f"data set {name!r}: got {', '.join(path.name for path in files.values())}, but no"
-            f" file of {', '.join(missing)}; expected all four files of the set in one folder"
+            f" file of {', '.join(missing)}; expected images with their labels in one folder"
         )
     transposed = prefix.lower().startswith("emnist")
-    train_labels, test_labels = (_labels(files[f"{part}-labels"], room) for part in PARTS)
-    class_names, y = classes_of(np.concatenate([train_labels, test_labels]))
-    train = _Images(files["train-images"], len(train_labels), transposed)
-    test = _Images(files["test-images"], len(test_labels), transposed)
-    if train.shape != test.shape:
+    labels = {
+        part: _labels(files[f"{part}-labels"], room)
+        for part, pair in zip(PARTS, pairs, strict=True)
+        if pair
+    }
+    class_names, y = classes_of(np.concatenate([*labels.values()]))
+    train, test = (
+        _Images(files[f"{part}-images"], len(labels[part]), transposed) if part in labels else None
+        for part in PARTS
+    )
+    some, count = train or test, 0 if train is None else train.count
+    assert some is not None
+    if test is not None and test.shape != some.shape:
         raise ValueError(
-            f"{test.path}: got images of {test.shape[1:]}, expected {train.shape[1:]} as in"
-            f" {train.path.name}"
+            f"{test.path}: got images of {test.shape[1:]}, expected {some.shape[1:]} as in"
+            f" {some.path.name}"
         )
+
+    def read(wanted: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        none = np.empty((0, *some.shape), np.uint8)
+        both = (train, wanted), (test, tested)
+        x_train, x_test = (each.read(rows) if each else none for each, rows in both)
+        return x_train, x_test
+
     return Source(
         name=name,
-        y_train=y[: train.count],
-        y_test=y[train.count :],
+        y_train=y[:count],
+        y_test=y[count:],
         class_names=class_names,
         clients=None,
-        input_shape=train.shape,
+        input_shape=some.shape,
         dtype=np.dtype(np.uint8),
         scale=255.0,
-        read=lambda train_rows, test_rows: (train.read(train_rows), test.read(test_rows)),
-        reading_bytes=READING_BYTES + 4 * prod(train.shape),
+        read=read,
+        reading_bytes=READING_BYTES + 4 * prod(some.shape),
         room=room,
     )
 

@@ -31,9 +31,9 @@ PARTS = ("train", "test")
 
 
 def find_leaf(folder: Path) -> dict[str, Path]:
-    """{"leaf": folder that holds train/} when the folder is in LEAF's layout, else {}."""
+    """{"leaf": folder that holds train/ or test/} when it is in LEAF's layout, else {}."""
     for base in (folder, folder / "data"):
-        if any(base.glob("train/*.json")):
+        if any(any(base.glob(f"{part}/*.json")) for part in PARTS):
             return {"leaf": base}
     return {}
 
@@ -44,34 +44,42 @@ def leaf_source(name: str, base: Path, room: Room = unlimited) -> Source:
     Pixels become bytes when all of them are whole 255ths, else float32.  Raises ValueError naming
     the file and user, or what `room` raises, which is asked before each file.
     """
-    train, test = (_Split(base / part, room) for part in PARTS)
-    if train.side != test.side:
+    parts = [part for part in PARTS if any((base / part).glob("*.json"))]
+    split = {part: _Split(base / part, room) for part in parts}
+    some, other = split[parts[0]], split[parts[-1]]
+    if some.side != other.side:
         raise ValueError(
-            f"{base}: got images of {test.side} x {test.side} for testing, expected"
-            f" {train.side} x {train.side} as for training"
+            f"{base}: got images of {other.side} x {other.side} for testing, expected"
+            f" {some.side} x {some.side} as for training"
         )
-    exact = train.exact and test.exact
+    exact = some.exact and other.exact
+    labels = [label for each in split.values() for label in each.labels]
     room(
-        labels_bytes(train.count + test.count),
-        f"the labels of {train.count + test.count} examples in {base}",
+        labels_bytes(len(labels)),
+        f"the labels of {len(labels)} examples in {base}",
         "divide the files among the devices",
     )
-    class_names, y = _classes(base, train.labels + test.labels)
+    class_names, y = _classes(base, labels)
     dtype = np.dtype(np.uint8 if exact else np.float32)
+    count = split["train"].count if "train" in split else 0
+
+    def read(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        none = np.empty((0, 1, some.side, some.side), dtype)
+        rows = {"train": train, "test": test}
+        x = {part: each.read(rows[part], dtype) for part, each in split.items()}
+        return x.get("train", none), x.get("test", none)
+
     return Source(
         name=name,
-        y_train=y[: train.count],
-        y_test=y[train.count :],
+        y_train=y[:count],
+        y_test=y[count:],
         class_names=class_names,
-        clients=train.clients(),
-        input_shape=(1, train.side, train.side),
+        clients=split["train"].clients() if "train" in split else None,
+        input_shape=(1, some.side, some.side),
         dtype=dtype,
         scale=255.0 if exact else 1.0,
-        read=lambda train_rows, test_rows: (
-            train.read(train_rows, dtype),
-            test.read(test_rows, dtype),
-        ),
-        reading_bytes=READING_BYTES + JSON_BYTES * max(train.largest_bytes, test.largest_bytes),
+        read=read,
+        reading_bytes=READING_BYTES + JSON_BYTES * max(some.largest_bytes, other.largest_bytes),
         room=room,
     )
 

@@ -41,17 +41,24 @@ class Moments:
             tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
         )
 
+    def may_lie_in(self, largest: float) -> bool:
+        """Whether `count` values of magnitude ≤ largest can have these sums."""
+        top = int(largest * 2.0**DIGITS + 1) << UNIT_BITS - DIGITS
+        return all(
+            total * total <= self.count * square and square <= self.count * top * top
+            for total, square in zip(self.totals, self.squares, strict=True)
+        )
+
     def statistics(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation, float32 (C,) each, of the values divided by `scale`.
 
         A constant channel gets deviation 1, so that it normalises to 0 and not to NaN.
         """
         mean = [total / (self.count << UNIT_BITS) / scale for total in self.totals]
-        spread = [
-            (self.count * square - total * total) / (self.count**2 << 2 * UNIT_BITS)
-            for total, square in zip(self.totals, self.squares, strict=True)
-        ]
-        std = [sqrt(variance) / scale if variance else 1.0 for variance in spread]
+        std = []
+        for total, square in zip(self.totals, self.squares, strict=True):
+            spread = self.count * square - total * total
+            std.append(sqrt(spread / (self.count**2 << 2 * UNIT_BITS)) / scale if spread else 1.0)
         return np.array(mean, np.float64).astype(np.float32), np.array(std).astype(np.float32)
 
 

@@ -32,6 +32,7 @@ _MOST = {  # far beyond what a machine can do, so that no sum of them is beyond 
     "final_eval_examples": 1 << 31,
     "personalize": 1 << 31,
 }
+_LISTS = {"target_accuracy", "mean", "deviation"}
 MAX_SEED = (1 << 63) - 1
 _BESIDE = (  # the run's, not its user's
     "format",
@@ -67,6 +68,10 @@ class RunConfig:
         "standardised",
         "standardised (mean 0, deviation 1 per channel) or unit (0 to 1, as stored)",
     )
+    mean: tuple[float, ...] = setting(
+        (), "with --deviation: what inputs are standardised by, one number or one per channel"
+    )
+    deviation: tuple[float, ...] = setting((), "see --mean (default: of the training examples)")
     layout: str = setting(
         "", "what the axes of its arrays are: nf, ncl, nlc, nhw, nhwc or nchw (docs/data.md)"
     )
@@ -162,7 +167,8 @@ def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         written = document["format"]
         own = {name: value for name, value in document.items() if name not in _BESIDE}
         if written == FORMAT:
-            own["target_accuracy"] = tuple(own["target_accuracy"])
+            for name in _LISTS & own.keys():
+                own[name] = tuple(own[name])
             for name in ("environment", "spec"):
                 if not isinstance(document[name], dict):
                     raise TypeError(f"{name} is a {type(document[name]).__name__}")
@@ -212,8 +218,9 @@ def _typed(config: RunConfig) -> RunConfig:
     for name, hint in typing.get_type_hints(RunConfig).items():
         if not _is_a(getattr(config, name), hint):
             raise TypeError(f"{name} is {getattr(config, name)!r:.60}")
-    if not all(_is_a(target, float) for target in config.target_accuracy):
-        raise TypeError(f"target_accuracy is {config.target_accuracy!r:.60}")
+    for name in _LISTS:
+        if not all(_is_a(value, float) for value in getattr(config, name)):
+            raise TypeError(f"{name} is {getattr(config, name)!r:.60}")
     for name, value in config.settings.items():
         if not isinstance(value, bool | int | float | str | None):
             raise TypeError(f"the setting {name!r:.60} is {value!r:.60}")

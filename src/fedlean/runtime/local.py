@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from fedlean.algorithm import Device
 from fedlean.core import Batches, ClientState, ClientTask, ClientUpdate
@@ -21,6 +21,7 @@ from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.outofmemory import OutOfMemory, memory_for
 from fedlean.runtime.remote.fitting import FittingEngine
 from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.normalising import Agreed
 from fedlean.runtime.remote.room import TooLarge
 from fedlean.tree import kept_counts
 
@@ -80,6 +81,26 @@ class Dispatch(Protocol):
 
     def repeated_bytes(self) -> int:
         """Downlink bytes of the last call beyond one message to each client asked."""
+        ...
+
+
+class Held(NamedTuple):
+    """What a device says that it holds."""
+
+    examples: int
+    classes: int  # of which it has examples
+
+
+@runtime_checkable
+class ToDevices(Protocol):
+    """A dispatch to clients that have data of their own."""
+
+    def agree(self) -> Agreed:
+        """Before the first step: mean and deviation of what they hold, which tasks then carry."""
+        ...
+
+    def held(self) -> Mapping[int, Held]:
+        """By client, of those that have joined since this process began."""
         ...
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fedlean.data.load import absolute, load_dataset
 from fedlean.engine.open import engine_for
 from fedlean.fleet.fleet import Fleet
 from fedlean.models.catalog import build as build_model
+from fedlean.runtime import normalisation
 from fedlean.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -44,7 +44,7 @@ from fedlean.runtime.devices import Devices, load_devices, recorded_devices
 from fedlean.runtime.environment import environment
 from fedlean.runtime.evaluate import Evaluate, Score, evaluator
 from fedlean.runtime.how import How, Parts
-from fedlean.runtime.local import Dispatch
+from fedlean.runtime.local import Dispatch, ToDevices
 from fedlean.runtime.lock import NAME as LOCK
 from fedlean.runtime.lock import Lock, hold
 from fedlean.runtime.method import build as build_method
@@ -105,7 +105,9 @@ def start(
         config = _anywhere(config)
         check(config)
         given = first is not None or bool(config.start)
-        run = _prepare(config, folder, _load(config, how), devices, how, lock, given=given)
+        dataset = _load(config, how)
+        known = normalisation.is_known(dataset, config)
+        run = _prepare(config, folder, dataset, devices, how, lock, given=given, known=known)
         spec = run.server.spec
         model = _fixed(given_model(first, spec) if first else first_model(run.config, spec))
         state = run.algorithm.init(model)
@@ -116,7 +118,9 @@ def start(
         document["environment"] = environment(run.server.engine)
         document["spec"] = json.loads(run.server.spec.to_json())
         document |= about_devices
-        document["data"] = about_data(run.dataset)
+        document["data"] = about_data(run.dataset) | {
+            "normalisation": normalisation.about(run.dataset)
+        }
         document["notes"] = run.notes
         lock.own()
         if first or config.start:
@@ -173,6 +177,9 @@ def resume(
         if how.shared:
             elsewhere, accept = "dataset='FOLDER' of the app", "accept-changed-data=true of the app"
         loaded = _load(config, how, elsewhere)
+        known = normalisation.is_known(loaded, config)
+        if not known and (agreed := normalisation.before(loaded, document)):
+            loaded, known = agreed, True
         data = held_against(
             document.get("data"),
             loaded,
@@ -182,7 +189,9 @@ def resume(
             f"have the run marked: {accept}",
         )
         devices, given = recorded_devices(folder, document), was_given(folder, config)
-        run = _prepare(config, folder, loaded, devices, how, lock, given=given)
+        run = _prepare(config, folder, loaded, devices, how, lock, given=given, known=known)
+        if data is not document.get("data"):
+            data = data | {"normalisation": normalisation.about(run.dataset)}
         run = replace(run, data_changes=data.get("changes", []))
         _refuse_other_model(document, run.server.spec)
         if document["environment"] != environment(run.server.engine):
@@ -232,8 +241,12 @@ def _prepare(
     lock: Lock,
     *,
     given: bool,
+    known: bool,
 ) -> _Run:
-    """Everything that can be wrong is found here, before anything is written or trained."""
+    """Everything that can be wrong is found here, before anything is written or trained.
+
+    known: what inputs are normalised by; else the clients are asked.
+    """
     profile, fleet = devices
     config = replace(config, clients=config.clients or _clients(config, dataset, fleet))
     check(config)
@@ -242,6 +255,7 @@ def _prepare(
     check_test(dataset)
     spec = build_model(config.model, dataset.input_shape, dataset.classes)
     check_together(spec, dataset, config.model)
+    data = normalisation.Normalised(dataset)
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
         engine, why_not_native = engine_for(spec, config.engine, config.threads)
     server = Server(
@@ -253,7 +267,7 @@ def _prepare(
         config.init,
         config.num_clients,
         given,
-        partial(own_inputs, dataset),
+        lambda: own_inputs(data.dataset),  # as it is once the clients have agreed
     )
     algorithm = build_method(config.method, server, config.settings)
     # defaults may change, and with them what the same settings mean: the folder names all
@@ -265,6 +279,9 @@ def _prepare(
     )
     parts = Parts(config, server, algorithm, dataset, lock, how.say, fleet)
     dispatch, about_clients = how.connect(parts)
+    if not known:
+        about_clients = [*about_clients, *data.agree(dispatch)]
+        dataset = data.dataset
     notes = [why_not_native, other_model(profile, spec), *about_model(spec, dataset)]
     notes += dataset.notes
     said = [line for line in [*notes, *about_clients] if line]
@@ -279,8 +296,10 @@ def _load(config: RunConfig, how: How, elsewhere: str = "") -> Dataset:
     try:
         with memory_for(f"the data set {config.dataset!r}"):
             if how.load is not None:
-                return with_inputs(how.load(config.dataset), config.inputs)
-            return with_inputs(load_dataset(config.dataset, config.declared), config.inputs)
+                dataset = how.load(config.dataset)
+            else:
+                dataset = load_dataset(config.dataset, config.declared)
+            return with_inputs(dataset, config.inputs, config.mean, config.deviation)
     except ValueError as error:
         if not elsewhere:
             raise
@@ -402,7 +421,8 @@ def _finish(run: _Run, progress: LoopState, book: _Book) -> dict[str, Any]:
     if final is None or book.score is None:
         book.score = run.evaluate(model, True)
     final = book.score.accuracy if final is None else final
-    summary = summary_of(config, run.server, state, model, totals, final, run.data_changes)
+    held = run.dispatch.held() if isinstance(run.dispatch, ToDevices) else {}
+    summary = summary_of(config, run.server, state, model, totals, final, run.data_changes, held)
     summary |= _whom_it_serves(run, model, book.score)
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlean.algorithm import Server, State
@@ -10,6 +10,7 @@ from fedlean.core import Model
 from fedlean.pruning.density import density
 from fedlean.pruning.units import dead_units
 from fedlean.runtime.config import RunConfig
+from fedlean.runtime.local import Held
 from fedlean.runtime.runlog import Totals, held_masks
 
 
@@ -21,14 +22,19 @@ def summary_of(
     totals: Totals,
     final: float,
     data_changes: Sequence[dict[str, Any]],
+    held: Mapping[int, Held],
 ) -> dict[str, Any]:
-    """final: accuracy after the last round; data_changes: those that the user accepted."""
+    """final: accuracy after the last round; data_changes: those that the user accepted.
+
+    held: what devices with data of their own said that they hold; {} in a simulation.
+    """
     targets = {f"{t:g}": totals.targets.get(f"{t:g}") for t in config.target_accuracy}
     return {
         "method": config.method,
         "dataset": config.dataset,
         "model": config.model,
-        "partition": config.partition,
+        "partition": _who_holds_what(held) or config.partition,
+        "held": {str(client): each._asdict() for client, each in held.items()},
         "clients": config.clients,
         "cohort": totals.largest_cohort or config.num_clients,
         "rounds": state.round,
@@ -64,3 +70,18 @@ def summary_of(
         "budget_utilisation": totals.budget_utilisation,
         "data_changes": list(data_changes),
     }
+
+
+def _who_holds_what(held: Mapping[int, Held]) -> str:
+    """Of devices; no partition dealt their data out."""
+    if not held:
+        return ""
+    examples, classes = ([getattr(each, f) for each in held.values()] for f in Held._fields)
+    return (
+        f"as {len(held)} devices hold it: {_span(examples)} examples, {_span(classes)} classes each"
+    )
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

@@ -36,6 +36,8 @@ RIGHT = {
         "memory_bytes": None,
     },
     env.UPDATE: {"step": 3, "seconds": 0.5, "lost_state": False},
+    env.MEASURE: {"run": "a1"},
+    env.MOMENTS: {"scale": 255.0, "count": 7, "totals": ["-0x1f"], "squares": ["0x0"]},
     env.TROUBLE: {
         "reason": "no disk",
         "missing": "spec",

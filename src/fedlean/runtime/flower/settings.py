@@ -61,7 +61,7 @@ def _read(name: str, value: object) -> Any:
     if name == "max_update_norm":
         return _norm(value)
     if get_origin(hint) is tuple:
-        return _accuracies(str(value))
+        return _numbers(name, str(value))
     if hint is int:
         return _whole(name, value)
     if hint is float:
@@ -95,8 +95,10 @@ def _norm(value: object) -> float | None:
         raise ValueError(f"max-update-norm: {error}") from None
 
 
-def _accuracies(text: str) -> tuple[float, ...]:
+def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.split())
     except ValueError:
-        raise ValueError(f"target-accuracy must be numbers like '0.9 0.95', got {text!r}") from None
+        raise ValueError(
+            f"{name.replace('_', '-')} must be numbers like '0.9 0.95', got {text!r}"
+        ) from None

@@ -107,6 +107,13 @@ class Attendance:
         fleet = {device.id: device for device in self._present(step)}
         return [_standing_for(fleet[one.id], one) for one in devices if one.id in fleet]
 
+    def join(self, run: str) -> Collection[int]:
+        """Waits for as many clients as a step does, before the first; who is there.
+
+        Raises NobodyThere as `gather`.
+        """
+        return self._wait_for_enough(run, 0)
+
     def heard(self, client: int) -> None:
         """It is there, whatever it said."""
         self._unheard.discard(client)

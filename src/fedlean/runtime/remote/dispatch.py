@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from fedlean.data.dataset import Dataset
 from fedlean.printable import megabytes, printable
 from fedlean.runtime.ceilings import Ceilings
 from fedlean.runtime.clientstore import ClientStore
-from fedlean.runtime.local import Refuse
+from fedlean.runtime.local import Held, Refuse
 from fedlean.runtime.remote import envelope as env
 from fedlean.runtime.remote.attendance import Attempt, Attendance, NobodyThere, Present, Terms
 from fedlean.runtime.remote.envelope import Envelope, EnvelopeError, seal, unseal
 from fedlean.runtime.remote.exchange import Exchange, Failed, Letter, Letters, Post
 from fedlean.runtime.remote.holding import expected_by
+from fedlean.runtime.remote.normalising import Agreed, agreed, ask
 from fedlean.runtime.remote.replysize import Statistics, reply_bytes
 from fedlean.runtime.remote.roster import GREETING, Roster
 from fedlean.runtime.remote.unwilling import Unwilling
@@ -108,6 +109,33 @@ class RemoteDispatch:
         self._silent: set[int] = set()  # of those, who gave no answer
         self._refused: set[int] = set()  # of those, whose update the checks refused
         self._early: dict[int, bytes] = {}  # by client: a reply to this step, come between attempts
+
+    def agree(self) -> Agreed:
+        """Mean and deviation of what the clients hold, with which every task is sent from now on.
+
+        Waits for as many clients as a step does.  Raises NobodyThere when fewer come or answer.
+        """
+        here = self._attendance.join(self._run)
+        nodes = {node: client for client, node in self._roster.known().items() if client in here}
+        ends = time.monotonic() + self._terms.deadline_seconds
+        expected = expected_by(self._dataset)
+        found = ask(self._exchange, nodes, self._run, expected, ends=ends, say=self._say)
+        wanted = max(self._terms.min_clients, self._terms.min_replies)
+        if len(found) < wanted:
+            raise NobodyThere(
+                f"{len(found)} of {wanted} clients said within {self._terms.deadline_seconds:g} s "
+                "what their examples add up to, by which inputs are standardised: start the "
+                "missing ones, or lower min-clients, and submit the run again with the same "
+                "folder; or give mean and deviation"
+            )
+        mean, std = agreed([found[client] for client in sorted(found)])
+        self._dataset = replace(self._dataset, mean=mean, std=std)
+        return Agreed(mean, std, tuple(sorted(found)))
+
+    def held(self) -> dict[int, Held]:
+        """What the clients that have joined said that they hold."""
+        examples, classes = self._roster.num_examples, self._roster.num_classes
+        return {client: Held(examples[client], classes[client]) for client in sorted(classes)}
 
     def begin(self, store: ClientStore, step: int) -> list[Device]:
         """Clients whose nodes are connected, as `Attendance.gather` says.  Raises NobodyThere."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from fedlean.data.labels import MAX_NAME_CHARACTERS
 
 MAGIC = b"FdLe"
 VERSION = 7
-HELLO, WELCOME, TASK, UPDATE, TROUBLE = range(1, 6)
+HELLO, WELCOME, TASK, UPDATE, TROUBLE, MEASURE, MOMENTS = range(1, 8)
 KINDS = {HELLO: "hello", WELCOME: "welcome", TASK: "task", UPDATE: "update", TROUBLE: "trouble"}
+KINDS |= {MEASURE: "measure", MOMENTS: "moments"}
 MISSING = ("spec", "pattern", "frozen tensors")  # what a device may have lost
 MAX_JSON_BYTES = 1 << 20  # class names take most of it
 MAX_LIST = 1 << 16
+_HEXADECIMAL = re.compile(r"-?0x[0-9a-f]{1,180}")
 _START = struct.Struct("<4sBBHI")
 _DIGEST_BYTES = 16
 _HEAD_BYTES = _START.size + _DIGEST_BYTES
@@ -47,6 +50,9 @@ class Envelope:
              std, deadline_seconds (for which the server waits, from sending on), memory_bytes (that
              the server takes the device to have, by which layers take their forms, or null)
     UPDATE   step, seconds, lost_state
+    MEASURE  run: what do your examples add up to?
+    MOMENTS  scale (the stored value that counts as 1.0), count (of values in a channel), totals and
+             squares per channel (`fedlean.data.moments`, as hexadecimal numbers)
     TROUBLE  reason, missing (one of `MISSING` or null), final (asking again is of no use), gave_up
              (the time was over before the work was done), too_large (for the device's memory)
     """
@@ -131,7 +137,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _seconds(value: Any) -> bool:
+def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
@@ -139,6 +145,11 @@ def _list_of(check: Any) -> Any:
     return lambda value: (
         isinstance(value, list) and len(value) <= MAX_LIST and all(map(check, value))
     )
+
+
+def _whole(value: Any) -> bool:
+    """Hexadecimal digits, perhaps of a negative number; no sum of float32 needs more."""
+    return isinstance(value, str) and bool(_HEXADECIMAL.fullmatch(value))
 
 
 def _range(value: Any) -> bool:
@@ -168,8 +179,15 @@ _WANTED: dict[int, dict[str, Any]] = {
         "classes": _list_of(_text(MAX_NAME_CHARACTERS)),
         "mean": _list_of(_number),
         "std": _list_of(_number),
-        "deadline_seconds": _seconds,
+        "deadline_seconds": _positive,
         "memory_bytes": _maybe(_count),
+    },
+    MEASURE: {"run": _run},
+    MOMENTS: {
+        "scale": _positive,
+        "count": _count,
+        "totals": _list_of(_whole),
+        "squares": _list_of(_whole),
     },
     UPDATE: {"step": _count, "seconds": _number, "lost_state": lambda v: isinstance(v, bool)},
     TROUBLE: {

@@ -64,6 +64,7 @@ class Roster:
         self._hung_up: set[int] = set()  # of those, who are gone
         self._lacking: dict[int, int] = {}  # new client -> classes of which it has no example
         self.num_examples: dict[int, int] = {}  # by client, as it said when it joined
+        self.num_classes: dict[int, int] = {}  # the same of the classes it has examples of
         self.memory_bytes: dict[int, int | None] = {}  # the same of what a task may take
         self._owners: set[int] = set()  # clients that have been said to hold most of them
         self._spoken: set[int] = set()  # clients that have answered a greeting
@@ -206,6 +207,7 @@ class Roster:
         self._left.discard(node)
         self._spoken.add(client)
         self.num_examples[client] = fields["num_examples"]
+        self.num_classes[client] = len(set(held.classes))
         self.memory_bytes[client] = fields["memory_bytes"]
         if not (same and before == self._device[node]):
             self._admitted(client, node, printable(fields["name"]), fields["num_examples"], held)

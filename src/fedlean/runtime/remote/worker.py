@@ -21,6 +21,7 @@ import numpy as np
 from fedlean import wire
 from fedlean.core import ClientTask
 from fedlean.data.batches import ClientData
+from fedlean.data.moments import Moments, moments
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import Engine
 from fedlean.printable import printable
@@ -38,6 +39,7 @@ from fedlean.runtime.remote.held import (
 )
 from fedlean.runtime.remote.holding import Holding, held_by, mismatch
 from fedlean.runtime.remote.limit import LimitedEngine
+from fedlean.runtime.remote.normalising import to_fields
 from fedlean.runtime.remote.room import TooLarge, resident_bytes
 from fedlean.spec import ModelSpec
 
@@ -84,6 +86,7 @@ class Worker:
         self._max_task_seconds = max_task_seconds
         self._engines: dict[str, Engine] = {}  # by spec hash: one, warm
         self._run: _Run | None = None
+        self._moments: Moments | None = None  # of its examples
 
     def answer(
         self,
@@ -98,9 +101,11 @@ class Worker:
         since it was sent; withdrawn: whether nobody waits for the reply any more.
         """
         try:
-            asked = unseal(data, expected=(env.HELLO, env.TASK))
+            asked = unseal(data, expected=(env.HELLO, env.MEASURE, env.TASK))
             if asked.kind == env.HELLO:
                 return seal(self._welcome(asked.fields))
+            if asked.kind == env.MEASURE:
+                return seal(self._measured())
             waits = asked.fields["deadline_seconds"] - age_seconds
             budget = Budget(waits, self._max_task_seconds, withdrawn)
             budget.check()
@@ -143,6 +148,14 @@ class Worker:
             "name": self._name[:200],
         }
         return Envelope(env.WELCOME, fields)
+
+    def _measured(self) -> Envelope:
+        """What its examples add up to."""
+        dataset, indices = self._data.dataset, self._data.indices
+        if self._moments is None:
+            whole = len(indices) == len(dataset.x_train)
+            self._moments = moments(dataset.x_train if whole else dataset.x_train[indices])
+        return Envelope(env.MOMENTS, to_fields(self._moments, dataset.scale))
 
     def _memory_bytes(self) -> int | None:
         """What is left for a task of the limit of the whole process."""
