@@ -23,6 +23,7 @@ from fedlean.data.leaf import find_leaf, leaf_source
 from fedlean.data.npz import EXPECTED, find_npy, find_npz, npy_source, npz_source
 from fedlean.data.npzfile import member_names
 from fedlean.data.source import Room, Source, unlimited
+from fedlean.data.table import csv_source, find_csv, passed_over
 
 BUILT_IN = {"digits": digits_source}
 DEEPER = 2  # levels of folders below the one given, as in MNIST/raw/*-ubyte
@@ -46,7 +47,8 @@ def available() -> list[tuple[str, str]]:
         ("FOLDER", "LEAF JSON (FEMNIST): train/*.json and test/*.json, one client per writer"),
         ("FOLDER", "one .npz, or .npy files: x, y [, split, client, classes, layout]"),
         ("FOLDER", "the same with x_train, y_train, x_test, y_test, or with jpeg, offset, y"),
-        ("FOLDER:NAME", "one of several sets in a folder: IDX prefix or .npz file name"),
+        ("FOLDER", ".csv, a row for each example: numbers, label [, client, split]"),
+        ("FOLDER:NAME", "one of several sets in a folder: IDX prefix, .npz or .csv file name"),
     ]
 
 
@@ -68,18 +70,18 @@ def load_source(
     found is damaged, or is of a kind to which what is declared does not apply; and what `room`
     raises.
     """
-    found = _chosen(name_or_folder)
+    found = _chosen(name_or_folder, declared.label)
     declared.check(found.takes, name_or_folder)
     source = found.open(room, declared)
     return hold_out(source, declared.test_share) if declared.test_share else source
 
 
-def _chosen(name_or_folder: str) -> _Found:
+def _chosen(name_or_folder: str, label: str) -> _Found:
     if name_or_folder in BUILT_IN:
         read = BUILT_IN[name_or_folder]
         return _Found(Path(), name_or_folder, lambda room, declared: read(room))
     folder, wanted = _split(absolute(name_or_folder))
-    found = _find(folder, folder.resolve().name) or _find_below(folder)
+    found = _find(folder, folder.resolve().name, label) or _find_below(folder, label)
     if not found:
         raise ValueError(_nothing_found(folder))
     fitting = [each for each in found if wanted in (None, each.name)]
@@ -126,8 +128,11 @@ def _split(text: str) -> tuple[Path, str | None]:
     )
 
 
-def _find(folder: Path, title: str) -> list[_Found]:
-    """What the folder itself holds.  title: what a set without a name of its own is called."""
+def _find(folder: Path, title: str, label: str) -> list[_Found]:
+    """What the folder itself holds.
+
+    title: what a set without a name of its own is called; label: a table's column that is declared.
+    """
     npz, layout = find_npz(folder), frozenset({"layout"})
     found = [
         _Found(folder, prefix, _plainly(partial(idx_source, prefix or title, files, prefix)))
@@ -138,6 +143,10 @@ def _find(folder: Path, title: str) -> list[_Found]:
         found.append(_Found(folder, each, partial(npz_source, name, path), layout))
     for each, base in find_npy(folder).items():
         found.append(_Found(folder, each, partial(npy_source, title, base), layout))
+    tables = find_csv(folder, label)
+    for each, files in tables.items():
+        name = title if len(tables) == 1 else each.removesuffix(".csv")
+        found.append(_Found(folder, each, partial(csv_source, name, files), frozenset({"label"})))
     for each, base in find_leaf(folder).items():
         found.append(_Found(folder, each, _plainly(partial(leaf_source, title, base))))
     return found
@@ -148,12 +157,12 @@ def _plainly(read: Callable[..., Source]) -> Callable[[Room, Declared], Source]:
     return lambda room, declared: read(room=room)
 
 
-def _find_below(folder: Path) -> list[_Found]:
+def _find_below(folder: Path, label: str) -> list[_Found]:
     """What the folders below hold; a folder that holds a data set is not searched further."""
     title, found, level = folder.resolve().name, [], [folder]
     for _ in range(DEEPER):
         level = [each for above in level for each in _folders(above)]
-        sets = {each: _find(each, title) for each in level}
+        sets = {each: _find(each, title, label) for each in level}
         found += [each for of_folder in sets.values() for each in of_folder]
         level = [each for each, of_folder in sets.items() if not of_folder]
     return found
@@ -170,10 +179,12 @@ def _folders(folder: Path) -> list[Path]:
 
 def _nothing_found(folder: Path) -> str:
     other = [f"{p.name} with {sorted(member_names(p))}" for p in sorted(folder.glob("*.npz"))]
+    other += passed_over(folder)
     seen = f" (passed over: {'; '.join(other)})" if other else ""
     return (
         f"{folder} holds no data set that FedLean recognises{seen}; looked there and {DEEPER}"
         " levels down for IDX files ([PREFIX-]train-images-idx3-ubyte[.gz] and its three"
-        f" companions), an .npz or .npy files with {EXPECTED}, and LEAF's train/*.json and"
+        f" companions), an .npz or .npy files with {EXPECTED}, .csv files with a"
+        " column label, y, class or target (--label names another), and LEAF's train/*.json and"
         " test/*.json"
     )
