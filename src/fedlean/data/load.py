@@ -22,6 +22,8 @@ from fedlean.data.idx import find_idx, idx_source
 from fedlean.data.leaf import find_leaf, leaf_source
 from fedlean.data.npz import EXPECTED, find_npy, find_npz, npy_source, npz_source
 from fedlean.data.npzfile import member_names
+from fedlean.data.pictures import find_pictures, pictures_source
+from fedlean.data.recordings import find_recordings, recordings_source
 from fedlean.data.source import Room, Source, unlimited
 from fedlean.data.table import csv_source, find_csv, passed_over
 
@@ -48,6 +50,7 @@ def available() -> list[tuple[str, str]]:
         ("FOLDER", "one .npz, or .npy files: x, y [, split, client, classes, layout]"),
         ("FOLDER", "the same with x_train, y_train, x_test, y_test, or with jpeg, offset, y"),
         ("FOLDER", ".csv, a row for each example: numbers, label [, client, split]"),
+        ("FOLDER", "pictures or WAV files by class: CLASS/*, or train/CLASS/* and test/CLASS/*"),
         ("FOLDER:NAME", "one of several sets in a folder: IDX prefix, .npz or .csv file name"),
     ]
 
@@ -81,7 +84,8 @@ def _chosen(name_or_folder: str, label: str) -> _Found:
         read = BUILT_IN[name_or_folder]
         return _Found(Path(), name_or_folder, lambda room, declared: read(room))
     folder, wanted = _split(absolute(name_or_folder))
-    found = _find(folder, folder.resolve().name, label) or _find_below(folder, label)
+    found = _find_at_or_below(folder, partial(_find, label=label))
+    found = found or _find_at_or_below(folder, _find_by_class)
     if not found:
         raise ValueError(_nothing_found(folder))
     fitting = [each for each in found if wanted in (None, each.name)]
@@ -152,17 +156,34 @@ def _find(folder: Path, title: str, label: str) -> list[_Found]:
     return found
 
 
+def _find_by_class(folder: Path, title: str) -> list[_Found]:
+    """Pictures and recordings, which lie below the folder: looked for where there is nothing else.
+
+    A folder of plots beside a data set is none.
+    """
+    found = []
+    for each, files in find_pictures(folder).items():
+        found.append(_Found(folder, each, _plainly(partial(pictures_source, title, files))))
+    for each, files in find_recordings(folder).items():
+        read = partial(recordings_source, title, files)
+        found.append(_Found(folder, each, read, frozenset({"length"})))
+    return found
+
+
 def _plainly(read: Callable[..., Source]) -> Callable[[Room, Declared], Source]:
     """Of a format that says everything itself."""
     return lambda room, declared: read(room=room)
 
 
-def _find_below(folder: Path, label: str) -> list[_Found]:
-    """What the folders below hold; a folder that holds a data set is not searched further."""
-    title, found, level = folder.resolve().name, [], [folder]
+def _find_at_or_below(folder: Path, find: Callable[[Path, str], list[_Found]]) -> list[_Found]:
+    """What the folder holds, or else those below; one that holds a data set is not searched on."""
+    title, level = folder.resolve().name, [folder]
+    found = find(folder, title)
+    if found:
+        return found
     for _ in range(DEEPER):
         level = [each for above in level for each in _folders(above)]
-        sets = {each: _find(each, title, label) for each in level}
+        sets = {each: find(each, title) for each in level}
         found += [each for of_folder in sets.values() for each in of_folder]
         level = [each for each, of_folder in sets.items() if not of_folder]
     return found
@@ -185,6 +206,6 @@ def _nothing_found(folder: Path) -> str:
         f"{folder} holds no data set that FedLean recognises{seen}; looked there and {DEEPER}"
         " levels down for IDX files ([PREFIX-]train-images-idx3-ubyte[.gz] and its three"
         f" companions), an .npz or .npy files with {EXPECTED}, .csv files with a"
-        " column label, y, class or target (--label names another), and LEAF's train/*.json and"
-        " test/*.json"
+        " column label, y, class or target (--label names another), pictures or .wav files"
+        " in a folder for each class, and LEAF's train/*.json and test/*.json"
     )
