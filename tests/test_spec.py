@@ -12,21 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlean.layers import (
+    GELU,
     Add,
+    AvgPool1d,
     AvgPool2d,
     BatchNorm,
+    Concat,
+    Conv1d,
     Conv2d,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
     Hardsigmoid,
     Hardswish,
+    Hardtanh,
     Layer,
+    LeakyReLU,
     Linear,
+    MaxPool1d,
     MaxPool2d,
     ReLU,
     Scale,
     Scaler,
+    SiLU,
 )
 from fedlean.spec import INPUT, LAYERS, ModelSpec, Node, sequential
 
@@ -88,7 +97,7 @@ def test_sequential_chains():
 
 def test_same_layer_kind_is_known_by_name():
     assert {type(node.layer).__name__ for node in example().nodes} <= set(LAYERS)
-    assert len(LAYERS) == 14
+    assert len(LAYERS) == 25
 
 
 # --- shapes against PyTorch -----------------------------------------------------------------------
@@ -96,7 +105,7 @@ def test_same_layer_kind_is_known_by_name():
 SIDES = st.integers(1, 12)
 
 
-def agree(layer: Layer, module_of, shape: tuple[int, int, int]) -> None:
+def agree(layer: Layer, module_of, shape: tuple[int, ...]) -> None:
     """Same output shape as torch, or both refuse."""
     try:
         with torch.no_grad():
@@ -158,11 +167,18 @@ def test_pool_shapes(kinds, height: int, width: int, kernel: int, stride, paddin
         (MaxPool2d(0), IMAGE, "kernel_size must be"),
         (MaxPool2d(2, padding=2), IMAGE, "padding 2 must be at most half of kernel_size 2"),
         (AvgPool2d(2), VECTOR, "needs an image"),
-        (GlobalAvgPool(), VECTOR, "needs an image"),
+        (GlobalAvgPool(), VECTOR, "needs a signal (C, L) or an image (C, H, W)"),
+        (Conv1d(8, 3), IMAGE, "needs a signal (C, L)"),
+        (Conv2d(8, 3), (4, 9), "needs an image (C, H, W)"),
+        (Conv2d(8, (3, 7)), IMAGE, "window 7 does not fit an input side of 6"),
+        (Conv2d(8, 3, dilation=3), IMAGE, "window 7 does not fit an input side of 6"),
+        (MaxPool2d((2, 4), padding=(1, 3)), IMAGE, "at most half of kernel_size (2, 4)"),
+        (Hardtanh(1.0, 1.0), IMAGE, "low must be below high, got 1 and 1"),
         (GroupNorm(groups=3), IMAGE, "groups=3 must divide the 4 channels"),
         (GroupNorm(groups=0), IMAGE, "groups"),
         (Add(), IMAGE, "two or more inputs of equal shape"),
-        (Scale(), IMAGE, "needs an image (C, H, W) and a gate (C,)"),
+        (Concat(), IMAGE, "two or more inputs that differ in channels only"),
+        (Scale(), IMAGE, "needs an image (C, H, W) or signal (C, L) and a gate (C,)"),
     ],
 )
 def test_every_error_names_the_layer(layer: Layer, shape: tuple[int, ...], message: str):
@@ -185,6 +201,16 @@ BAD_NUMBERS = [
     *((Scaler(value), VECTOR) for value in (0.0, -2.0, 2, True, None, "2")),
     *((Scaler(value), VECTOR) for value in (float("nan"), float("inf"))),
     *((Conv2d(3, 1, bias=value), IMAGE) for value in (1, None)),
+    *((Conv2d(3, value), IMAGE) for value in ((1,), (1, 2, 3), (1, 0), (1, True), (1.0, 1.0), "3")),
+    *((Conv2d(3, 1, dilation=value), IMAGE) for value in (0, None, (1, 0))),
+    *((Conv1d(3, value), (4, 9)) for value in ((1, 2), (3,), 0)),
+    *((Conv1d(3, 1, stride=value), (4, 9)) for value in ((1, 2), 0)),
+    *((MaxPool1d(value), (4, 9)) for value in ((1, 2), 0, None)),
+    *((LeakyReLU(value), VECTOR) for value in (-0.1, 1.1, 1, None, float("nan"))),
+    *((Hardtanh(value, 2.0), VECTOR) for value in (-1001.0, 0, None, float("nan"))),
+    *((GELU(value), VECTOR) for value in (1, None, "tanh")),
+    *((Dropout(value), VECTOR) for value in (-0.1, 1.0, 0, None, float("nan"))),
+    *((Dropout(0.5, value), VECTOR) for value in (1, None)),
 ]
 
 
@@ -196,6 +222,9 @@ def test_bad_settings_name_the_layer(layer: Layer, shape: tuple[int, ...]):
 
 HUGE = 1 << 30
 TOO_LARGE = [
+    (Conv2d(2, (1, 1025), padding=1), IMAGE, "kernel_size must be .* at most 1024"),
+    (Conv2d(2, 3, dilation=1025), IMAGE, "dilation must be .* at most 1024"),
+    (Conv1d(2, 3, padding=1025), (4, 9), "padding must be an integer from 0 to 1024, got"),
     (Conv2d(2, 3, stride=HUGE, padding=HUGE), IMAGE, "stride must be .* at most 1024"),
     (Conv2d(2, 3, padding=HUGE), IMAGE, "padding must be an integer from 0 to 1024"),
     (Conv2d(2, 3, padding=1025), IMAGE, "padding must be an integer from 0 to 1024"),
@@ -228,6 +257,10 @@ def test_settings_and_sizes_have_limits(layer: Layer, shape: tuple[int, ...], me
     ("layer", "shape"),
     [
         (Conv2d(2, 1, padding=2), IMAGE),
+        (Conv2d(2, (1, 1024), padding=(0, 1024)), (1, 1, 8)),
+        (Conv1d(2, 3, dilation=1024, padding=1024), (1, 8)),
+        (Hardtanh(-1e3, 1e3), VECTOR),
+        (LeakyReLU(0.0), VECTOR),
         (Conv2d(2, 3, stride=1024, padding=3), IMAGE),
         (Conv2d(2, 1024, padding=512), (1, 8, 8)),
         (AvgPool2d(1024), (3, 1024, 1024)),
@@ -255,14 +288,68 @@ def test_specs_have_limits():
             single(ReLU(), shape)
 
 
+def test_square_settings_have_the_json_and_the_hash_that_they_always_had():
+    spec = sequential((1, 4, 4), [("a", Conv2d(2, 3, padding=1)), ("b", MaxPool2d(2))])
+    text = (
+        '{"input_shape":[1,4,4],"nodes":[{"bias":true,"block":"main","groups":1,"inputs":["input"],'
+        '"kernel_size":3,"layer":"Conv2d","name":"a","out_channels":2,"padding":1,"prunable":true,'
+        '"stride":1},{"block":"main","inputs":["a"],"kernel_size":2,"layer":"MaxPool2d","name":"b",'
+        '"padding":0,"prunable":true,"stride":null}]}'
+    )
+    assert spec.to_json() == text and ModelSpec.from_json(text) == spec
+    pairs = [("a", Conv2d(2, (3, 3), (1, 1), (1, 1), dilation=(1, 1))), ("b", MaxPool2d((2, 2)))]
+    assert sequential((1, 4, 4), pairs).to_json() == text
+
+
+def test_unequal_sides_are_pairs_in_json():
+    layers = [("a", Conv2d(2, (1, 3), dilation=(1, 2))), ("b", AvgPool2d((2, 1), (1, 2)))]
+    spec = sequential((1, 6, 6), layers)
+    assert '"dilation":[1,2]' in spec.to_json() and '"kernel_size":[2,1]' in spec.to_json()
+    again = ModelSpec.from_json(spec.to_json())
+    assert again == spec and again.by_name["a"].layer == Conv2d(2, (1, 3), dilation=(1, 2))
+    assert hash(again.nodes[0].layer) == hash(spec.nodes[0].layer)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIDES, SIDES, st.data())
+def test_rectangles_and_signals(height: int, width: int, data):
+    """Kernels, strides, padding and dilation per side; a signal has the last of each."""
+    side = st.tuples(st.integers(1, 4), st.integers(1, 4))
+    kernel, stride, dilation = (data.draw(side) for _ in range(3))
+    padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    how = (kernel, stride, padding)
+    agree(
+        Conv2d(2, *how, dilation=dilation),
+        lambda: torch.nn.Conv2d(3, 2, *how, dilation),
+        (3, height, width),
+    )
+    agree(MaxPool2d(*how), lambda: torch.nn.MaxPool2d(*how), (3, height, width))
+    last = tuple(setting[1] for setting in how)
+    agree(
+        Conv1d(2, *last, dilation=dilation[1]),
+        lambda: torch.nn.Conv1d(3, 2, *last, dilation[1]),
+        (3, width),
+    )
+    agree(AvgPool1d(*last), lambda: torch.nn.AvgPool1d(*last), (3, width))
+
+
 @pytest.mark.parametrize(
-    "layer", [ReLU(), Hardswish(), Hardsigmoid(), Scaler(2.0), Flatten(), BatchNorm()]
+    "layer", [ReLU(), Hardswish(), SiLU(), Hardsigmoid(), Scaler(2.0), Flatten(), BatchNorm()]
 )
 def test_layers_with_one_input_refuse_two(layer: Layer):
     with pytest.raises(ValueError, match=r"'odd'.*takes 1 input, got 2"):
         ModelSpec(IMAGE, (Node("odd", layer, (INPUT, INPUT)),))
     with pytest.raises(ValueError, match=r"'odd'.*takes 1 input, got 0"):
         ModelSpec(IMAGE, (Node("odd", layer, ()),))
+
+
+def test_channels_are_joined():
+    conv = Node("conv", Conv2d(3, 3, padding=1), (INPUT,))
+    joined = Node("cat", Concat(), ("conv", INPUT, "conv"))
+    assert ModelSpec(IMAGE, (conv, joined)).output_shape == (3 + 4 + 3, 6, 6)
+    pool = Node("pool", MaxPool2d(2), (INPUT,))
+    with pytest.raises(ValueError, match=r"'odd' \(Concat\).*differ in channels only"):
+        ModelSpec(IMAGE, (pool, Node("odd", Concat(), ("pool", INPUT))))
 
 
 def test_unequal_sums_and_gates():

@@ -99,7 +99,7 @@ Examples Guard::check_batch(const In<float>& x, const In<std::int64_t>* y) const
   const std::size_t examples = x.ndim() ? x.shape(0) : 0;
   if (examples == 0 || examples > std::size_t(batch_size_))
     throw std::invalid_argument("x must have 1 to batch_size examples");
-  const int sides[] = {shape.channels, shape.height, shape.width};
+  const int sides[] = {shape.channels, shape.rank == 2 ? shape.width : shape.height, shape.width};
   bool fits = x.ndim() == std::size_t(shape.rank) + 1;
   for (int axis = 0; fits && axis < shape.rank; ++axis)
     fits = x.shape(axis + 1) == std::size_t(sides[axis]);

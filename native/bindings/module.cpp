@@ -11,6 +11,20 @@ using namespace fedlean;
 
 namespace {
 
+// Null where `name` is no curve.
+const Curve::Name* curve_of(const std::string& name) {
+  static const std::pair<const char*, Curve::Name> curves[] = {
+      {"Hardswish", Curve::kHardswish}, {"Hardsigmoid", Curve::kHardsigmoid},
+      {"LeakyReLU", Curve::kLeakyReLU}, {"Hardtanh", Curve::kHardtanh},
+      {"Sigmoid", Curve::kSigmoid},     {"Tanh", Curve::kTanh},
+      {"SiLU", Curve::kSiLU},           {"GELU", Curve::kGELU},
+      {"GELUTanh", Curve::kGELUTanh},
+  };
+  for (const auto& [known, curve] : curves)
+    if (name == known) return &curve;
+  return nullptr;
+}
+
 Kind kind_of(const std::string& name) {
   static const std::pair<const char*, Kind> kinds[] = {
       {"Linear", Kind::kLinear},
@@ -21,23 +35,28 @@ Kind kind_of(const std::string& name) {
       {"GroupNorm", Kind::kGroupNorm},
       {"BatchNorm", Kind::kBatchNorm},
       {"ReLU", Kind::kReLU},
-      {"Hardswish", Kind::kHardswish},
-      {"Hardsigmoid", Kind::kHardsigmoid},
       {"Scaler", Kind::kScaler},
       {"Flatten", Kind::kFlatten},
       {"Add", Kind::kAdd},
       {"Scale", Kind::kScale},
+      {"Concat", Kind::kConcat},
+      {"Dropout", Kind::kDropout},
   };
   for (const auto& [known, kind] : kinds)
     if (name == known) return kind;
+  if (curve_of(name)) return Kind::kCurve;
   throw std::invalid_argument("the native engine has no layer " + name);
 }
 
 Shape shape_of(const std::vector<int>& s) {
-  if (s.empty() || s.size() == 2 || s.size() > 3)
-    throw std::invalid_argument("shapes are (C, H, W) or (F,)");
-  return s.size() == 1 ? Shape{s[0], 1, 1, 1} : Shape{s[0], s[1], s[2], 3};
+  if (s.empty() || s.size() > 3)
+    throw std::invalid_argument("shapes are (C, H, W), (C, L) or (F,)");
+  if (s.size() == 3) return {s[0], s[1], s[2], 3};
+  return s.size() == 2 ? Shape{s[0], 1, s[1], 2} : Shape{s[0], 1, 1, 1};
 }
+
+using Pair = std::tuple<int, int>;  // rows, columns
+Sides sides_of(const Pair& pair) { return {std::get<0>(pair), std::get<1>(pair)}; }
 
 using Rows = std::vector<std::tuple<int, int, int, int>>;  // node, slot, first row, rows
 
@@ -88,9 +107,11 @@ public:
     });
   }
 
-  double step(In<float> x, In<std::int64_t> y, const Rows& rows) {
+  double step(In<float> x, In<std::int64_t> y, const Rows& rows,
+              const std::vector<std::uint64_t>& keys) {
     const Pieces pieces = pieces_of(rows);
     return guard_.alone([&] {
+      session_.set_keys(keys);
       const Examples examples = guard_.check_batch(x, &y);
       tapped_.clear();
       return session_.step(x.data(), examples.labels.data(), examples.count, pieces);
@@ -111,9 +132,11 @@ public:
     });
   }
 
-  void forward(In<float> x, const std::vector<int>& nodes, bool training) {
+  void forward(In<float> x, const std::vector<int>& nodes, bool training,
+               const std::vector<std::uint64_t>& keys) {
     for (int node : nodes) guard_.check(node, 0);
     guard_.alone([&] {
+      if (training) session_.set_keys(keys);
       const int examples = guard_.check_batch(x, nullptr).count;
       tapped_.clear();
       session_.forward(x.data(), examples, nodes, training);
@@ -261,19 +284,33 @@ NB_MODULE(_native, m) {
       .def(
           "add",
           [](Network& self, const std::string& name, const std::string& kind,
-             const std::vector<int>& inputs, const std::vector<int>& shape, int kernel, int stride,
-             int padding, int groups, bool bias, float eps, float momentum, float factor,
+             const std::vector<int>& inputs, const std::vector<int>& shape, Pair kernel,
+             Pair stride, Pair padding, Pair dilation, int groups, bool bias, float eps,
+             float momentum, float factor, float low, float high, float p, bool whole_channels,
              bool slower) {
-            const Node node = {name,   kind_of(kind), inputs,  shape_of(shape),
-                               kernel, stride,        padding, groups,
-                               bias,   eps,           momentum, factor,           slower};
+            Node node{name, kind_of(kind), inputs, shape_of(shape)};
+            node.kernel = sides_of(kernel);
+            node.stride = sides_of(stride);
+            node.padding = sides_of(padding);
+            node.dilation = sides_of(dilation);
+            node.groups = groups;
+            node.bias = bias;
+            node.eps = eps;
+            node.momentum = momentum;
+            node.factor = factor;
+            if (const Curve::Name* const curve = curve_of(kind)) node.curve = {*curve, low, high};
+            node.p = p;
+            node.whole_channels = whole_channels;
+            node.slower = slower;
             check_node(self, node);
             self.nodes.push_back(node);
           },
           nb::arg("name"), nb::arg("kind"), nb::arg("inputs"), nb::arg("shape"), nb::kw_only(),
-          nb::arg("kernel") = 1, nb::arg("stride") = 1, nb::arg("padding") = 0,
-          nb::arg("groups") = 1, nb::arg("bias") = false, nb::arg("eps") = 1e-5f,
-          nb::arg("momentum") = 0.1f, nb::arg("factor") = 1.0f, nb::arg("slower") = false);
+          nb::arg("kernel") = Pair{1, 1}, nb::arg("stride") = Pair{1, 1},
+          nb::arg("padding") = Pair{0, 0}, nb::arg("dilation") = Pair{1, 1}, nb::arg("groups") = 1,
+          nb::arg("bias") = false, nb::arg("eps") = 1e-5f, nb::arg("momentum") = 0.1f,
+          nb::arg("factor") = 1.0f, nb::arg("low") = 0.0f, nb::arg("high") = 0.0f,
+          nb::arg("p") = 0.0f, nb::arg("whole_channels") = false, nb::arg("slower") = false);
 
   nb::class_<Bound>(m, "Session")
       .def(
@@ -303,12 +340,12 @@ NB_MODULE(_native, m) {
       .def("read_mask", &Bound::read_mask, nb::arg("node"), nb::arg("slot"),
            nb::arg("kept").noconvert())
       .def("step", &Bound::step, nb::arg("x").noconvert(), nb::arg("y").noconvert(),
-           nb::arg("pieces"))
+           nb::arg("pieces"), nb::arg("keys"))
       .def("loss", &Bound::loss, nb::arg("x").noconvert(), nb::arg("y").noconvert())
       .def("squares", &Bound::squares, nb::arg("node"), nb::arg("slot"),
            nb::arg("values").noconvert())
       .def("forward", &Bound::forward, nb::arg("x").noconvert(), nb::arg("nodes"),
-           nb::arg("training"))
+           nb::arg("training"), nb::arg("keys"))
       .def("activation", &Bound::activation, nb::arg("node"), nb::arg("values").noconvert())
       .def("backward", &Bound::backward, nb::arg("nodes"), nb::arg("gradients").noconvert(),
            nb::arg("dense"))

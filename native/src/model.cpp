@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "fedlean/limits.h"
 
@@ -19,8 +21,8 @@ std::unique_ptr<Layer> make_layer(const Network& network, const Structure& struc
   const std::int64_t kept = options.kept[kWeight];
   switch (node.kind) {
     case Kind::kConv2d: {
-      const std::size_t size = std::size_t(node.shape.channels) * (in.channels / node.groups) *
-                               node.kernel * node.kernel;
+      const std::size_t size =
+          std::size_t(node.shape.channels) * (in.channels / node.groups) * node.kernel.area();
       return make_conv(node, in, structure.value_halo[source + 1], structure.grad_halo[i + 1],
                        kept < 0 ? size : std::size_t(kept), structure.needs_grad[source + 1]);
     }
@@ -36,6 +38,8 @@ std::unique_ptr<Layer> make_layer(const Network& network, const Structure& struc
     case Kind::kAvgPool:
     case Kind::kGlobalAvgPool:
       return make_pool(node, in);
+    case Kind::kDropout:
+      return make_dropout(node);
     default:
       return make_pointwise(node);
   }
@@ -68,6 +72,15 @@ Model::Model(const Network& network, const std::vector<TensorOptions>& tensors, 
   }
 }
 
+void Model::set_keys(const std::vector<std::uint64_t>& keys) {
+  std::size_t used = 0;
+  for (const auto& layer : layers)
+    if (layer->random() && used++ < keys.size()) layer->set_key(keys[used - 1]);
+  if (used != keys.size())
+    throw std::invalid_argument("a key is needed for each of the " + std::to_string(used) +
+                                " layers that draw random numbers");
+}
+
 std::size_t Model::planned_bytes() const {
   std::size_t bytes = 0;
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -95,7 +108,7 @@ std::size_t Model::tensor_size(int node, Slot slot) const {
   if (slot != kWeight || !layer.sparse()) return layer.stored(slot);
   const Node& n = network.nodes[node];
   const int inputs = network.shape_of(n.inputs[0]).channels / n.groups;
-  return std::size_t(n.shape.channels) * inputs * n.kernel * n.kernel;
+  return std::size_t(n.shape.channels) * inputs * n.kernel.area();
 }
 
 void Model::build(int node, const std::uint8_t* const masks[kSlots]) {

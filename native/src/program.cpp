@@ -10,7 +10,7 @@ namespace {
 bool keeps_values(Kind kind) { return kind == Kind::kFlatten; }
 bool may_share(Kind kind) {
   return kind == Kind::kReLU || kind == Kind::kAdd || kind == Kind::kScaler ||
-         kind == Kind::kFlatten;
+         kind == Kind::kDropout || kind == Kind::kFlatten;
 }
 
 std::vector<int> count_readers(const Network& network) {
@@ -39,8 +39,8 @@ std::vector<bool> needed(const Network& network, const std::vector<std::unique_p
 
 Structure::Structure(const Network& network, const std::vector<bool>& trainable_nodes) {
   const std::size_t n = network.nodes.size();
-  value_halo.assign(n + 1, 0);
-  grad_halo.assign(n + 1, 0);
+  value_halo.assign(n + 1, {});
+  grad_halo.assign(n + 1, {});
   needs_grad.assign(n + 1, false);
   const std::vector<int> readers = count_readers(network);
   for (std::size_t i = 0; i < n; ++i) {
@@ -49,22 +49,22 @@ Structure::Structure(const Network& network, const std::vector<bool>& trainable_
     for (int input : node.inputs) inputs_need = inputs_need || needs_grad[input + 1];
     needs_grad[i + 1] = trainable_nodes[i] || inputs_need;
     if (node.kind != Kind::kConv2d) continue;
-    int& halo = value_halo[node.inputs[0] + 1];
-    halo = std::max(halo, input_halo(node));
+    Sides& halo = value_halo[node.inputs[0] + 1];
+    halo = larger(halo, input_halo(node));
     if (inputs_need) grad_halo[i + 1] = gradient_halo(node, network.shape_of(node.inputs[0]));
   }
   // Tensors that could share memory get the same halo.
   for (std::size_t i = n; i-- > 0;) {
     const Node& node = network.nodes[i];
     if (!may_share(node.kind) || keeps_values(node.kind)) continue;
-    int& halo = value_halo[node.inputs[0] + 1];
-    if (readers[node.inputs[0] + 1] == 1) halo = std::max(halo, value_halo[i + 1]);
+    Sides& halo = value_halo[node.inputs[0] + 1];
+    if (readers[node.inputs[0] + 1] == 1) halo = larger(halo, value_halo[i + 1]);
   }
   for (std::size_t i = 0; i < n; ++i) {
     const Node& node = network.nodes[i];
     if (!may_share(node.kind) || keeps_values(node.kind)) continue;
     if (readers[node.inputs[0] + 1] == 1)
-      grad_halo[i + 1] = std::max(grad_halo[i + 1], grad_halo[node.inputs[0] + 1]);
+      grad_halo[i + 1] = larger(grad_halo[i + 1], grad_halo[node.inputs[0] + 1]);
   }
 }
 
@@ -139,7 +139,7 @@ void Program::swap_relu_and_pool() {
     pool.output = between;
     Tensor& tensor = tensors_[between];
     tensor.value_layout = tensors_[relu.output].value_layout;
-    tensor.grad_layout = tensors_[relu.output].grad_layout = {tensor.value_layout.shape, 0};
+    tensor.grad_layout = tensors_[relu.output].grad_layout = {tensor.value_layout.shape, {}};
     std::rotate(steps_.begin() + i, steps_.begin() + i + 1, steps_.begin() + j + 1);
     --i;  // another step is here now
   }
@@ -183,16 +183,13 @@ void Program::share_values() {
     Tensor& out = tensors_[step.output];
     const Tensor& in = tensors_[step.inputs[0]];
     const Kind kind = step.layer->node.kind;
-    const bool elementwise =
-        may_share(kind) ||
-        (!step.training && (kind == Kind::kHardswish || kind == Kind::kHardsigmoid));
-    const bool fits = kind == Kind::kFlatten
-                          ? in.value_layout.halo == 0 && out.value_layout.halo == 0
-                          : in.value_layout.halo == out.value_layout.halo;
+    const bool elementwise = may_share(kind) || (!step.training && kind == Kind::kCurve);
+    const bool fits = kind == Kind::kFlatten ? in.value_layout.bare() && out.value_layout.bare()
+                                             : in.value_layout.halo == out.value_layout.halo;
     if (elementwise && fits && in.local == out.local && step.inputs[0] != 0 &&
         overwritable(step, 0))
       out.value_array = -2 - step.inputs[0];  // resolved in lay_out
-    step.clear_out = out.value_array == -1 && out.value_layout.halo > 0;
+    step.clear_out = out.value_array == -1 && !out.value_layout.bare();
   }
 }
 
@@ -216,13 +213,13 @@ void Program::share_gradients() {
       if (!in.needs_grad) continue;
       step.accumulate[slot] = written[t];
       const bool flat = step.layer->node.kind == Kind::kFlatten;
-      const bool fits = flat ? in.grad_layout.halo == 0 && out.grad_layout.halo == 0
+      const bool fits = flat ? in.grad_layout.bare() && out.grad_layout.bare()
                              : in.grad_layout.halo == out.grad_layout.halo;
       if (!shared && !written[t] && in.readers == 1 && !in.seed && fits && step.layer->in_place()) {
         in.grad_array = -2 - step.output;
         shared = true;
       } else if (!written[t]) {
-        step.clear_grad[slot] = in.grad_layout.halo > 0;
+        step.clear_grad[slot] = !in.grad_layout.bare();
       }
       written[t] = true;
     }

@@ -113,17 +113,17 @@ void check_layers(Random& random) {
                         " groups " + std::to_string(groups) + ", " + about;
         const Shape in{148, 9, 8};
         Node conv{"conv", Kind::kConv2d, {kModelInput}, {60, 9, 8}};
-        conv.kernel = kernel;
-        conv.stride = stride;
+        conv.kernel = {kernel, kernel};
+        conv.stride = {stride, stride};
         conv.groups = groups;
-        conv.padding = kernel / 2;
+        conv.padding = {kernel / 2, kernel / 2};
         conv.bias = true;
-        conv.shape.height = (9 + 2 * conv.padding - kernel) / stride + 1;
-        conv.shape.width = (8 + 2 * conv.padding - kernel) / stride + 1;
+        conv.shape.height = (9 + 2 * conv.padding.y - kernel) / stride + 1;
+        conv.shape.width = (8 + 2 * conv.padding.y - kernel) / stride + 1;
         const std::size_t columns = std::size_t(148 / groups) * kernel * kernel;
         kept = random_mask(60 * columns, density, random);
         count = count_kept(kept.data(), kept.size());
-        check_layer(make_conv(conv, in, input_halo(conv), 0, count, false), 60, columns, kept,
+        check_layer(make_conv(conv, in, input_halo(conv), {}, count, false), 60, columns, kept,
                     kind);
       }
     }

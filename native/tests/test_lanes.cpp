@@ -197,11 +197,13 @@ void check_fill(int lanes, int channels, Random& random) {
 
 // Pooling picks and moves values: the same bits everywhere.
 void check_pool(int lanes, int out_width, Random& random) {
-  const int kernel = pick(random, 1, 5), stride = pick(random, 1, 4);
-  const int width = (out_width - 1) * stride + kernel, in_row = width + pick(random, 0, 3);
+  const Sides kernel = {pick(random, 1, 5), pick(random, 1, 5)};
+  const int stride = pick(random, 1, 4);
+  const int width = (out_width - 1) * stride + kernel.x, in_row = width + pick(random, 0, 3);
   check_context = "pool, lanes " + std::to_string(lanes) + ", width " + std::to_string(out_width) +
-                  ", kernel " + std::to_string(kernel) + ", stride " + std::to_string(stride);
-  const std::size_t in_size = (std::size_t(kernel - 1) * in_row + width) * lanes;
+                  ", kernel " + std::to_string(kernel.y) + " x " + std::to_string(kernel.x) +
+                  ", stride " + std::to_string(stride);
+  const std::size_t in_size = (std::size_t(kernel.y - 1) * in_row + width) * lanes;
   const std::size_t out_size = std::size_t(out_width) * lanes;
   const Floats in = awkward_floats(in_size, random), grad = random_floats(out_size, random);
   const Floats before = random_floats(out_size, random);
@@ -210,7 +212,7 @@ void check_pool(int lanes, int out_width, Random& random) {
   Bytes want_winner(out_size);
   reference_kernels().max_pool_row(in.data(), want.data(), want_winner.data(), lanes, in_row,
                                    out_width, kernel, stride);
-  if (stride >= kernel)  // windows do not overlap
+  if (stride >= kernel.x)  // windows do not overlap
     reference_kernels().max_unpool_row(grad.data(), want_winner.data(), want_in.data(), lanes,
                                        in_row, out_width, kernel, stride);
   for (const Kernels* kernels : available_kernels()) {
@@ -222,13 +224,13 @@ void check_pool(int lanes, int out_width, Random& random) {
                           stride);
     CHECK(out.same_bits(want) && out_alone.same_bits(want) && winner.same_bits(want_winner));
     CHECK(out.intact() && winner.intact());
-    if (stride < kernel) continue;
+    if (stride < kernel.x) continue;
     kernels->max_unpool_row(grad.data(), winner.data(), grad_in.data(), lanes, in_row, out_width,
                             kernel, stride);
     CHECK(grad_in.same_bits(want_in) && grad_in.intact());
     for (std::size_t i = 0; i < in_size; ++i) {  // between the windows nothing changes
       const int column = int(i / lanes) % in_row;
-      if (column >= width || column % stride >= kernel) CHECK(grad_in[i] == before_in[i]);
+      if (column >= width || column % stride >= kernel.x) CHECK(grad_in[i] == before_in[i]);
     }
   }
 }
@@ -242,8 +244,8 @@ void check_pool_by_hand() {
     const float grad[4] = {10, 20, 30, 40};
     float out[4], grad_in[16];
     std::uint8_t winner[4];
-    kernels->max_pool_row(in, out, winner, 4, 2, 1, 2, 2);
-    kernels->max_unpool_row(grad, winner, grad_in, 4, 2, 1, 2, 2);
+    kernels->max_pool_row(in, out, winner, 4, 2, 1, {2, 2}, 2);
+    kernels->max_unpool_row(grad, winner, grad_in, 4, 2, 1, {2, 2}, 2);
     for (int lane = 0; lane < 4; ++lane) CHECK(winner[lane] == want[lane]);
     CHECK(out[0] == 7 && std::isnan(out[1]) && std::isnan(out[2]) && out[3] == 0);
     for (int i = 0; i < 16; ++i) CHECK(grad_in[i] == (want[i % 4] == i / 4 ? grad[i % 4] : 0));

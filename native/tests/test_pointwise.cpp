@@ -1,33 +1,89 @@
 // Elementwise functions and the optimiser: every table against the reference, and all of them
 // against values by hand.
+#include <iterator>
+
 #include "buffers.h"
 
 namespace fedlean {
 namespace {
 
-using Unary = void (*)(const float*, float*, std::size_t);
-using Backward = void (*)(const float*, const float*, float*, std::size_t);
+constexpr Curve kCurves[] = {{Curve::kHardswish},
+                             {Curve::kHardsigmoid},
+                             {Curve::kLeakyReLU, 0.25f},
+                             {Curve::kHardtanh, -1, 3},
+                             {Curve::kSigmoid},
+                             {Curve::kTanh},
+                             {Curve::kSiLU},
+                             {Curve::kGELU},
+                             {Curve::kGELUTanh}};
 
-constexpr Unary Kernels::* kUnary[] = {&Kernels::relu, &Kernels::hardswish, &Kernels::hardsigmoid};
-constexpr Backward Kernels::* kBackward[] = {&Kernels::relu_backward, &Kernels::hardswish_backward,
-                                             &Kernels::hardsigmoid_backward};
+void value_of(const Kernels& kernels, const Curve* curve, const float* x, float* y, std::size_t n) {
+  curve ? kernels.curve(*curve, x, y, n) : kernels.relu(x, y, n);
+}
+void slope_of(const Kernels& kernels, const Curve* curve, const float* x, const float* grad,
+              float* grad_x, std::size_t n) {
+  curve ? kernels.curve_backward(*curve, x, grad, grad_x, n)
+        : kernels.relu_backward(x, grad, grad_x, n);
+}
 
-void check_activations(std::size_t n, Random& random) {
+// To the bit; NaNs may differ in sign.
+bool alike(float a, float b) {
+  return std::isnan(a) ? std::isnan(b) : std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+void check_activation(const Curve* curve, std::size_t n, Random& random) {
+  check_context =
+      "activation " + std::to_string(curve ? curve->name : -1) + " of " + std::to_string(n);
   const Floats x = awkward_floats(n, random), grad = random_floats(n, random), before(n);
-  for (int f = 0; f < 3; ++f) {
-    check_context = "activation " + std::to_string(f) + " of " + std::to_string(n);
-    Floats want = before, want_grad = before;
-    (reference_kernels().*kUnary[f])(x.data(), want.data(), n);
-    (reference_kernels().*kBackward[f])(x.data(), grad.data(), want_grad.data(), n);
+  Floats want = before, want_grad = before;
+  value_of(reference_kernels(), curve, x.data(), want.data(), n);
+  slope_of(reference_kernels(), curve, x.data(), grad.data(), want_grad.data(), n);
+  for (const Kernels* kernels : available_kernels()) {
+    Floats y = before, grad_x = before, y_in_place = x, grad_in_place = grad;
+    value_of(*kernels, curve, x.data(), y.data(), n);
+    value_of(*kernels, curve, y_in_place.data(), y_in_place.data(), n);
+    slope_of(*kernels, curve, x.data(), grad.data(), grad_x.data(), n);
+    slope_of(*kernels, curve, x.data(), grad_in_place.data(), grad_in_place.data(), n);
+    check_result(y, want, before, everywhere, 1);  // 1 + tanh, for one, cancels
+    check_result(grad_x, want_grad, before, everywhere, 1);
+    CHECK(y.same_bits(y_in_place) && grad_x.same_bits(grad_in_place));
+    Floats parts = before, grad_parts = before;  // results do not depend on how a range is cut
+    const std::vector<int> cuts = random_cuts(0, int(n), random);
+    for (std::size_t i = 1; i < cuts.size(); ++i) {
+      const int at = cuts[i - 1], count = cuts[i] - at;
+      value_of(*kernels, curve, x.data() + at, parts.data() + at, count);
+      slope_of(*kernels, curve, x.data() + at, grad.data() + at, grad_parts.data() + at, count);
+    }
+    for (std::size_t i = 0; i < n; ++i)
+      CHECK(alike(y[i], parts[i]) && alike(grad_x[i], grad_parts[i]));
+  }
+}
+
+// Each table is near the exact function everywhere, also where it is small.
+void check_accuracy() {
+  constexpr int n = 40000;
+  Floats x(n), ones(n), results[2] = {Floats(n), Floats(n)};
+  for (int i = 0; i < n; ++i) x[i] = (i - n / 2) * 5e-4f, ones[i] = 1;
+  for (const Curve& curve : kCurves) {
     for (const Kernels* kernels : available_kernels()) {
-      Floats y = before, grad_x = before, y_in_place = x, grad_in_place = grad;
-      (kernels->*kUnary[f])(x.data(), y.data(), n);
-      (kernels->*kUnary[f])(y_in_place.data(), y_in_place.data(), n);
-      (kernels->*kBackward[f])(x.data(), grad.data(), grad_x.data(), n);
-      (kernels->*kBackward[f])(x.data(), grad_in_place.data(), grad_in_place.data(), n);
-      check_result(y, want, before, everywhere);
-      check_result(grad_x, want_grad, before, everywhere);
-      CHECK(y.same_bits(y_in_place) && grad_x.same_bits(grad_in_place));
+      check_context = kernels->name + std::string(": accuracy of ") + std::to_string(curve.name);
+      double error = 0, relative = 0;
+      for (bool backward : {false, true}) {
+        for (int exact : {0, 1}) {
+          const Kernels& table = exact ? reference_kernels() : *kernels;
+          float* const to = results[exact].data();
+          backward ? table.curve_backward(curve, x.data(), ones.data(), to, n)
+                   : table.curve(curve, x.data(), to, n);
+        }
+        const Floats &got = results[0], &want = results[1];
+        for (int i = 0; i < n; ++i) {
+          error = std::fmax(error, std::fabs(double(got[i]) - want[i]));
+          if (curve.name == Curve::kTanh && !backward && want[i] != 0)
+            relative = std::fmax(relative, std::fabs(double(got[i]) / want[i] - 1));
+        }
+      }
+      CHECK(error < 2e-6);
+      CHECK(relative < 5e-7);
     }
   }
 }
@@ -35,32 +91,70 @@ void check_activations(std::size_t n, Random& random) {
 // What each activation and its derivative are at single points.
 void check_activation_values() {
   struct Point {
-    int function;
+    int function;  // of kCurves; -1 of ReLU
     float x, y, slope;
   };
-  const Point points[] = {{0, -2, 0, 0},        {0, 0, 0, 0},           {0, 2, 2, 1},
-                          {0, kInf, kInf, 1},   {0, -0.0f, 0, 0},       {0, -kInf, 0, 0},
-                          {1, -4, 0, 0},        {1, -3, 0, 0},          {1, 0, 0, 0.5f},
-                          {1, 1.5f, 1.125f, 1}, {1, -1.5f, -0.375f, 0}, {1, 3, 3, 1},
-                          {1, 50, 50, 1},       {1, kInf, kInf, 1},     {2, -4, 0, 0},
-                          {2, -3, 0, 0},        {2, 0, 0.5f, 1 / 6.0f}, {2, 1.5f, 0.75f, 1 / 6.0f},
-                          {2, 3, 1, 0},         {2, kInf, 1, 0}};
+  const Point points[] = {{-1, -2, 0, 0},
+                          {-1, 0, 0, 0},
+                          {-1, 2, 2, 1},
+                          {-1, kInf, kInf, 1},
+                          {-1, -0.0f, 0, 0},
+                          {-1, -kInf, 0, 0},
+                          {0, -4, 0, 0},
+                          {0, -3, 0, 0},
+                          {0, 0, 0, 0.5f},
+                          {0, 1.5f, 1.125f, 1},
+                          {0, -1.5f, -0.375f, 0},
+                          {0, 3, 3, 1},
+                          {0, 50, 50, 1},
+                          {0, kInf, kInf, 1},
+                          {1, -4, 0, 0},
+                          {1, -3, 0, 0},
+                          {1, 0, 0.5f, 1 / 6.0f},
+                          {1, 1.5f, 0.75f, 1 / 6.0f},
+                          {1, 3, 1, 0},
+                          {1, kInf, 1, 0},
+                          {2, -4, -1, 0.25f},
+                          {2, 0, 0, 0.25f},
+                          {2, 3, 3, 1},
+                          {3, -2, -1, 0},
+                          {3, -1, -1, 0},
+                          {3, 0.5f, 0.5f, 1},
+                          {3, 3, 3, 0},
+                          {3, kInf, 3, 0},
+                          {4, 0, 0.5f, 0.25f},
+                          {4, -100, 0, 0},
+                          {4, kInf, 1, 0},
+                          {5, 0, 0, 1},
+                          {5, 100, 1, 0},
+                          {5, -kInf, -1, 0},
+                          {6, 0, 0, 0.5f},
+                          {6, 100, 100, 1},
+                          {6, 1, 0.7310586f, 0.9276705f},
+                          {7, 0, 0, 0.5f},
+                          {7, 1, 0.8413447f, 1.0833155f},
+                          {7, -1, -0.1586553f, -0.0833155f},
+                          {7, 50, 50, 1},
+                          {8, 0, 0, 0.5f},
+                          {8, 1, 0.8411920f, 1.0829641f}};
   for (const Kernels* kernels : available_kernels()) {
     for (const Point& point : points) {
       check_context = kernels->name + std::string(": activation ") +
                       std::to_string(point.function) + " at " + std::to_string(point.x);
+      const Curve* const curve = point.function < 0 ? nullptr : &kCurves[point.function];
       float x[16], y[16], grad[16], grad_x[16];
       for (int i = 0; i < 16; ++i) x[i] = point.x, grad[i] = -2;
-      (kernels->*kUnary[point.function])(x, y, 16);
-      (kernels->*kBackward[point.function])(x, grad, grad_x, 16);
+      value_of(*kernels, curve, x, y, 16);
+      slope_of(*kernels, curve, x, grad, grad_x, 16);
       CHECK_CLOSE(y[7], point.y, 1e-6);
       CHECK_CLOSE(grad_x[7], -2 * point.slope, 1e-6);
     }
-    check_context = "NaN through activations";
-    float x[1] = {kNaN}, y[1];
-    for (int f = 0; f < 3; ++f) {
-      (kernels->*kUnary[f])(x, y, 1);
-      CHECK(std::isnan(y[0]));
+    check_context = kernels->name + std::string(": NaN through activations");
+    float x[16], y[16];
+    std::fill_n(x, 16, kNaN);
+    for (int f = -1; f < int(std::size(kCurves)); ++f) {
+      value_of(*kernels, f < 0 ? nullptr : &kCurves[f], x, y, 16);
+      CHECK(std::isnan(y[0]) && std::isnan(y[15]));
     }
   }
 }
@@ -147,9 +241,11 @@ int main() {
   using namespace fedlean;
   Random random(4);
   check_activation_values();
+  check_accuracy();
   check_update_by_hand();
   for (int n = 0; n <= 70; ++n) {
-    check_activations(n, random);
+    check_activation(nullptr, n, random);
+    for (const Curve& curve : kCurves) check_activation(&curve, n, random);
     check_sums(n, random);
     for (int i = 0; i < 16; ++i) check_update(n, random);
   }

@@ -3,6 +3,7 @@
 A channel is an entry of an activation's first axis.  A Linear or Conv2d layer makes a new space of
 channels.  Norms, activations, pooling and depthwise convolutions hand a space on, Add and Scale
 (squeeze-and-excite) join those of their inputs, and Flatten spreads each channel over its pixels.
+Concat makes one space of several, in which all channels stay.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from math import lcm, prod
 from typing import NamedTuple
 
-from fedlean.layers import Add, Conv2d, Flatten, Linear, Scale
+from fedlean.layers import Add, Concat, Conv2d, Flatten, Linear, Scale
 from fedlean.spec import INPUT, ModelSpec, Node
 
 
@@ -23,7 +24,7 @@ class Space:
     name: str  # of the first layer that has it, or "input"
     block: str  # of that layer; "" for the input
     count: int
-    fixed: bool  # holds the model's input or output, which stay whole
+    fixed: bool  # holds the model's input or output, or what Concat joins: these stay whole
 
 
 class Channels(NamedTuple):
@@ -48,7 +49,11 @@ def channels(spec: ModelSpec) -> Mapping[str, Channels]:
     for position, node in enumerate(spec.nodes, start=1):
         raw[node.name] = _raw(spec, node, position, raw, joined)
     found = {name: joined.find(channel) for name, channel in raw.items()}
-    fixed = {found[INPUT].space, found[spec.nodes[-1].name].space}
+    whole = [INPUT, spec.nodes[-1].name]
+    for node in spec.nodes:
+        if isinstance(node.layer, Concat):
+            whole += [node.name, *node.inputs]
+    fixed = {found[name].space for name in whole}
     names = [(INPUT, ""), *((node.name, node.block) for node in spec.nodes)]
     spaces = {
         number: Space(*names[joined.makers[number]], joined.counts[number], number in fixed)
@@ -75,7 +80,7 @@ def _raw(
     match node.layer:
         case Conv2d(groups=groups, out_channels=out) if is_depthwise(spec, node):
             return _Raw(source.space, source.spread * (out // groups))
-        case Linear() | Conv2d():
+        case Linear() | Conv2d() | Concat():
             return joined.fresh(position, spec.shapes[node.name][0])
         case Flatten():
             return _Raw(source.space, source.spread * prod(spec.input_shapes(node)[0][1:]))

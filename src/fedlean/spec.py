@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from math import prod
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from fedlean.layers import (
     Linear,
     Shape,
     check_settings,
+    settings_of,
 )
 
 INPUT = "input"  # the name by which nodes refer to the model's input
@@ -193,7 +194,7 @@ class ModelSpec:
             {
                 "name": node.name,
                 "layer": type(node.layer).__name__,
-                **asdict(node.layer),
+                **settings_of(node.layer),
                 "inputs": list(node.inputs),
                 "block": node.block,
                 "prunable": node.prunable,

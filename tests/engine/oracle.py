@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedlean.engine.dropout import dropout_key, dropouts, factors
 from fedlean.engine.protocol import SGD
 from fedlean.models.torch import _BatchNorm, to_torch
-from fedlean.spec import ModelSpec
+from fedlean.spec import ModelSpec, Node
 
 PLAIN_SGD = SGD(0.1)
 JITTER = 2.0**-22  # a few roundings of float32
@@ -50,6 +51,9 @@ class Oracle:
         self.noise = None if jitter is None else torch.Generator().manual_seed(jitter)
         self.values: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, torch.Tensor] = {}
+        self.passes = 0  # of training
+        for node in dropouts(spec):
+            setattr(self.module, node.name, _Drawn(self, node))
         for node in spec.nodes:
             self.module.get_submodule(node.name).register_forward_hook(self._watch(node.name))
 
@@ -101,6 +105,7 @@ class Oracle:
                 self.module.get_submodule(node).eval()
         self.values = {}
         self.module(torch.tensor(x, dtype=torch.float64))
+        self.passes += training
         return self.values
 
     def loss(self, x, y):
@@ -140,7 +145,7 @@ class Oracle:
         magnitudes = {}
         for name, gradient in flowing.items():
             module, gradient = self.module.get_submodule(name), gradient.abs()
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
                 out = module(self.inputs[name].abs())
                 out = torch.autograd.grad(out, list(module.parameters()), gradient)
                 own = dict(zip(dict(module.named_parameters()), out, strict=True))
@@ -181,6 +186,20 @@ class Oracle:
         return {name: total.numpy().copy() for name, total in self.squares.items()}
 
 
+class _Drawn(nn.Module):
+    """A Dropout of a session whose seed is 0."""
+
+    def __init__(self, oracle: Oracle, node: Node):
+        super().__init__()
+        self.oracle, self.node = [oracle], node  # in a list: it is no submodule
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        key = dropout_key(0, self.oracle[0].passes, self.node.name)
+        return x * torch.tensor(factors(self.node.layer, key, tuple(x.shape)))
+
+
 def norm_scale(module, x):
     """1 / sqrt(variance + eps), to be multiplied with x (B, C, ...); None if it is no norm."""
     per_channel = (-1, *[1] * (x.ndim - 2))
@@ -214,16 +233,24 @@ def kink_distance(module, x) -> float:
 
     Exact hits (the zeros and ties that pruning makes) do not count: both precisions hit them.
     """
-    if isinstance(module, nn.MaxPool2d):
-        size, stride, padding = module.kernel_size, module.stride, module.padding
-        x = F.pad(x, [padding] * 4, value=-1e30)
-        windows = x.unfold(2, size, stride).unfold(3, size, stride).flatten(4)
-        if size == 1:
+    if isinstance(module, nn.MaxPool1d | nn.MaxPool2d):
+        rank = x.ndim - 2
+        size, stride, padding = (
+            (side,) * rank if isinstance(side, int) else side
+            for side in (module.kernel_size, module.stride, module.padding)
+        )
+        windows = x = F.pad(x, [p for p in padding[::-1] for _ in range(2)], value=-1e30)
+        for axis in range(rank):
+            windows = windows.unfold(2 + axis, size[axis], stride[axis])
+        windows = windows.flatten(2 + rank)
+        if windows.shape[-1] == 1:
             return inf
         best = windows.topk(2, dim=-1).values
         gaps = best[..., 0] - best[..., 1]
-    elif isinstance(module, nn.ReLU):
+    elif isinstance(module, nn.ReLU | nn.LeakyReLU):
         gaps = x.abs()
+    elif isinstance(module, nn.Hardtanh):
+        gaps = torch.minimum((x - module.min_val).abs(), (x - module.max_val).abs())
     elif isinstance(module, nn.Hardswish | nn.Hardsigmoid):
         gaps = (x.abs() - 3).abs()
     else:

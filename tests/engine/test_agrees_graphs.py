@@ -10,7 +10,10 @@ from fedlean.layers import (
     Add,
     AvgPool2d,
     BatchNorm,
+    Concat,
+    Conv1d,
     Conv2d,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
@@ -21,6 +24,7 @@ from fedlean.layers import (
     ReLU,
     Scale,
     Scaler,
+    Sigmoid,
 )
 from fedlean.spec import INPUT, ModelSpec, Node
 
@@ -67,6 +71,43 @@ CASES = {
     ),
     "add at the end": graph(
         ("a", Linear(4)), ("b", Linear(4), INPUT), ("sum", Add(), "a", "b", "a"), shape=(7,)
+    ),
+    "concat of two": graph(("a", conv()), ("b", conv(5), INPUT), ("cat", Concat(), "a", "b")),
+    "concat with the input, repeats": graph(
+        ("a", conv()), ("cat", Concat(), "a", INPUT, "a"), ("b", conv()), ("c", ReLU())
+    ),
+    "concat of branches": graph(
+        ("stem", conv()),
+        ("relu", ReLU()),
+        ("wide", conv(3, 5), "relu"),
+        ("pool", MaxPool2d(3, 1, 1), "relu"),
+        ("cat", Concat(), "wide", "relu", "pool"),
+        ("bn", BatchNorm()),
+        ("drop", Dropout(0.3)),
+        ("mix", conv(4, 1)),
+        ("sum", Add(), "mix", "stem"),
+    ),
+    "concat of vectors": graph(
+        ("a", Linear(5)),
+        ("b", Linear(3), INPUT),
+        ("cat", Concat(), "b", "a"),
+        ("relu", ReLU()),
+        ("again", Concat(), "relu", "a"),
+        ("head", Linear(3)),
+        shape=(7,),
+    ),
+    "concat of signals": graph(
+        ("a", Conv1d(4, 5, padding=2)),
+        ("b", Conv1d(3, 3, padding=2, dilation=2), INPUT),
+        ("cat", Concat(), "a", "b"),
+        ("c", Conv1d(4, 3, 2, 1)),
+        ("gate", GlobalAvgPool()),
+        ("sigmoid", Sigmoid()),
+        ("scale", Scale(), "c", "sigmoid"),
+        shape=(3, 21),
+    ),
+    "dropout read twice": graph(
+        ("a", conv()), ("drop", Dropout(0.5)), ("b", conv(), "drop"), ("sum", Add(), "b", "drop")
     ),
     "residual block": graph(
         ("stem", conv()),

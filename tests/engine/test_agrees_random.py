@@ -19,22 +19,33 @@ from hypothesis import strategies as st
 
 from fedlean.engine.protocol import SGD
 from fedlean.layers import (
+    GELU,
     Add,
+    AvgPool1d,
     AvgPool2d,
     BatchNorm,
+    Concat,
+    Conv1d,
     Conv2d,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
     Hardsigmoid,
     Hardswish,
+    Hardtanh,
     Layer,
+    LeakyReLU,
     Linear,
+    MaxPool1d,
     MaxPool2d,
     ReLU,
     Scale,
     Scaler,
     Shape,
+    Sigmoid,
+    SiLU,
+    Tanh,
 )
 from fedlean.spec import INPUT, ModelSpec, Node
 
@@ -51,8 +62,8 @@ def networks(draw: Draw) -> ModelSpec:
     """
     sides = st.integers(1, 9)
     shape: Shape = (draw(st.integers(1, 6)),)
-    if draw(st.integers(0, 4)):
-        shape = (*shape, draw(sides), draw(sides))
+    if rank := draw(st.sampled_from([0, 1, 2, 2, 2])):
+        shape = (*shape, *(draw(sides) for _ in range(rank)))
     shapes = {INPUT: shape}
     nodes: list[Node] = []
     for i in range(draw(st.integers(1, MAX_NODES))):
@@ -66,7 +77,7 @@ def networks(draw: Draw) -> ModelSpec:
             for suffix, above in (("norm", _norm(draw, shapes[f"n{i}"][0])), ("relu", ReLU())):
                 nodes.append(Node(f"n{i}_{suffix}", above, (nodes[-1].name,)))
                 shapes[nodes[-1].name] = shapes[f"n{i}"]
-    if len(shapes[nodes[-1].name]) == 3:
+    if len(shapes[nodes[-1].name]) > 1:
         nodes.append(Node("flat", Flatten(), (nodes[-1].name,)))
     nodes.append(Node("head", Linear(draw(st.integers(1, 5))), (nodes[-1].name,)))
     return ModelSpec(shape, tuple(nodes))
@@ -80,6 +91,20 @@ def _divisor(draw: Draw, channels: int) -> int:
     return draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
 
 
+def _sides(draw: Draw, shape: Shape, low: int, high: int):
+    """A setting of a window: alike on both sides of an image, or not."""
+    one = st.integers(low, high)
+    return draw(one if len(shape) == 2 else one | st.tuples(one, one))
+
+
+CURVES = st.sampled_from(
+    [
+        *(Hardswish(), Hardsigmoid(), LeakyReLU(0.2), Hardtanh(-0.5, 1.0), Sigmoid(), Tanh()),
+        *(SiLU(), GELU(), GELU(tanh=True)),
+    ]
+)
+
+
 def _layers(
     draw: Draw, source: str, shapes: dict[str, Shape]
 ) -> Iterator[tuple[Layer, tuple[str, ...]]]:
@@ -89,24 +114,35 @@ def _layers(
     groups = _divisor(draw, channels)
     alike = [name for name in shapes if shapes[name] == shape]
     more = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
-    for layer in (ReLU(), Hardswish(), Hardsigmoid(), BatchNorm(), GroupNorm(groups=groups)):
+    for layer in (ReLU(), draw(CURVES), BatchNorm(), GroupNorm(groups=groups)):
         yield layer, (source,)
     yield Scaler(draw(st.sampled_from([0.5, 1.25, 4.0]))), (source,)
+    yield Dropout(draw(st.sampled_from([0.1, 0.5])), draw(st.booleans())), (source,)
     yield Add(), (source, *more)
+    beside = [name for name in shapes if shapes[name][1:] == shape[1:]]
+    yield Concat(), (source, *draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2)))
     if len(shape) == 1:
         yield Linear(draw(st.integers(1, 20)), bias), (source,)
         return
-    kernel = draw(st.integers(1, 5))
-    padding, stride = draw(st.integers(0, 2)), draw(st.integers(1, 3))
-    if kernel <= min(shape[1:]) + 2 * padding:
-        out = groups * draw(st.integers(1, 3))
-        yield Conv2d(out, kernel, stride, padding, groups, bias), (source,)
-        yield Conv2d(draw(st.integers(1, 20)), kernel, 1, padding, 1, bias), (source,)
-        yield Conv2d(channels, kernel, stride, padding, channels, bias), (source,)
-    padding = min(padding, kernel // 2)
-    if kernel <= min(shape[1:]) + 2 * padding:
-        yield MaxPool2d(kernel, stride, padding), (source,)
-        yield AvgPool2d(kernel, stride, padding), (source,)
+    conv, max_pool, avg_pool = (
+        (Conv2d, MaxPool2d, AvgPool2d) if len(shape) == 3 else (Conv1d, MaxPool1d, AvgPool1d)
+    )
+    kernel, stride = _sides(draw, shape, 1, 5), _sides(draw, shape, 1, 3)
+    padding, dilation = _sides(draw, shape, 0, 2), _sides(draw, shape, 1, 2)
+    out = groups * draw(st.integers(1, 3))
+    wide = draw(st.integers(1, 20))
+    fitting = (
+        conv(out, kernel, stride, padding, groups, bias, dilation),
+        conv(wide, kernel, 1, padding, 1, bias, dilation),
+        conv(wide, kernel, 1, padding, 1, bias),
+        conv(channels, kernel, stride, padding, channels, bias),
+        max_pool(kernel, stride, padding),
+        avg_pool(kernel, stride, padding),
+    )
+    for layer in fitting:
+        with suppress(ValueError):  # its window does not fit
+            layer.output_shape([shape])
+            yield layer, (source,)
     yield GlobalAvgPool(), (source,)
     yield Flatten(), (source,)
     for name in shapes:

@@ -14,26 +14,38 @@ from engine.cases import (
 )
 from torch import nn
 
+from fedlean.core import derive_seed
 from fedlean.engine.protocol import SGD
 from fedlean.layers import (
+    GELU,
     Add,
+    AvgPool1d,
     AvgPool2d,
     BatchNorm,
+    Concat,
+    Conv1d,
     Conv2d,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
     Hardsigmoid,
     Hardswish,
+    Hardtanh,
+    LeakyReLU,
     Linear,
+    MaxPool1d,
     MaxPool2d,
     ReLU,
     Scale,
     Scaler,
+    Sigmoid,
+    SiLU,
+    Tanh,
 )
 from fedlean.spec import LAYERS, ModelSpec, Node, sequential
 
-IMAGE = (4, 7, 6)
+IMAGE, SIGNAL = (4, 7, 6), (4, 11)
 
 
 def single(layer, shape=IMAGE):
@@ -61,6 +73,33 @@ class ScaleReference(AddReference):
         return self.conv(x) * nn.AdaptiveAvgPool2d(1)(x)
 
 
+class ConcatReference(AddReference):
+    def forward(self, x):
+        return torch.cat([self.conv(x), nn.ReLU()(x)], 1)
+
+
+class DroppedByHand(nn.Module):
+    """What layer "n" of a session with seed 0 drops in its first pass: number by number."""
+
+    def __init__(self, p, channels=False):
+        super().__init__()
+        self.p, self.channels = p, channels
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        drawn = np.random.Philox(key=derive_seed(0, 0, 0, "dropout/n"))
+        kept = np.ones(x.shape if not self.channels else (*x.shape[:2], 1, 1), np.float32)
+        for example in kept:
+            of_example, numbers = example.reshape(-1), []
+            while len(numbers) < of_example.size:  # blocks of 4 words of 64 bits
+                for word in drawn.random_raw(4):
+                    numbers += [int(word) >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
+            dropped = np.array(numbers[: of_example.size]) < self.p * 65536
+            of_example[dropped] = 0
+        return x * torch.from_numpy(kept) / (1 - self.p)
+
+
 class ScalerOfHeteroFL(nn.Module):
     """As in the authors' code, for a slice of rate 0.4."""
 
@@ -76,6 +115,24 @@ LAYER_CASES = {
         single(Conv2d(6, 3, stride=2, padding=2, groups=2, bias=False)),
         nn.Conv2d(4, 6, 3, stride=2, padding=2, groups=2, bias=False),
     ),
+    "conv-rectangle": (
+        single(Conv2d(6, (3, 2), (2, 1), (0, 1), dilation=(1, 3))),
+        nn.Conv2d(4, 6, (3, 2), (2, 1), (0, 1), dilation=(1, 3)),
+    ),
+    "conv-1d": (single(Conv1d(6, 3), SIGNAL), nn.Conv1d(4, 6, 3)),
+    "conv-1d-options": (
+        single(Conv1d(6, 3, 2, 2, 2, bias=False, dilation=2), SIGNAL),
+        nn.Conv1d(4, 6, 3, 2, 2, 2, 2, bias=False),
+    ),
+    "max-pool-1d": (single(MaxPool1d(3, 2, 1), SIGNAL), nn.MaxPool1d(3, 2, 1)),
+    "avg-pool-1d": (single(AvgPool1d(3, 2, 1), SIGNAL), nn.AvgPool1d(3, 2, 1)),
+    "max-pool-rectangle": (single(MaxPool2d((1, 3), (2, 1))), nn.MaxPool2d((1, 3), (2, 1))),
+    "avg-pool-rectangle": (single(AvgPool2d((1, 3), (2, 1))), nn.AvgPool2d((1, 3), (2, 1))),
+    "global-pool-1d": (
+        single(GlobalAvgPool(), SIGNAL),
+        nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten()),
+    ),
+    "batch-norm-1d": (single(BatchNorm(), SIGNAL), nn.BatchNorm1d(4)),
     "depthwise": (single(Conv2d(4, 3, groups=4)), nn.Conv2d(4, 4, 3, groups=4)),
     "max-pool": (single(MaxPool2d(2)), nn.MaxPool2d(2)),
     "max-pool-options": (single(MaxPool2d(3, 2, 1)), nn.MaxPool2d(3, 2, 1)),
@@ -92,7 +149,20 @@ LAYER_CASES = {
     "relu": (single(ReLU()), nn.ReLU()),
     "hardswish": (single(Hardswish()), nn.Hardswish()),
     "hardsigmoid": (single(Hardsigmoid()), nn.Hardsigmoid()),
+    "leaky-relu": (single(LeakyReLU(0.2)), nn.LeakyReLU(0.2)),
+    "relu6": (single(Hardtanh(0.0, 6.0)), nn.ReLU6()),
+    "hardtanh": (single(Hardtanh(-0.5, 0.7)), nn.Hardtanh(-0.5, 0.7)),
+    "sigmoid": (single(Sigmoid()), nn.Sigmoid()),
+    "tanh": (single(Tanh()), nn.Tanh()),
+    "silu": (single(SiLU()), nn.SiLU()),
+    "gelu": (single(GELU()), nn.GELU()),
+    "gelu-tanh": (single(GELU(tanh=True)), nn.GELU("tanh")),
+    "layer-norm": (single(GroupNorm(groups=1), (5,)), nn.LayerNorm(5)),
     "scaler": (single(Scaler(2.5)), ScalerOfHeteroFL()),
+    "dropout": (single(Dropout(0.25)), DroppedByHand(0.25)),
+    "dropout-vector": (single(Dropout(0.5), (21,)), DroppedByHand(0.5)),
+    "dropout-channels": (single(Dropout(0.5, channels=True)), DroppedByHand(0.5, channels=True)),
+    "concat": (two_inputs(Concat()), ConcatReference()),
     "flatten": (single(Flatten()), nn.Flatten()),
     "add": (two_inputs(Add()), AddReference()),
     "scale": (two_inputs(Scale()), ScaleReference()),
@@ -144,6 +214,13 @@ def test_layer_is_that_of_torch(engine, case, training, size):
         (Hardswish(), {-4: 0, -3: 0, -1: -1 / 3, 0: 0, 1: 2 / 3, 3: 3, 5: 5}),
         (Hardsigmoid(), {-4: 0, -3: 0, -1: 1 / 3, 0: 0.5, 1: 2 / 3, 3: 1, 5: 1}),
         (ReLU(), {-2: 0, 0: 0, 2: 2}),
+        (LeakyReLU(0.25), {-2: -0.5, 0: 0, 2: 2}),
+        (Hardtanh(-1.0, 3.0), {-2: -1, 0.5: 0.5, 4: 3}),
+        (Sigmoid(), {-100: 0, 0: 0.5, 1: 0.7310586, 100: 1}),
+        (Tanh(), {-1: -0.7615942, 0: 0, 20: 1}),
+        (SiLU(), {-100: 0, 0: 0, 1: 0.7310586}),
+        (GELU(), {-1: -0.1586553, 0: 0, 1: 0.8413447}),
+        (GELU(tanh=True), {-1: -0.1588080, 0: 0, 1: 0.8411920}),
     ],
 )
 def test_activation_by_hand(engine, layer, points):

@@ -45,27 +45,57 @@ def trained(kept: int = -1) -> Any:
 
 HUGE = 1 << 30
 BAD_LAYERS = {
-    "overflow": ("Conv2d", [2, 2, 2], {"kernel": 3, "stride": HUGE, "padding": HUGE}),
-    "stride": ("Conv2d", [2, 1, 1], {"kernel": 3, "stride": 1025}),
-    "padding": ("Conv2d", [2, 2054, 2054], {"kernel": 3, "padding": 1025}),
-    "window": ("Conv2d", [2, 1, 1], {"kernel": 7}),
+    "overflow": (
+        "Conv2d",
+        [2, 2, 2],
+        {"kernel": (3, 3), "stride": (HUGE, HUGE), "padding": (HUGE, HUGE)},
+    ),
+    "stride": ("Conv2d", [2, 1, 1], {"kernel": (3, 3), "stride": (1025, 1025)}),
+    "padding": ("Conv2d", [2, 2054, 2054], {"kernel": (3, 3), "padding": (1025, 1025)}),
+    "window": ("Conv2d", [2, 1, 1], {"kernel": (7, 7)}),
     "groups": ("Conv2d", [2, 6, 6], {"groups": 3}),
     "shape of a convolution": ("Conv2d", [2, 5, 6], {}),
-    "shape of a pool": ("MaxPool2d", [2, 4, 4], {"kernel": 2, "stride": 2}),
-    "kernel of a max pool": ("MaxPool2d", [2, 1, 1], {"kernel": 17, "padding": 8, "stride": 9}),
-    "padding of a pool": ("AvgPool2d", [2, 7, 7], {"kernel": 2, "padding": 2}),
+    "shape of a pool": ("MaxPool2d", [2, 4, 4], {"kernel": (2, 2), "stride": (2, 2)}),
+    "kernel of a max pool": (
+        "MaxPool2d",
+        [2, 1, 1],
+        {"kernel": (2, 129), "padding": (1, 64), "stride": (9, 9)},
+    ),
+    "padding of a pool": ("AvgPool2d", [2, 7, 7], {"kernel": (2, 2), "padding": (2, 2)}),
     "groups of a norm": ("GroupNorm", [2, 6, 6], {"groups": 3}),
     "eps": ("BatchNorm", [2, 6, 6], {"eps": 0.0}),
     "momentum": ("BatchNorm", [2, 6, 6], {"momentum": float("nan")}),
-    "a window that is not its": ("ReLU", [2, 6, 6], {"kernel": 2}),
+    "a window that is not its": ("ReLU", [2, 6, 6], {"kernel": (2, 2)}),
     "groups that are not its": ("Linear", [3], {"groups": 5}),
     "a vector wanted": ("Linear", [3], {}),
     "flat": ("Flatten", [71], {}),
     "empty": ("ReLU", [0, 6, 6], {}),
     "negative": ("ReLU", [-2, -6, 6], {}),
     "two axes": ("ReLU", [2, 36], {}),
+    "a rectangle": ("Conv2d", [2, 5, 4], {"kernel": (3, 2)}),
+    "dilation": ("Conv2d", [2, 2, 2], {"kernel": (3, 3), "dilation": (1, 2)}),
+    "dilation of a pool": ("AvgPool2d", [2, 3, 3], {"kernel": (2, 2), "dilation": (2, 2)}),
+    "too much dilation": ("Conv2d", [2, 6, 6], {"dilation": (1, 1025)}),
+    "bounds": ("Hardtanh", [2, 6, 6], {"low": 1.0, "high": 1.0}),
+    "a bound beyond": ("Hardtanh", [2, 6, 6], {"low": 0.0, "high": 1e30}),
+    "slope": ("LeakyReLU", [2, 6, 6], {"low": float("nan")}),
+    "p": ("Dropout", [2, 6, 6], {"p": 1.0}),
+    "p that is not its": ("ReLU", [2, 6, 6], {"p": 0.5}),
+    "one joined": ("Concat", [2, 6, 6], {}),
     "one input": ("Add", [2, 6, 6], {}),
 }
+
+
+def test_a_key_for_each_layer_that_draws():
+    network = linear()
+    network.add("drop", "Dropout", [0], [3], p=0.5)
+    held = session(network, [[False] * 4] * 2, [[-1] * 4] * 2)
+    held.build(0, [None] * 4)
+    x, y = np.ones((2, 4), np.float32), np.zeros(2, np.int64)
+    for keys in ([], [1, 2]):
+        with pytest.raises(ValueError, match="a key is needed for each of the 1 layers"):
+            held.step(x, y, [], keys)
+    assert np.isfinite(held.step(x, y, [], [1]))
 
 
 @pytest.mark.parametrize("name", BAD_LAYERS)
@@ -98,7 +128,7 @@ def test_a_network_and_a_sum_have_limits():
 def test_zeros_around_images_count():
     """120 images of 100 x 100 fit; with 1012 zeros on each side they do not."""
     network = image([120, 100, 100])
-    network.add("wide", "Conv2d", [-1], [1, 1101, 1101], kernel=1024, padding=1012)
+    network.add("wide", "Conv2d", [-1], [1, 1101, 1101], kernel=(1024, 1024), padding=(1012, 1012))
     with pytest.raises(ValueError, match="'wide': images with the zeros around them"):
         session(network, [UNTRAINED], [DENSE])
 
@@ -186,7 +216,7 @@ def test_arrays_at_odd_addresses_are_refused():
     held, x, y = trained(), np.ones((2, 4), np.float32), np.array([0, 1])
     held.build(0, NONE)
     odd = misaligned((3, 4))
-    held.forward(x, [0], True)
+    held.forward(x, [0], True, [])
     for call in (
         lambda: held.load(0, 0, odd, False, True),
         lambda: held.read(0, 0, odd, False),
@@ -195,8 +225,8 @@ def test_arrays_at_odd_addresses_are_refused():
         lambda: held.activation(0, misaligned((2, 3))),
         lambda: held.backward([0], [misaligned((2, 3))], False),
         lambda: held.descend([0], [misaligned((2, 3))], []),
-        lambda: held.step(misaligned((2, 4)), y, []),
-        lambda: held.step(x, misaligned((2,), np.int64), []),
+        lambda: held.step(misaligned((2, 4)), y, [], []),
+        lambda: held.step(x, misaligned((2,), np.int64), [], []),
     ):
         with pytest.raises(ValueError, match="not aligned in memory"):
             call()
@@ -223,10 +253,10 @@ def test_backward_follows_a_training_forward(name, plain):
     with pytest.raises(ValueError, match="not for training"):
         call([], [], plain)
     held.build(0, NONE)
-    held.forward(x, [0], False)
+    held.forward(x, [0], False, [])
     with pytest.raises(ValueError, match="not for training"):
         call([0], [gradient], plain)
-    held.forward(x, [0], True)
+    held.forward(x, [0], True, [])
     for nodes, gradients, match in (
         ([0], [], "gradients has 0 elements, expected 1"),
         ([1], [gradient], "not tapped by the last forward"),
@@ -248,7 +278,7 @@ def test_an_image_of_one_pixel_gives_no_logits():
     held = session(network, [[True, False, False, False]], [DENSE])
     held.build(0, NONE)
     with pytest.raises(ValueError, match="one logit per class"):
-        held.step(np.ones((2, 2, 1, 1), np.float32), np.array([0, 1]), [])
+        held.step(np.ones((2, 2, 1, 1), np.float32), np.array([0, 1]), [], [])
 
 
 def test_labels_are_copied_before_they_are_checked():
@@ -267,7 +297,7 @@ def test_labels_are_copied_before_they_are_checked():
     refused = 0
     for _ in range(300):
         try:
-            assert np.isfinite(held.step(x, y, []))
+            assert np.isfinite(held.step(x, y, [], []))
         except ValueError:
             refused += 1
     stop.set()

@@ -36,14 +36,49 @@ def everything() -> ModelSpec:
         Node("max", L.MaxPool2d(3, 2, 1), ("sum",)),
         Node("avg", L.AvgPool2d(2, 1, 1), ("max",)),
         Node("scaler", L.Scaler(2.5), ("avg",)),
-        Node("flat", L.Flatten(), ("scaler",)),
-        Node("bn_vector", L.BatchNorm(), ("flat",)),
+        Node("drop", L.Dropout(0.25, channels=True), ("scaler",)),
+        Node("rectangle", L.Conv2d(3, (3, 1), (2, 1), (1, 0), dilation=(2, 1)), ("drop",)),
+        Node("leaky", L.LeakyReLU(0.25), ("rectangle",)),
+        Node("silu", L.SiLU(), ("leaky",)),
+        Node("gelu", L.GELU(), ("silu",)),
+        Node("gelu_tanh", L.GELU(tanh=True), ("gelu",)),
+        Node("sigmoid", L.Sigmoid(), ("gelu_tanh",)),
+        Node("tanh", L.Tanh(), ("sigmoid",)),
+        Node("hardtanh", L.Hardtanh(0.0, 6.0), ("tanh",)),
+        Node("cat", L.Concat(), ("hardtanh", "sigmoid")),
+        Node("max_row", L.MaxPool2d((1, 2)), ("cat",)),
+        Node("avg_row", L.AvgPool2d((1, 2), (2, 1)), ("max_row",)),
+        Node("flat", L.Flatten(), ("avg_row",)),
+        Node("drop_vector", L.Dropout(0.5), ("flat",)),
+        Node("bn_vector", L.BatchNorm(), ("drop_vector",)),
         Node("fc", L.Linear(5, bias=False), ("bn_vector",)),
     ]
     return ModelSpec((4, 9, 11), tuple(nodes))
 
 
+def of_signals() -> ModelSpec:
+    """Every layer of signals (C, L)."""
+    nodes = [
+        Node("conv", L.Conv1d(8, 5, 2, 2, 2, bias=False), (INPUT,)),
+        Node("bn", L.BatchNorm(), ("conv",)),
+        Node("gn", L.GroupNorm(groups=2), ("bn",)),
+        Node("max", L.MaxPool1d(3, 2, 1), ("gn",)),
+        Node("drop", L.Dropout(0.25, channels=True), ("max",)),
+        Node("dilated", L.Conv1d(8, 3, padding=2, dilation=2), ("drop",)),
+        Node("squeeze", L.GlobalAvgPool(), ("dilated",)),
+        Node("gate", L.Sigmoid(), ("squeeze",)),
+        Node("scale", L.Scale(), ("dilated", "gate")),
+        Node("sum", L.Add(), ("scale", "max")),
+        Node("cat", L.Concat(), ("sum", "scale")),
+        Node("avg", L.AvgPool1d(2), ("cat",)),
+        Node("flat", L.Flatten(), ("avg",)),
+        Node("fc", L.Linear(5), ("flat",)),
+    ]
+    return ModelSpec((6, 32), tuple(nodes))
+
+
 SPECS = {
+    "signals": of_signals(),
     "everything": everything(),
     "lenet300": catalog.build("lenet300", (1, 8, 8), 10),
     "conv2": catalog.build("conv2", (1, 8, 8), 10),
@@ -294,8 +329,11 @@ def test_spellings(name: str):
     close(spec, params, module, x)
 
 
-def test_dropout_can_be_dropped():
+def test_dropout_is_kept_or_dropped():
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    spec, params, _ = from_torch(module, example((4,)))
+    assert spec.by_name["1"].layer == L.Dropout(0.5)
+    close(spec, params, module, example((4,)))
     spec, params, _ = from_torch(module, example((4,)), drop_dropout=True)
     assert [node.name for node in spec.nodes] == ["0", "2"]
     close(spec, params, module, example((4,)))

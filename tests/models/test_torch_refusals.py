@@ -39,26 +39,31 @@ def refuse(module: nn.Module, shape: tuple[int, ...], *messages: str) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (nn.Conv2d(4, 4, 3, dilation=2), "dilation=2 is not supported here, only dilation=1"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "only padding_mode='zeros'"),
-        (nn.Conv2d(4, 4, (3, 1)), "kernel_size=(3, 1) is not supported"),
-        (nn.Conv2d(4, 4, 3, stride=(1, 2)), "stride=(1, 2)"),
-        (nn.Conv2d(4, 4, 3, padding=(0, 1)), "padding=(0, 1)"),
         (nn.MaxPool2d(3, 2, ceil_mode=True), "only ceil_mode=False"),
         (nn.MaxPool2d(2, dilation=2), "only dilation=1"),
-        (nn.MaxPool2d((2, 3)), "kernel_size=(2, 3)"),
         (nn.AvgPool2d(3, 2, ceil_mode=True), "only ceil_mode=False"),
         (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "only count_include_pad=True"),
         (nn.AvgPool2d(2, divisor_override=3), "only divisor_override=None"),
-        (nn.AdaptiveAvgPool2d(2), "only output_size=1"),
+        (
+            nn.AdaptiveAvgPool2d(3),
+            "output_size=3 does not divide the input's side of 8: use one of",
+        ),
+        (nn.AdaptiveMaxPool2d((2, 5)), "output_size=5 does not divide"),
         (nn.GroupNorm(2, 4, affine=False), "only affine=True"),
         (nn.BatchNorm2d(4, affine=False), "only affine=True"),
         (nn.BatchNorm2d(4, track_running_stats=False), "only track_running_stats=True"),
         (nn.BatchNorm2d(4, momentum=None), "momentum=None"),
-        (nn.Dropout(0.3), "p=0.3 is not supported: set p=0 or pass drop_dropout=True"),
-        (nn.Dropout2d(0.3), "p=0.3"),
-        (nn.LayerNorm(8), "is not supported; supported are Linear, Conv2d"),
-        (nn.GELU(), "is not supported"),
+        (nn.Dropout(1.0), "p must be a float in [0, 1), got 1.0"),
+        (nn.AlphaDropout(0.3), "is not supported"),
+        (nn.LayerNorm(8), "use nn.GroupNorm(1, 4)"),
+        (nn.LayerNorm((4, 8, 8)), "use nn.GroupNorm(1, 4)"),
+        (nn.InstanceNorm2d(4), "use nn.GroupNorm(C, C)"),
+        (nn.ELU(), "use nn.SiLU or nn.GELU"),
+        (nn.PReLU(), "use nn.LeakyReLU"),
+        (nn.Softmax(1), "leave it out: the loss takes the scores"),
+        (nn.LeakyReLU(1.5), "slope must be a float in [0, 1]"),
+        (nn.Upsample(scale_factor=2), "is not supported; supported are Linear, Conv1d/2d"),
         (nn.ConvTranspose2d(4, 4, 3), "is not supported"),
         (nn.Flatten(0), "turns a batch of 2 into shape (512,)"),
         (nn.Flatten(2), "has shape (4, 64) in PyTorch"),
@@ -78,14 +83,16 @@ def test_asymmetric_padding():
 
 def test_a_recurrent_layer():
     net = Net(nn.LSTM(6, 3), lambda x, odd: odd(x)[0])
-    refuse(net, VECTOR, "layer 'trunk.odd' (LSTM)", "is not supported")
+    refuse(net, VECTOR, "layer 'trunk.odd' (LSTM)", "use nn.Conv1d layers")
 
 
 @pytest.mark.parametrize(
     ("function", "name", "message"),
     [
-        (lambda x: F.gelu(x), "gelu", "is not supported"),
-        (lambda x: torch.cat([x, x], 1), "cat", "is not supported"),
+        (lambda x: F.elu(x), "elu", "use nn.SiLU or nn.GELU"),
+        (lambda x: torch.cat([x, x], 2), "cat", "joins along axis 2, only the channels, dim=1"),
+        (lambda x: torch.cat([x, x]), "cat", "turns a batch of 2 into shape (4, 4, 8, 8)"),
+        (lambda x: torch.stack([x, x], 1), "stack", "is not supported"),
         (lambda x: x + 1, "add", "only tensors of other layers are supported, got 1"),
         (lambda x: 2 * x, "mul", "got 2"),
         (lambda x: x * x, "mul", "products need an image and a gate"),
@@ -96,9 +103,9 @@ def test_a_recurrent_layer():
         (lambda x: x[:, :2], "getitem", "only new axes are supported"),
         (lambda x: x.view(2, 16, 16), "view", "only flattening"),
         (lambda x: x.reshape(4, -1), "reshape", "turns a batch of 2 into shape (4, 128)"),
-        (lambda x: x.permute(0, 2, 3, 1), "permute", "is not supported"),
+        (lambda x: x.permute(0, 2, 3, 1), "permute", "give the data with the channels first"),
         (lambda x: x.chunk(2, 1)[0], "getitem", "reads chunk, which no layer computes"),
-        (lambda x: F.dropout(x), "dropout", "p=0.5"),
+        (lambda x: F.dropout(x), "dropout", "drops p=0.5 in evaluation, too"),
         (lambda x: F.max_pool2d(x, 3, ceil_mode=True), "max_pool2d", "only ceil_mode=False"),
         (lambda x: x.mean((2, 3), keepdim=True).expand_as(x) + x, "add", "has shape (4, 8, 8)"),
         (lambda x: (F.relu(x), x), "output", "only one tensor"),
@@ -111,7 +118,7 @@ def test_calls(function, name: str, message: str):
 
 
 def test_calls_are_named_after_the_module_around_them():
-    refuse(nn.Sequential(nn.ReLU(), Net(None, F.gelu)), IMAGE, "layer '1.gelu'")
+    refuse(nn.Sequential(nn.ReLU(), Net(None, F.elu)), IMAGE, "layer '1.elu'")
 
 
 @pytest.mark.parametrize(

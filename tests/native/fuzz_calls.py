@@ -12,38 +12,53 @@ MOST_SIDE = 1 << 20  # of a tensor of which the plan is made
 WINDOWS = ("Conv2d", "MaxPool2d", "AvgPool2d")
 KINDS = ["Linear", "Conv2d", "Conv2d", "Conv2d", "MaxPool2d", "AvgPool2d", "GlobalAvgPool"]
 KINDS += ["GroupNorm", "BatchNorm", "ReLU", "Hardswish", "Flatten", "Add", "Scale"]
-KINDS += ["Scaler", "Nothing"]
+KINDS += ["Scaler", "Nothing", "Concat", "Dropout", "LeakyReLU", "Hardtanh", "GELU"]
+SIDES = ("kernel", "stride", "padding", "dilation")
 
 
-def shape_after(kind: str, shape: list[int], k: dict[str, int], out: int) -> list[int]:
+def shape_after(kind: str, shape: list[int], k: dict[str, Any], out: int) -> list[int]:
     """What the kind makes of it, with no check."""
-    if kind in WINDOWS and len(shape) == 3 and k["stride"]:
-        sides = [(s + 2 * k["padding"] - k["kernel"]) // k["stride"] + 1 for s in shape[1:]]
+    if kind in WINDOWS and len(shape) > 1 and all(k["stride"]):
+        of = zip(shape[1:], *(k[name][3 - len(shape) :] for name in SIDES), strict=True)
+        sides = [(s + 2 * p - ((n - 1) * d + 1)) // t + 1 for s, n, t, p, d in of]
         return [out if kind == "Conv2d" else shape[0], *sides]
     if kind in ("Linear", "GlobalAvgPool"):
         return [out if kind == "Linear" else shape[0]]
+    if kind == "Concat":
+        return [2 * shape[0], *shape[1:]]
     return [prod(shape)] if kind == "Flatten" else shape
 
 
 def network(draw: Draw, native: Any) -> tuple[Any, list[list[int]]]:
     """And the shapes of its tensors, the input first."""
-    first = [draw.wild(draw.between(1, 6)) for _ in range(draw.one([1, 3, 3, 3]))]
+    first = [draw.wild(draw.between(1, 6)) for _ in range(draw.one([1, 2, 3, 3, 3]))]
     net: Any = attempt("input", lambda: native.Network(first))
     shapes = [first]
     for i in range(draw.between(1, 6) if net is not None else 0):
         kind = draw.one(KINDS)
-        count = 2 if kind in ("Add", "Scale") else 1
+        count = 2 if kind in ("Add", "Concat", "Scale") else 1
         inputs = [draw.wild(draw.between(-1, len(shapes) - 2)) for _ in range(count)]
         given = shapes[inputs[0] + 1] if -1 <= inputs[0] < len(shapes) - 1 else first
         window = 3 if kind in WINDOWS else 1
-        numbers = {name: draw.wild(draw.between(1, window)) for name in ("kernel", "stride")}
-        numbers |= {"padding": draw.wild(draw.between(0, window // 2)), "groups": draw.wild(1)}
+        numbers: dict[str, Any] = {
+            name: (draw.wild(draw.between(1, window)), draw.wild(draw.between(1, window)))
+            for name in ("kernel", "stride")
+        }
+        half = window // 2
+        numbers |= {"padding": (draw.wild(draw.between(0, half)), draw.wild(draw.between(0, half)))}
+        numbers |= {"dilation": (draw.wild(1), draw.wild(draw.between(1, 1 + (kind == "Conv2d"))))}
+        if len(given) == 2:  # a signal is an image of one row
+            numbers |= {name: (1 - (name == "padding"), numbers[name][1]) for name in SIDES}
+        numbers |= {"groups": draw.wild(1)}
         made = shape_after(kind, given, numbers, draw.wild(draw.between(1, 8)))
         shape = [draw.wild(side) if draw.chance(0.1) else side for side in made]
         floats = {"eps": draw.one([1e-5, *FLOATS]), "momentum": draw.one([0.1, *FLOATS])}
         floats = floats if draw.chance(0.1) else {}
         if draw.chance(0.9 if kind == "Scaler" else 0.05):
             floats |= {"factor": draw.one([2.0, 0.5, *FLOATS])}
+        for name, of in (("p", "Dropout"), ("low", "LeakyReLU"), ("high", "Hardtanh")):
+            if draw.chance(0.9 if kind == of else 0.02):
+                floats |= {name: draw.one([0.5, 1.0, *FLOATS])}
         bias = draw.chance(0.5)
 
         def add(n=f"n{i}", k=kind, j=inputs, s=shape, v=numbers | floats, b=bias):
@@ -193,13 +208,14 @@ def arguments_of(
     if labels.dtype == np.int64 and labels.flags.writeable and labels.size:
         labels[...] = draw.wild(0)
     pieces = [(node, slot, draw.wild(0), draw.wild(1)) for _ in range(draw.one([0, 0, 0, 1]))]
+    keys = draw.one([[], [], [1], [1, 2]])
     match name:
         case "load" | "read":
             return [node, slot, array(draw, weight), flag, *([flag] if draw.chance(0.5) else [])]
         case "read_mask":
             return [node, slot, array(draw, weight, np.bool_)]
         case "step":
-            return [x, labels, pieces]
+            return [x, labels, pieces, keys]
         case "loss":
             return [x, labels]
         case "losses":
@@ -209,7 +225,7 @@ def arguments_of(
             normals = array(draw, (65536,))
             return [x, labels, kind, 0.1, normals, keys, array(draw, (count,), np.float64)]
         case "forward":
-            return [x, [node], [array(draw, out)] if flag else draw.chance(0.8)]
+            return [x, [node], *([[array(draw, out)]] if flag else [draw.chance(0.8), keys])]
         case "activation":
             return [node, array(draw, out)]
         case "descend":

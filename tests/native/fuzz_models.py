@@ -16,52 +16,69 @@ from fedlean.spec import INPUT, ModelSpec, Node
 
 def layer(draw: Draw, rank: int) -> Any:
 
-    kernel, stride = draw.side(4), draw.side(3)
-    padding = draw.one([0, 0, 1, 2, draw.side(3)])
+    kernel, stride = sides(draw, 4, rank), sides(draw, 3, rank)
+    padding = draw.one([0, 0, 1, 2, sides(draw, 3, rank)])
+    dilation = draw.one([1, 1, 1, sides(draw, 3, rank)])
     if draw.chance(0.05):  # what is too large may fit what else is too large
         stride = padding = draw.one(EDGES)
         kernel = draw.one([kernel, padding, 2 * padding])
     eps = draw.one([*FLOATS, 1e-5, 1e-5, 1e-5]) if draw.chance(0.2) else 1e-5
+    dropout = L.Dropout(draw.one([0.1, 0.5, *FLOATS]), draw.chance(0.5))
     scaler = L.Scaler(draw.one([0.5, 2.0, *FLOATS]))
     anywhere = [
         L.GroupNorm(eps, groups=draw.one([1, 1, 2, draw.side(4)])),
         L.BatchNorm(eps, draw.one([0.1, 0.1, *FLOATS])),
-        draw.one([L.ReLU(), L.Hardswish(), L.Hardsigmoid(), scaler]),
+        draw.one([L.ReLU(), L.Hardswish(), L.Hardsigmoid(), scaler, dropout, curve(draw)]),
         L.Flatten(),
     ]
     if rank == 1:
         return draw.one([L.Linear(draw.side(40), draw.chance(0.5)), *anywhere])
     groups = draw.one([1, 1, 1, 2, draw.side(4)])
     channels, bias = groups * draw.side(6), draw.chance(0.5)
-    conv = L.Conv2d(channels, kernel, stride, padding, groups, bias)
-    pool = draw.one([L.MaxPool2d, L.AvgPool2d])(kernel, draw.one([None, stride]), padding)
+    signal = rank == 2 or draw.chance(0.02)
+    conv = (L.Conv1d if signal else L.Conv2d)(
+        channels, kernel, stride, padding, groups, bias, dilation
+    )
+    pools = [L.MaxPool1d, L.AvgPool1d] if signal else [L.MaxPool2d, L.AvgPool2d]
+    pool = draw.one(pools)(kernel, draw.one([None, stride]), padding)
     return draw.one([conv, conv, conv, pool, L.GlobalAvgPool(), *anywhere])
+
+
+def sides(draw: Draw, most: int, rank: int) -> Any:
+    """One number, or one for rows and one for columns."""
+    pair = rank == 3 and draw.chance(0.3)
+    return (draw.side(most), draw.side(most)) if pair else draw.side(most)
+
+
+def curve(draw: Draw) -> Any:
+    low, high = draw.one([-1.0, 0.0, *FLOATS]), draw.one([1.0, 6.0, *FLOATS])
+    layers = [L.SiLU(), L.Sigmoid(), L.Tanh(), L.GELU(draw.chance(0.5)), L.Hardtanh(low, high)]
+    return draw.one([*layers, L.LeakyReLU(draw.one([0.01, 0.2, *FLOATS]))])
 
 
 def model(draw: Draw) -> Any:
     """A chain with branches that are added or that gate it; ValueError where it does not fit."""
 
     image = draw.chance(0.8)
-    sides = [
-        draw.side(6),
-        draw.side(9),
-        draw.side(9),
-    ]
-    shape = tuple(sides) if image else (draw.side(60),)
+    spread = [draw.side(6), draw.side(9), draw.side(9)]
+    shape = tuple(spread) if image else draw.one([(draw.side(60),), (draw.side(6), draw.side(40))])
     nodes: list[Any] = []
     for i in range(draw.between(1, 8)):
         shapes = ModelSpec(shape, tuple(nodes)).shapes if nodes else {INPUT: shape}
         source = nodes[-1].name if nodes and draw.chance(0.8) else draw.one(list(shapes))
         alike = [name for name in shapes if shapes[name] == shapes[source]]
         gates = [name for name in shapes if shapes[name] == shapes[source][:1]]
-        if draw.chance(0.15):
+        beside = [name for name in shapes if shapes[name][1:] == shapes[source][1:]]
+        if draw.chance(0.1):
+            of, inputs = L.Concat(), (source, *draw.some(beside, draw.between(1, 3)))
+        elif draw.chance(0.15):
             of, inputs = L.Add(), (source, draw.one(alike))
-        elif gates and len(shapes[source]) == 3 and draw.chance(0.5):
+        elif gates and len(shapes[source]) > 1 and draw.chance(0.5):
             of, inputs = L.Scale(), (source, draw.one(gates))
         else:
             of, inputs = layer(draw, len(shapes[source])), (source,)
         nodes.append(Node(f"n{i}", of, inputs))
-    if draw.chance(0.7) and len(ModelSpec(shape, tuple(nodes)).output_shape) == 3:
+    if draw.chance(0.7) and len(ModelSpec(shape, tuple(nodes)).output_shape) > 1:
         nodes.append(Node("flat", L.Flatten(), (nodes[-1].name,)))
     return ModelSpec(shape, tuple(nodes))
 

@@ -16,18 +16,18 @@ from fedlean.spec import INPUT, Node, sequential
 
 
 def in_torch(layer, x, weight):
-    """The same map by other means, on tensors (1, C, H, W) or (1, F)."""
+    """The same map by other means, on tensors (1, C, H, W), (1, C, L) or (1, F)."""
     match layer:
         case L.Linear():
             return F.linear(x, weight)
-        case L.Conv2d(stride=s, padding=p, groups=g):
-            return F.conv2d(x, weight, None, s, p, 1, g)
+        case L.Conv2d(stride=s, padding=p, groups=g, dilation=d):
+            return (F.conv2d if x.ndim == 4 else F.conv1d)(x, weight, None, s, p, d, g)
         case L.MaxPool2d(kernel_size=k, stride=s, padding=p):
-            return F.max_pool2d(x, k, s, p)
+            return (F.max_pool2d if x.ndim == 4 else F.max_pool1d)(x, k, s, p)
         case L.AvgPool2d(kernel_size=k, stride=s, padding=p):
-            return F.avg_pool2d(x, k, s, p)
+            return (F.avg_pool2d if x.ndim == 4 else F.avg_pool1d)(x, k, s, p)
         case L.GlobalAvgPool():
-            return x.mean((2, 3))
+            return x.flatten(2).mean(2)
         case L.BatchNorm() | L.GroupNorm():
             return x * weight.reshape(1, -1, *[1] * (x.ndim - 2))
         case L.Flatten():
@@ -53,6 +53,19 @@ IMAGES = [
     L.Hardswish(),
     L.Hardsigmoid(),
     L.Scaler(2.0),
+    L.Dropout(0.5),
+    L.SiLU(),
+    L.Flatten(),
+    L.Conv2d(4, (3, 2), (1, 2), (2, 0), dilation=(2, 1)),
+    L.MaxPool2d((1, 3), (2, 1)),
+    L.AvgPool2d((3, 2), (1, 2), (1, 0)),
+]
+SIGNALS = [
+    L.Conv1d(6, 3, stride=2, padding=2, groups=2, dilation=2),
+    L.MaxPool1d(3, stride=2, padding=1),
+    L.AvgPool1d(2),
+    L.GlobalAvgPool(),
+    L.BatchNorm(),
     L.Flatten(),
 ]
 VECTORS = [L.Linear(5), L.Linear(1, bias=False), L.BatchNorm(), L.GroupNorm(), L.Flatten()]
@@ -60,7 +73,11 @@ VECTORS = [L.Linear(5), L.Linear(1, bias=False), L.BatchNorm(), L.GroupNorm(), L
 
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(layer, (4, 7, 6)) for layer in IMAGES] + [(layer, (4,)) for layer in VECTORS],
+    [
+        *((layer, (4, 7, 6)) for layer in IMAGES),
+        *((layer, (4, 11)) for layer in SIGNALS),
+        *((layer, (4,)) for layer in VECTORS),
+    ],
     ids=str,
 )
 def test_map_and_transpose_equal_autograd(layer, shape) -> None:
@@ -93,6 +110,10 @@ def test_sums_and_gates_by_hand() -> None:
     assert scaled.tolist() == [[[10, 11], [12, 13]], [[24, 25], [26, 27]]]
     (to_x, to_gate), _ = pull(x)
     assert to_x.tolist() == x.tolist() and to_gate.tolist() == [0 + 1 + 2 + 3, 4 + 5 + 6 + 7]
+
+    joined, pull = linear_map(Node("cat", L.Concat(), (INPUT, "a")), [x, 2 * x[:1]], {})
+    assert joined.tolist() == [*x.tolist(), (2 * x[0]).tolist()]
+    assert [gradient.tolist() for gradient in pull(joined)[0]] == [x.tolist(), (2 * x[:1]).tolist()]
 
     total, pull = linear_map(Node("sum", L.Add(), (INPUT, "a", "b")), [x, x, 2 * x], {})
     assert total.tolist() == (4 * x).tolist()

@@ -93,6 +93,24 @@ struct Images {
   std::size_t row_step, channel_step;
 };
 
+// Elementwise functions with their settings: the bounds of Hardtanh, in `low` the slope of
+// LeakyReLU.
+struct Curve {
+  enum Name {
+    kHardswish,
+    kHardsigmoid,
+    kLeakyReLU,
+    kHardtanh,
+    kSigmoid,
+    kTanh,
+    kSiLU,
+    kGELU,
+    kGELUTanh
+  };
+  Name name = kHardswish;
+  float low = 0, high = 0;
+};
+
 struct Update {  // see fedlean.engine.protocol.SGD
   float lr, momentum, weight_decay, proximal;
 };
@@ -136,10 +154,9 @@ struct Kernels {
   // Elementwise on n floats (callers pass whole rows).
   void (*relu)(const float* x, float* y, std::size_t n);
   void (*relu_backward)(const float* y, const float* grad, float* grad_x, std::size_t n);
-  void (*hardswish)(const float* x, float* y, std::size_t n);
-  void (*hardswish_backward)(const float* x, const float* grad, float* grad_x, std::size_t n);
-  void (*hardsigmoid)(const float* x, float* y, std::size_t n);
-  void (*hardsigmoid_backward)(const float* x, const float* grad, float* grad_x, std::size_t n);
+  void (*curve)(const Curve&, const float* x, float* y, std::size_t n);
+  void (*curve_backward)(const Curve&, const float* x, const float* grad, float* grad_x,
+                         std::size_t n);
   void (*add)(const float* x, float* y, std::size_t n);  // y += x
   // y (+)= x * factor; y may be x
   void (*multiply)(const float* x, float factor, float* y, std::size_t n, bool accumulate);
@@ -170,9 +187,9 @@ struct Kernels {
 
   // One output row of a pooling window without padding: see pooling.cpp for the general case.
   void (*max_pool_row)(const float* in, float* out, std::uint8_t* winner, int lanes, int in_row,
-                       int out_width, int kernel, int stride);
+                       int out_width, Sides kernel, int stride);
   void (*max_unpool_row)(const float* grad, const std::uint8_t* winner, float* grad_in, int lanes,
-                         int in_row, int out_width, int kernel, int stride);
+                         int in_row, int out_width, Sides kernel, int stride);
 };
 
 const Kernels& reference_kernels();

@@ -105,6 +105,10 @@ public:
   // In training mode, does an example's output depend on the others'?
   virtual bool mixes_examples() const { return false; }
 
+  // Does a pass of training draw random numbers?  If so, those of `key` until the next is set.
+  virtual bool random() const { return false; }
+  virtual void set_key(std::uint64_t /*key*/) {}
+
   virtual void forward(Pass&) = 0;
   virtual void backward(Pass&) = 0;
 
@@ -155,17 +159,18 @@ void clear_halo(const Pass&, const View& v);
 void bias_gradient(const Pass&, Weight& bias);
 
 // Layers of each kind.  `nonzeros`: kept coordinates of the weight.
-std::unique_ptr<Layer> make_conv(const Node&, const Shape& in, int in_halo, int grad_halo,
+std::unique_ptr<Layer> make_conv(const Node&, const Shape& in, Sides in_halo, Sides grad_halo,
                                  std::size_t nonzeros, bool needs_grad_in);
 std::unique_ptr<Layer> make_linear(const Node&, const Shape& in, std::size_t nonzeros,
                                    bool needs_grad_in);
 std::unique_ptr<Layer> make_norm(const Node&, const Shape& in);
 std::unique_ptr<Layer> make_pool(const Node&, const Shape& in);
 std::unique_ptr<Layer> make_pointwise(const Node&);
+std::unique_ptr<Layer> make_dropout(const Node&);
 
 // Zero pixels that a convolution wants around its input and around its output's gradient.
-int input_halo(const Node& conv);
-int gradient_halo(const Node& conv, const Shape& in);
+Sides input_halo(const Node& conv);
+Sides gradient_halo(const Node& conv, const Shape& in);
 
 // f(row of a, row of b, floats) for every image row of the channels [begin, end) of panel p.
 template <typename F>
@@ -174,7 +179,7 @@ void for_rows(const View& a, const View& b, int p, int lanes, int begin, int end
   float* const pa = a.interior(p, lanes);
   float* const pb = b.interior(p, lanes);
   const std::size_t n = std::size_t(s.width) * lanes;
-  if (a.layout.halo == 0 && b.layout.halo == 0) {  // one stretch of memory
+  if (a.layout.bare() && b.layout.bare()) {  // one stretch of memory
     const std::size_t plane = n * s.height;
     if (begin < end) f(pa + begin * plane, pb + begin * plane, plane * (end - begin));
     return;

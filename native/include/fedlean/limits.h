@@ -12,7 +12,7 @@ namespace fedlean {
 
 constexpr int kMostNodes = 4096, kMostInputs = 256;
 constexpr int kMostSide = 1024;  // of a window, and of its steps
-constexpr int kMostPoolSide = 16;  // of max pooling: the winning pixel is kept in one byte
+constexpr int kMostPoolArea = 256;  // of max pooling: the winning pixel is kept in one byte
 // Of one tensor and one example, zeros around images included: with 16 lanes they fit 31 bits.
 constexpr std::int64_t kMostPixels = (1 << 27) - 1;
 constexpr std::int64_t kMostWeights = 1 << 30;  // of one tensor

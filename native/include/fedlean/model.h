@@ -23,6 +23,9 @@ public:
   Model(const Network& network, const std::vector<TensorOptions>& tensors, bool backward);
 
   // Bytes of all tensors, masks and patterns, from shapes and counts alone; and those held now.
+  // Of the layers that draw random numbers in training, in their order, until they are set anew.
+  // Throws std::invalid_argument where there are more or fewer of them.
+  void set_keys(const std::vector<std::uint64_t>& keys);
   std::size_t planned_bytes() const;
   std::size_t held_bytes() const;
   std::size_t tensor_size(int node, Slot slot) const;  // dense

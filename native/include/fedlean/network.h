@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "fedlean/layout.h"
+#include "fedlean/kernels.h"
 
 namespace fedlean {
 
@@ -18,12 +18,13 @@ enum class Kind {
   kGroupNorm,
   kBatchNorm,
   kReLU,
-  kHardswish,
-  kHardsigmoid,
+  kCurve,  // any other elementwise function
   kScaler,
   kFlatten,
   kAdd,
-  kScale
+  kScale,
+  kConcat,
+  kDropout
 };
 
 struct Node {
@@ -31,10 +32,14 @@ struct Node {
   Kind kind;
   std::vector<int> inputs;  // indices of nodes; kModelInput for the model's input
   Shape shape;  // of the output
-  int kernel = 1, stride = 1, padding = 0, groups = 1;
+  Sides kernel = {1, 1}, stride = {1, 1}, padding, dilation = {1, 1};
+  int groups = 1;
   bool bias = false;
   float eps = 1e-5f, momentum = 0.1f;  // of norms
   float factor = 1;  // of a scaler
+  Curve curve;
+  float p = 0;  // of dropout
+  bool whole_channels = false;  // are dropped, rather than single elements
   bool slower = false;  // a pruned weight takes the slower of its two forms, which is smaller
 };
 

@@ -16,7 +16,7 @@ namespace fedlean {
 // model's input (t = 0) or the output of node t - 1.
 struct Structure {
   explicit Structure(const Network& network, const std::vector<bool>& trainable_nodes);
-  std::vector<int> value_halo, grad_halo;  // per tensor
+  std::vector<Sides> value_halo, grad_halo;  // per tensor
   std::vector<bool> needs_grad;  // per tensor
 };
 

@@ -57,6 +57,8 @@ public:
   void load(int node, Slot slot, const float* values, bool packed, bool reference);
   const Model& model() const { return model_; }
 
+  // What the next training pass draws from; see Model::set_keys.
+  void set_keys(const std::vector<std::uint64_t>& keys) { model_.set_keys(keys); }
   // Adds squares to the sums of `pieces`, which start at 0 where the last step to name some named
   // others; those are given up.
   double step(const float* x, const std::int64_t* y, int examples, const Pieces& pieces);

@@ -238,26 +238,50 @@ void relu(const float* x, float* y, std::size_t n) {
 void relu_backward(const float* y, const float* grad, float* grad_x, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) grad_x[i] = y[i] > 0 ? grad[i] : 0.0f;
 }
-void hardswish(const float* x, float* y, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) y[i] = float(x[i] * gate(x[i]) / 6);
-}
-void hardswish_backward(const float* x, const float* grad, float* grad_x, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) {
-    if (x[i] <= -3) {
-      grad_x[i] = 0;
-    } else if (x[i] < 3) {
-      grad_x[i] = float(grad[i] * (x[i] / 3.0 + 0.5));
-    } else {
-      grad_x[i] = grad[i];
+// What a curve and its derivative are at x, in double.
+struct Point {
+  double value, slope;
+};
+Point curve_at(const Curve& curve, double x) {
+  constexpr double root = 0.70710678118654752440;  // of 1/2
+  constexpr double inner = 0.79788456080286535588;  // the root of 2/pi
+  const double sigmoid = 1 / (1 + std::exp(-x));
+  switch (curve.name) {
+    case Curve::kHardswish:
+      return {x * gate(x) / 6, x <= -3 ? 0.0 : x < 3 ? x / 3 + 0.5 : 1.0};
+    case Curve::kHardsigmoid:
+      return {gate(x) / 6, x > -3 && x < 3 ? 1.0 / 6 : 0.0};
+    case Curve::kLeakyReLU:
+      return {x > 0 ? x : x * curve.low, x > 0 ? 1.0 : curve.low};
+    case Curve::kHardtanh:
+      return {x < curve.low    ? curve.low
+              : x > curve.high ? curve.high
+                               : x,
+              x > curve.low && x < curve.high ? 1.0 : 0.0};
+    case Curve::kSigmoid:
+      return {sigmoid, sigmoid * (1 - sigmoid)};
+    case Curve::kTanh:
+      return {std::tanh(x), 1 - std::tanh(x) * std::tanh(x)};
+    case Curve::kSiLU:
+      return {x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))};
+    case Curve::kGELU: {
+      const double below = 0.5 * (1 + std::erf(x * root));
+      return {x * below, below + 0.5 * inner * x * std::exp(-0.5 * x * x)};
+    }
+    case Curve::kGELUTanh: {
+      const double t = std::tanh(inner * (x + 0.044715 * x * x * x));
+      const double rise = inner * (1 + 3 * 0.044715 * x * x);
+      return {0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * rise};
     }
   }
+  return {};
 }
-void hardsigmoid(const float* x, float* y, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) y[i] = float(gate(x[i]) / 6);
+void curve(const Curve& of, const float* x, float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) y[i] = float(curve_at(of, x[i]).value);
 }
-void hardsigmoid_backward(const float* x, const float* grad, float* grad_x, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i)
-    grad_x[i] = x[i] > -3 && x[i] < 3 ? float(grad[i] / 6.0) : 0.0f;
+void curve_backward(const Curve& of, const float* x, const float* grad, float* grad_x,
+                    std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) grad_x[i] = float(grad[i] * curve_at(of, x[i]).slope);
 }
 void add(const float* x, float* y, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) y[i] += x[i];
@@ -348,18 +372,18 @@ void lane_squares(const Images& x, const float* center, float* squares, int lane
 
 // Of equal pixels the first wins; of NaNs, which win over all others, the last (as in PyTorch).
 void max_pool_row(const float* in, float* out, std::uint8_t* winner, int lanes, int in_row,
-                  int out_width, int kernel, int stride) {
+                  int out_width, Sides kernel, int stride) {
   for (int x = 0; x < out_width; ++x) {
     for (int lane = 0; lane < lanes; ++lane) {
       float best = in[std::size_t(x) * stride * lanes + lane];
       int which = 0;
-      for (int ky = 0; ky < kernel; ++ky) {
-        for (int kx = 0; kx < kernel; ++kx) {
+      for (int ky = 0; ky < kernel.y; ++ky) {
+        for (int kx = 0; kx < kernel.x; ++kx) {
           const std::size_t pixel = std::size_t(ky) * in_row + x * stride + kx;
           const float value = in[pixel * lanes + lane];
           if (value > best || value != value) {
             best = value;
-            which = ky * kernel + kx;
+            which = ky * kernel.x + kx;
           }
         }
       }
@@ -370,14 +394,14 @@ void max_pool_row(const float* in, float* out, std::uint8_t* winner, int lanes, 
 }
 
 void max_unpool_row(const float* grad, const std::uint8_t* winner, float* grad_in, int lanes,
-                    int in_row, int out_width, int kernel, int stride) {
+                    int in_row, int out_width, Sides kernel, int stride) {
   for (int x = 0; x < out_width; ++x) {
-    for (int ky = 0; ky < kernel; ++ky) {
-      for (int kx = 0; kx < kernel; ++kx) {
+    for (int ky = 0; ky < kernel.y; ++ky) {
+      for (int kx = 0; kx < kernel.x; ++kx) {
         const std::size_t pixel = std::size_t(ky) * in_row + x * stride + kx;
         for (int lane = 0; lane < lanes; ++lane) {
           const std::size_t from = std::size_t(x) * lanes + lane;
-          grad_in[pixel * lanes + lane] = winner[from] == ky * kernel + kx ? grad[from] : 0.0f;
+          grad_in[pixel * lanes + lane] = winner[from] == ky * kernel.x + kx ? grad[from] : 0.0f;
         }
       }
     }
@@ -403,10 +427,8 @@ const Kernels reference_table = {
     add_squares,
     relu,
     relu_backward,
-    hardswish,
-    hardswish_backward,
-    hardsigmoid,
-    hardsigmoid_backward,
+    curve,
+    curve_backward,
     add,
     multiply,
     affine,

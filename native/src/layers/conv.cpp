@@ -9,10 +9,10 @@
 
 namespace fedlean {
 
-std::unique_ptr<Layer> make_conv(const Node& node, const Shape& in, int in_halo, int grad_halo,
+std::unique_ptr<Layer> make_conv(const Node& node, const Shape& in, Sides in_halo, Sides grad_halo,
                                  std::size_t nonzeros, bool needs_grad_in) {
   const std::size_t size =
-      node.shape.channels * std::size_t(in.channels / node.groups) * node.kernel * node.kernel;
+      node.shape.channels * std::size_t(in.channels / node.groups) * node.kernel.area();
   const ConvGeometry g(node, in, in_halo, grad_halo);
   constexpr int most = 65536;  // offsets have 16 bits
   const bool addressable = g.in_plane() * g.phases() <= most && g.grad_plane() <= most;

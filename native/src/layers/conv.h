@@ -13,12 +13,12 @@ namespace fedlean {
 // The split of strided inputs into phases, threads, the bias.
 class Conv : public Layer {
 public:
-  Conv(const Node& node, const Shape& in, int in_halo, int grad_halo)
+  Conv(const Node& node, const Shape& in, Sides in_halo, Sides grad_halo)
       : Layer(node), g(node, in, in_halo, grad_halo) {
-    for (int ky = 0; ky < g.kernel; ++ky) {
-      for (int kx = 0; kx < g.kernel; ++kx) {
+    for (int ky = 0; ky < g.kernel.y; ++ky) {
+      for (int kx = 0; kx < g.kernel.x; ++kx) {
         tap_offset_.push_back(g.tap_offset(ky, kx));
-        tap_weight_.push_back(ky * g.kernel + kx);
+        tap_weight_.push_back(ky * g.kernel.x + kx);
       }
     }
   }
@@ -78,7 +78,7 @@ protected:
 
   static constexpr int kGradRows = 4;  // output channels of a dense gradient at once
 
-  int taps() const { return g.kernel * g.kernel; }
+  int taps() const { return g.kernel.area(); }
   int group_inputs() const { return g.in.channels / g.groups; }
 
   // A strided input is first split into its phases.
@@ -108,8 +108,8 @@ protected:
       const int plane = (c * g.phases() + i) * g.in_plane();
       for (int y = 0; y < g.phase_height; ++y)
         for (int x = 0; x < g.phase_width; ++x)
-          f(plane + y * g.phase_width + x, y * g.stride + g.phase_of[i].y - g.padding,
-            x * g.stride + g.phase_of[i].x - g.padding);
+          f(plane + y * g.phase_width + x, y * g.stride.y + g.phase_of[i].y - g.padding.y,
+            x * g.stride.x + g.phase_of[i].x - g.padding.x);
     }
   }
   void split_channel(const float* in, const Layout& layout, float* to, int c, int lanes) const {
@@ -246,8 +246,9 @@ protected:
   std::vector<std::int32_t> tap_offset_, tap_weight_;
 };
 
-std::unique_ptr<Layer> make_sparse_conv(const Node&, const Shape& in, int in_halo, int grad_halo,
-                                        std::size_t nonzeros, bool needs_grad_in);
-std::unique_ptr<Layer> make_dense_conv(const Node&, const Shape& in, int in_halo, int grad_halo);
+std::unique_ptr<Layer> make_sparse_conv(const Node&, const Shape& in, Sides in_halo,
+                                        Sides grad_halo, std::size_t nonzeros, bool needs_grad_in);
+std::unique_ptr<Layer> make_dense_conv(const Node&, const Shape& in, Sides in_halo,
+                                       Sides grad_halo);
 
 }  // namespace fedlean

@@ -9,16 +9,16 @@ namespace {
 
 class DenseConvLayer : public Conv {
 public:
-  DenseConvLayer(const Node& node, const Shape& in, int in_halo, int grad_halo)
+  DenseConvLayer(const Node& node, const Shape& in, Sides in_halo, Sides grad_halo)
       : Conv(node, in, in_halo, grad_halo) {
     out_parts_ = cut_even(g.out.channels);
     in_parts_ = cut_even(g.in.channels);
     phase_taps_.resize(g.phases());
-    for (int ky = 0; ky < g.kernel; ++ky) {
-      for (int kx = 0; kx < g.kernel; ++kx) {
+    for (int ky = 0; ky < g.kernel.y; ++ky) {
+      for (int kx = 0; kx < g.kernel.x; ++kx) {
         Taps& taps = phase_taps_[g.tap_phase(ky, kx)];
         taps.offset.push_back(g.tap_offset_backward(ky, kx));
-        taps.weight.push_back(ky * g.kernel + kx);
+        taps.weight.push_back(ky * g.kernel.x + kx);
       }
     }
   }
@@ -70,7 +70,7 @@ protected:
       const int height = g.split() ? g.phase_height : g.in.height;
       const int width = g.split() ? g.phase_width : g.in.width;
       args.shape = {lanes, height, width, g.grad_row(), out_row, out_plane * g.phases()};
-      if (g.kernel == 1 && g.grad_row() == width && out_row == width) {
+      if (taps() == 1 && g.grad_row() == width && out_row == width) {
         args.shape.width = height * width;
         args.shape.height = 1;
       }
@@ -127,8 +127,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Layer> make_dense_conv(const Node& node, const Shape& in, int in_halo,
-                                       int grad_halo) {
+std::unique_ptr<Layer> make_dense_conv(const Node& node, const Shape& in, Sides in_halo,
+                                       Sides grad_halo) {
   return std::make_unique<DenseConvLayer>(node, in, in_halo, grad_halo);
 }
 

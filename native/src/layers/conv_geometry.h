@@ -10,33 +10,31 @@
 namespace fedlean {
 
 struct ConvGeometry {
-  ConvGeometry(const Node& node, const Shape& in, int in_halo, int grad_halo);
+  ConvGeometry(const Node& node, const Shape& in, Sides in_halo, Sides grad_halo);
 
-  bool split() const { return stride > 1; }
+  bool split() const;
   int phases() const { return int(phase_of.size()); }
 
   Shape in, out;
-  int kernel, stride, padding, groups;
-  int in_halo, grad_halo;
-  // Strided: used phases as (y, x) in row-major order, and the size of one phase's image.
-  struct Phase {
-    int y, x;
-  };
-  std::vector<Phase> phase_of;
+  Sides kernel, stride, padding, dilation;
+  int groups;
+  Sides in_halo, grad_halo;
+  // Strided: how many phases of each side have a tap, where each is in the padded input, and the
+  // size of one phase's image.
+  Sides used;
+  std::vector<Sides> phase_of;
   int phase_height = 0, phase_width = 0;
 
   // Forward: reads `in_channels() * in_plane()` pixels with rows of `in_row()`.
   int in_channels() const { return in.channels * phases(); }
-  int in_row() const { return split() ? phase_width : in.width + 2 * in_halo; }
+  int in_row() const { return split() ? phase_width : in.width + 2 * in_halo.x; }
   int in_plane() const;
   // Pixels from the panel's start to where tap offsets count from.
-  int in_start() const { return split() ? 0 : (in_halo - padding) * (in_row() + 1); }
+  int in_start() const;
   // Backward: reads the gradient's panel from `grad_start()` on; writes phase (or input) images.
-  int grad_row() const { return out.width + 2 * grad_halo; }
-  int grad_plane() const { return grad_row() * (out.height + 2 * grad_halo); }
-  int grad_start() const {
-    return (grad_halo + (split() ? 0 : padding) - reach()) * (grad_row() + 1);
-  }
+  int grad_row() const { return out.width + 2 * grad_halo.x; }
+  int grad_plane() const { return grad_row() * (out.height + 2 * grad_halo.y); }
+  int grad_start() const;
 
   // Tap (ky, kx): which phase it reads (0 when not split), and its offsets forward (phase included)
   // and backward.
@@ -47,8 +45,11 @@ struct ConvGeometry {
   ConvShape forward_shape(int lanes, int out_row, int out_plane) const;
 
 private:
-  // The furthest that a tap of the stride-1 convolution reaches.
-  int reach() const { return split() ? (kernel - 1) / stride : kernel - 1; }
+  // Of the stride-1 convolution: where a tap reads, and the furthest that one does.
+  Sides tap_pixel(int ky, int kx) const {
+    return {ky * dilation.y / stride.y, kx * dilation.x / stride.x};
+  }
+  Sides reach() const { return tap_pixel(kernel.y - 1, kernel.x - 1); }
 };
 
 }  // namespace fedlean

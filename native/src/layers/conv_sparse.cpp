@@ -10,8 +10,8 @@ namespace {
 
 class SparseConv : public Conv {
 public:
-  SparseConv(const Node& node, const Shape& in, int in_halo, int grad_halo, std::size_t nonzeros,
-             bool needs_grad_in)
+  SparseConv(const Node& node, const Shape& in, Sides in_halo, Sides grad_halo,
+             std::size_t nonzeros, bool needs_grad_in)
       : Conv(node, in, in_halo, grad_halo),
         nonzeros_(nonzeros),
         needs_grad_in_(needs_grad_in),
@@ -61,7 +61,7 @@ public:
     visit([&](std::uint32_t k, int o, int c, int ky, int kx) {
       const int in_group = c % group_inputs();
       positions[k] = std::uint32_t(
-          ((std::size_t(o) * group_inputs() + in_group) * g.kernel + ky) * g.kernel + kx);
+          ((std::size_t(o) * group_inputs() + in_group) * g.kernel.y + ky) * g.kernel.x + kx);
     });
     return positions;
   }
@@ -174,10 +174,10 @@ private:
     const std::uint32_t phase = by_plane_.of(pixel), rest = pixel - phase * by_plane_.n;
     std::uint32_t y = by_row_.of(rest), x = rest - y * by_row_.n;
     if (g.split()) {
-      y = y * g.stride + g.phase_of[phase].y;
-      x = x * g.stride + g.phase_of[phase].x;
+      y = y * g.stride.y + g.phase_of[phase].y;
+      x = x * g.stride.x + g.phase_of[phase].x;
     }
-    return channel * taps() + y * g.kernel + x;
+    return channel * taps() + y / g.dilation.y * g.kernel.x + x / g.dilation.x;
   }
 
   static constexpr std::uint32_t kStrip = 4096;  // non-zeros whose gradients wait for their update
@@ -239,7 +239,7 @@ private:
     const int height = g.split() ? g.phase_height : g.in.height;
     const int width = g.split() ? g.phase_width : g.in.width;
     ConvShape shape{lanes, height, width, g.grad_row(), out_row, out_plane};
-    if (g.kernel == 1 && g.grad_row() == width && out_row == width) {
+    if (taps() == 1 && g.grad_row() == width && out_row == width) {
       shape.width = height * width;
       shape.height = 1;
     }
@@ -292,7 +292,7 @@ private:
     for (int c = 0; c < chunk_; ++c)
       for (int t = 0; t < taps(); ++t)
         source[c * channel_pixels() + tap_offset_[t]] = {
-            std::uint16_t(c), std::uint16_t(t / g.kernel), std::uint16_t(t % g.kernel)};
+            std::uint16_t(c), std::uint16_t(t / g.kernel.x), std::uint16_t(t % g.kernel.x)};
     int first = 0;
     for (const Chunk& chunk : forward_.chunks) {
       for (std::uint32_t o = chunk.out_begin; o < chunk.out_end; ++o) {
@@ -316,8 +316,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Layer> make_sparse_conv(const Node& node, const Shape& in, int in_halo,
-                                        int grad_halo, std::size_t nonzeros, bool needs_grad_in) {
+std::unique_ptr<Layer> make_sparse_conv(const Node& node, const Shape& in, Sides in_halo,
+                                        Sides grad_halo, std::size_t nonzeros, bool needs_grad_in) {
   return std::make_unique<SparseConv>(node, in, in_halo, grad_halo, nonzeros, needs_grad_in);
 }
 

@@ -22,20 +22,20 @@ void clear(const Pass& pass, const View& v) {
 
 void clear_halo(const Pass& pass, const View& v) {
   const Layout& layout = v.layout;
-  if (layout.halo == 0) return;
+  if (layout.bare()) return;
   pass.split(layout.shape.channels, [&](int, int begin, int end) {
     for (int p = pass.panel_begin; p < pass.panel_end; ++p) {
       const std::size_t lanes = pass.lanes(p), row = layout.row() * lanes;
-      const std::size_t side = layout.halo * lanes;
+      const std::size_t side = layout.halo.x * lanes;
       for (int c = begin; c < end; ++c) {
         float* const plane = v.panel(p) + std::size_t(c) * layout.plane() * lanes;
         const std::size_t height = layout.shape.height;
         // above with the first row's left side, between the rows, below
-        std::memset(plane, 0, (layout.halo * row + side) * sizeof(float));
+        std::memset(plane, 0, (layout.halo.y * row + side) * sizeof(float));
         for (std::size_t y = 1; y < height; ++y)
-          std::memset(plane + (layout.halo + y) * row - side, 0, 2 * side * sizeof(float));
-        std::memset(plane + (layout.halo + height) * row - side, 0,
-                    (layout.halo * row + side) * sizeof(float));
+          std::memset(plane + (layout.halo.y + y) * row - side, 0, 2 * side * sizeof(float));
+        std::memset(plane + (layout.halo.y + height) * row - side, 0,
+                    (layout.halo.y * row + side) * sizeof(float));
       }
     }
   });
@@ -44,7 +44,7 @@ void clear_halo(const Pass& pass, const View& v) {
 // Over all lanes: no gradient is in the idle ones.
 void bias_gradient(const Pass& pass, Weight& bias) {
   const Layout& layout = pass.grad_out.layout;
-  const bool dense = layout.halo == 0;  // a channel is one stretch of memory
+  const bool dense = layout.bare();  // a channel is one stretch of memory
   const int rows = dense ? 1 : layout.shape.height;
   const int pixels = layout.shape.width * (dense ? layout.shape.height : 1);
   pass.split(layout.shape.channels, [&](int, int begin, int end) {

@@ -1,4 +1,5 @@
-// ReLU, Hardswish, Hardsigmoid, Scaler, residual Add, Scale (squeeze-and-excite) and Flatten.
+// ReLU and the other elementwise functions, Scaler, residual Add, Scale (squeeze-and-excite),
+// Concat and Flatten.
 
 #include <algorithm>
 #include <cstring>
@@ -40,23 +41,31 @@ public:
   bool reads_input() const override { return node.kind != Kind::kReLU; }
 
   void forward(Pass& pass) override {
-    auto* const f = node.kind == Kind::kReLU        ? pass.kernels.relu
-                    : node.kind == Kind::kHardswish ? pass.kernels.hardswish
-                                                    : pass.kernels.hardsigmoid;
     channels(pass, pass.out, [&](int p, int lanes, int begin, int end) {
-      for_rows(pass.in[0], pass.out, p, lanes, begin, end, f);
+      for_rows(pass.in[0], pass.out, p, lanes, begin, end,
+               [&](const float* x, float* y, std::size_t n) {
+                 if (node.kind == Kind::kReLU) {
+                   pass.kernels.relu(x, y, n);
+                 } else {
+                   pass.kernels.curve(node.curve, x, y, n);
+                 }
+               });
     });
   }
 
   void backward(Pass& pass) override {
     if (!pass.grad_in[0]) return;
-    auto* const f = node.kind == Kind::kReLU        ? pass.kernels.relu_backward
-                    : node.kind == Kind::kHardswish ? pass.kernels.hardswish_backward
-                                                    : pass.kernels.hardsigmoid_backward;
+    auto f = [&](const float* value, const float* grad, float* to, std::size_t n) {
+      if (node.kind == Kind::kReLU) {
+        pass.kernels.relu_backward(value, grad, to, n);
+      } else {
+        pass.kernels.curve_backward(node.curve, value, grad, to, n);
+      }
+    };
     const View& values = node.kind == Kind::kReLU ? pass.out : pass.in[0];
     const View &grad = pass.grad_out, &to = pass.grad_in[0];
     const int height = to.layout.shape.height;
-    const bool flat = values.layout.halo == 0 && grad.layout.halo == 0 && to.layout.halo == 0;
+    const bool flat = values.layout.bare() && grad.layout.bare() && to.layout.bare();
     channels(pass, to, [&](int p, int lanes, int begin, int end) {
       if (flat && !pass.accumulate[0]) {  // one stretch of memory
         const std::size_t plane = std::size_t(to.layout.plane()) * lanes, first = begin * plane;
@@ -179,6 +188,55 @@ private:
   }
 };
 
+// Channels of one input after those of the other.
+class Concat : public Layer {
+public:
+  explicit Concat(const Node& node) : Layer(node) {}
+
+  void forward(Pass& pass) override {
+    int first = 0;
+    for (const View& in : pass.in) {
+      for_parts(pass, in, pass.out, first, [](const float* part, float* whole, std::size_t n) {
+        std::memcpy(whole, part, n * sizeof(float));
+      });
+      first += in.layout.shape.channels;
+    }
+  }
+
+  void backward(Pass& pass) override {
+    int first = 0;
+    for (std::size_t i = 0; i < pass.in.size(); ++i) {
+      const bool accumulate = pass.accumulate[i];
+      if (pass.grad_in[i])
+        for_parts(pass, pass.grad_in[i], pass.grad_out, first,
+                  [&](float* part, const float* whole, std::size_t n) {
+                    if (accumulate) {
+                      pass.kernels.add(whole, part, n);
+                    } else {
+                      std::memcpy(part, whole, n * sizeof(float));
+                    }
+                  });
+      first += pass.in[i].layout.shape.channels;
+    }
+  }
+
+private:
+  // f(row of a part, row of the whole, floats), where the part's channels begin at `first`.
+  template <typename F>
+  static void for_parts(const Pass& pass, const View& part, const View& whole, int first, F&& f) {
+    auto row = [](const View& v, int p, int lanes, int c, int y) {
+      return v.interior(p, lanes) +
+             (std::size_t(c) * v.layout.plane() + std::size_t(y) * v.layout.row()) * lanes;
+    };
+    channels(pass, part, [&](int p, int lanes, int begin, int end) {
+      const std::size_t n = std::size_t(part.layout.shape.width) * lanes;
+      for (int c = begin; c < end; ++c)
+        for (int y = 0; y < part.layout.shape.height; ++y)
+          f(row(part, p, lanes, c, y), row(whole, p, lanes, first + c, y), n);
+    });
+  }
+};
+
 // (C, H, W) -> (C*H*W): the same order in memory, so that only a halo makes it a copy.
 class Flatten : public Layer {
 public:
@@ -192,7 +250,7 @@ public:
 
 private:
   static View as_image(View vector, const View& image) {
-    vector.layout = {image.layout.shape, 0};
+    vector.layout = {image.layout.shape, {}};
     return vector;
   }
   static void move(Pass& pass, const View& vector, bool forward) {
@@ -210,6 +268,8 @@ std::unique_ptr<Layer> make_pointwise(const Node& node) {
   switch (node.kind) {
     case Kind::kAdd:
       return std::make_unique<Add>(node);
+    case Kind::kConcat:
+      return std::make_unique<Concat>(node);
     case Kind::kScaler:
       return std::make_unique<Scaler>(node);
     case Kind::kScale:

@@ -29,9 +29,9 @@ protected:
   // f(pixel index within the window, y, x) for the window's pixels that are inside the image.
   template <typename F>
   void window(int oy, int ox, F&& f) const {
-    for (int i = 0; i < node.kernel * node.kernel; ++i) {
-      const int y = oy * node.stride - node.padding + i / node.kernel;
-      const int x = ox * node.stride - node.padding + i % node.kernel;
+    for (int i = 0; i < node.kernel.area(); ++i) {
+      const int y = oy * node.stride.y - node.padding.y + i / node.kernel.x;
+      const int x = ox * node.stride.x - node.padding.x + i % node.kernel.x;
       if (y >= 0 && y < in_.height && x >= 0 && x < in_.width) f(i, y, x);
     }
   }
@@ -63,10 +63,10 @@ public:
       for (int y = 0; y < out_.height; ++y) {
         std::uint8_t* const won = pass.saved ? winners(pass, p, lanes, c, y) : nullptr;
         float* const to = pixel(pass.out, p, lanes, c, y, 0);
-        if (node.padding == 0) {
-          pass.kernels.max_pool_row(pixel(pass.in[0], p, lanes, c, y * node.stride, 0), to, won,
+        if (node.padding == Sides{}) {
+          pass.kernels.max_pool_row(pixel(pass.in[0], p, lanes, c, y * node.stride.y, 0), to, won,
                                     lanes, pass.in[0].layout.row(), out_.width, node.kernel,
-                                    node.stride);
+                                    node.stride.x);
         } else {
           clipped_row(pass, p, lanes, c, y, to, won);
         }
@@ -76,25 +76,26 @@ public:
 
   void backward(Pass& pass) override {
     if (!pass.grad_in[0]) return;
-    const bool separate = node.padding == 0 && node.stride >= node.kernel && !pass.accumulate[0];
+    const bool separate = node.padding == Sides{} && node.stride.y >= node.kernel.y &&
+                          node.stride.x >= node.kernel.x && !pass.accumulate[0];
     channels(pass, [&](int p, int lanes, int c) {
       const View &grad = pass.grad_out, &to = pass.grad_in[0];
-      const bool covers = out_.height * node.kernel == in_.height &&
-                          out_.width * node.kernel == in_.width && node.stride == node.kernel;
+      const bool covers = out_.height * node.kernel.y == in_.height &&
+                          out_.width * node.kernel.x == in_.width && node.stride == node.kernel;
       if (!pass.accumulate[0] && !(separate && covers)) clear_channel(to, p, lanes, c);
       for (int y = 0; y < out_.height; ++y) {
         const std::uint8_t* const won = winners(pass, p, lanes, c, y);
         const float* const g = pixel(grad, p, lanes, c, y, 0);
         if (separate) {
-          pass.kernels.max_unpool_row(g, won, pixel(to, p, lanes, c, y * node.stride, 0), lanes,
-                                      to.layout.row(), out_.width, node.kernel, node.stride);
+          pass.kernels.max_unpool_row(g, won, pixel(to, p, lanes, c, y * node.stride.y, 0), lanes,
+                                      to.layout.row(), out_.width, node.kernel, node.stride.x);
           continue;
         }
         for (int x = 0; x < out_.width; ++x) {
           for (int l = 0; l < lanes; ++l) {
             const int i = won[x * lanes + l];
-            const int iy = y * node.stride - node.padding + i / node.kernel;
-            const int ix = x * node.stride - node.padding + i % node.kernel;
+            const int iy = y * node.stride.y - node.padding.y + i / node.kernel.x;
+            const int ix = x * node.stride.x - node.padding.x + i % node.kernel.x;
             pixel(to, p, lanes, c, iy, ix)[l] += g[x * lanes + l];
           }
         }
@@ -133,7 +134,7 @@ public:
   using Pool::Pool;
 
   void forward(Pass& pass) override {
-    const float share = 1.0f / float(node.kernel * node.kernel);
+    const float share = 1.0f / float(node.kernel.area());
     channels(pass, [&](int p, int lanes, int c) {
       for (int y = 0; y < out_.height; ++y) {
         for (int x = 0; x < out_.width; ++x) {
@@ -151,7 +152,7 @@ public:
 
   void backward(Pass& pass) override {
     if (!pass.grad_in[0]) return;
-    const float share = 1.0f / float(node.kernel * node.kernel);
+    const float share = 1.0f / float(node.kernel.area());
     channels(pass, [&](int p, int lanes, int c) {
       if (!pass.accumulate[0]) clear_channel(pass.grad_in[0], p, lanes, c);
       for (int y = 0; y < out_.height; ++y) {

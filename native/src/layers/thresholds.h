@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "fedlean/layout.h"
+
 namespace fedlean {
 
 constexpr double kSparseConvBelow = 0.7;
@@ -13,17 +15,17 @@ constexpr double kSparseLinearBelow = 0.55;
 // Input channels per chunk of a sparse convolution: enough non-zeros per output channel to pay for
 // loading and storing its tile, and at least what fits the first-level cache: the window of a tile
 // of about 4 by 8 pixels in 16 lanes.
-inline int chunk_channels(int kernel, double density, int channel_pixels) {
-  const double wanted = 20.0 / (kernel * kernel * std::max(density, 1e-3));
-  const int near = 28000 / ((kernel + 3) * (kernel + 7) * 64);
+inline int chunk_channels(Sides kernel, double density, int channel_pixels) {
+  const double wanted = 20.0 / (kernel.area() * std::max(density, 1e-3));
+  const int near = 28000 / ((kernel.y + 3) * (kernel.x + 7) * 64);
   const int most = std::max(1, 65536 / channel_pixels);
   return std::clamp(std::max(int(wanted + 0.5), near), 1, std::min(most, 128));
 }
 
 // Input channels at once of a dense convolution: the window of a tile, of about 7 pixels in 16
 // lanes, stays in the first-level cache while all output channels pass over it.
-inline int dense_chunk(int kernel) {
-  const int window_bytes = kernel * (kernel + 6) * 64;
+inline int dense_chunk(Sides kernel) {
+  const int window_bytes = kernel.y * (kernel.x + 6) * 64;
   return std::max(4, 20000 / window_bytes);
 }
 

@@ -19,7 +19,16 @@ from fedlean.engine.native_step_plan import SessionPlan
 from fedlean.engine.native_storage import FLOAT_BYTES
 from fedlean.engine.pieces import Pieces, sum_bytes, whole
 from fedlean.engine.protocol import SGD
-from fedlean.layers import Add, Flatten, GlobalAvgPool, MaxPool2d, ReLU, Scaler
+from fedlean.layers import (
+    Add,
+    Concat,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    MaxPool2d,
+    ReLU,
+    Scaler,
+)
 from fedlean.spec import INPUT, ModelSpec, Node
 
 MAX_POOL_INDEX_BYTES = 8  # torch keeps int64 positions
@@ -160,9 +169,9 @@ def _saved_bytes(spec: ModelSpec, batch_size: int) -> dict[str, int]:
     nodes = _used(spec)
     for node in nodes:
         size = prod(spec.shapes[node.name])
-        if isinstance(node.layer, ReLU):
-            saved[node.name] = FLOAT_BYTES * size  # its gradient needs the sign of its output
-        if isinstance(node.layer, ReLU | Add | Flatten | GlobalAvgPool | Scaler):
+        if isinstance(node.layer, ReLU | Dropout):
+            saved[node.name] = FLOAT_BYTES * size  # the sign of its output, or what was dropped
+        if isinstance(node.layer, ReLU | Add | Concat | Flatten | GlobalAvgPool | Scaler | Dropout):
             continue  # these do not need their input again
         for source in map(spec.viewed, node.inputs):
             saved[source] = FLOAT_BYTES * prod(spec.shapes[source])

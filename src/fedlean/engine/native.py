@@ -17,6 +17,7 @@ import numpy as np
 from fedlean import _native
 from fedlean.core import Params, SubModel
 from fedlean.engine import checks
+from fedlean.engine.dropout import dropout_key, dropouts
 from fedlean.engine.native_forward import NativeForwardSession
 from fedlean.engine.native_tensors import NativeTensors, network_of
 from fedlean.engine.pieces import Importance, Pieces, piece_shape, pieces_of, whole
@@ -70,6 +71,7 @@ class NativeEngine:
         optimizer: SGD,
         loss: Loss = "ce",
         slower: frozenset[str] = frozenset(),
+        seed: int = 0,
     ) -> NativeSession:
         """Raises ValueError naming the argument or the layer that cannot be trained."""
         checks.check_settings(batch_size, loss)
@@ -87,6 +89,7 @@ class NativeEngine:
             optimizer,
             loss,
             self._take_last(key),
+            seed=seed,
         )
         self._last = [_Last(key, session.native, weakref.ref(session))]
         return session
@@ -154,9 +157,12 @@ class NativeSession:
         optimizer: SGD,
         loss: Loss,
         again: _native.Session | None = None,
+        *,
+        seed: int = 0,
     ):
         """`again`: the native half of an earlier session that differed in its values only."""
         self._spec = spec
+        self._seed, self._passes, self._dropouts = seed, 0, dropouts(spec)
         self._batch_size = batch_size
         self._tensors = tensors = NativeTensors(spec, params, sub_model)
         if again is not None:
@@ -208,13 +214,18 @@ class NativeSession:
         try:
             if len(x) == 1:
                 checks.check_moments(self._spec, 1, self._tensors.frozen)
-            mean = self._session.step(x, y, self._rows(pieces))
+            mean = self._session.step(x, y, self._rows(pieces), self._next_keys())
         except (TypeError, ValueError):
             self._explain(x, y)
             raise
         self._returned = frozenset()
         self._summed = pieces or self._summed
         return mean
+
+    def _next_keys(self) -> list[int]:
+        """Of a pass of training, for each Dropout."""
+        passes, self._passes = self._passes, self._passes + 1
+        return [dropout_key(self._seed, passes, node.name) for node in self._dropouts]
 
     def importance(self) -> dict[str, np.ndarray]:
         sums = {}
@@ -241,7 +252,8 @@ class NativeSession:
             checks.check_moments(self._spec, len(x), self._tensors.frozen)
         wanted = dict.fromkeys([*taps, self._spec.nodes[-1].name])
         self._returned = frozenset()
-        self._session.forward(x, [self._tensors.nodes[name] for name in wanted], training)
+        keys = self._next_keys() if training else []
+        self._session.forward(x, [self._tensors.nodes[name] for name in wanted], training, keys)
         if training:
             self._returned, self._examples = frozenset(wanted), len(x)
         values = {}

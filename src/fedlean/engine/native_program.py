@@ -12,18 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod
 
 from fedlean import layers as L
 from fedlean.engine.gradient_flow import moves_statistics, needed
 from fedlean.engine.native_plan import Array, Arrays, lines, placed_floats
-from fedlean.engine.native_storage import PANEL_LANES, Geometry, Situation, scratch
+from fedlean.engine.native_storage import NO_HALO, PANEL_LANES, Geometry, Situation, scratch
 from fedlean.engine.native_structure import Structure, structure
-from fedlean.layers import Shape
+from fedlean.layers import Pair, Shape, as_image
 from fedlean.spec import INPUT, ModelSpec, Node
 
 LANE_STEP = 4
-_IN_PLACE = L.ReLU | L.Add | L.Flatten | L.Scaler
+_IN_PLACE = L.ReLU | L.Add | L.Flatten | L.Scaler | L.Dropout
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Mode:
 @dataclass
 class _Tensor:
     shape: Shape
-    value_halo: int
-    grad_halo: int
+    value_halo: Pair
+    grad_halo: Pair
     needs_grad: bool
     readers: int
     tapped: bool = False
@@ -164,7 +163,7 @@ class Program:
             relu.output, pool.output = pool.output, between
             last = self._tensors[relu.output]
             made.shape, made.value_halo = last.shape, last.value_halo
-            made.grad_halo = last.grad_halo = 0
+            made.grad_halo = last.grad_halo = NO_HALO
             i -= 1  # another step is here now
             steps[i : j + 1] = [*steps[i + 1 : j + 1], relu]
 
@@ -189,7 +188,7 @@ class Program:
             source = step.inputs[0]
             into, out = self._tensors[source], self._tensors[step.output]
             elementwise = isinstance(step.layer, _IN_PLACE) or (
-                not step.training and isinstance(step.layer, L.Hardswish | L.Hardsigmoid)
+                not step.training and isinstance(step.layer, L.Curve)
             )
             fits = _alike(step, into.value_halo, out.value_halo)
             if (
@@ -308,7 +307,7 @@ class Program:
             case L.BatchNorm():
                 names = (f"{node.name}.weight", f"{node.name}.running_mean")
                 return any(name not in self.frozen for name in names)
-            case L.GroupNorm() | L.Hardswish() | L.Hardsigmoid() | L.Scale():
+            case L.GroupNorm() | L.Curve() | L.Scale():
                 return True
         return False
 
@@ -352,11 +351,12 @@ def padded(examples: int) -> int:
     return -(-examples // LANE_STEP) * LANE_STEP
 
 
-def _pixels(shape: Shape, halo: int) -> int:
+def _pixels(shape: Shape, halo: Pair) -> int:
     """Of all channels, with the zeros around each."""
-    return shape[0] * prod(side + 2 * halo for side in shape[1:])
+    channels, height, width = as_image(shape)
+    return channels * (height + 2 * halo[0]) * (width + 2 * halo[1])
 
 
-def _alike(step: _Step, halo: int, out_halo: int) -> bool:
+def _alike(step: _Step, halo: Pair, out_halo: Pair) -> bool:
     """Whether an input and the output lie in memory alike."""
-    return halo == out_halo == 0 if isinstance(step.layer, L.Flatten) else halo == out_halo
+    return halo == out_halo == NO_HALO if isinstance(step.layer, L.Flatten) else halo == out_halo

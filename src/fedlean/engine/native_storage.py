@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 
 from fedlean import layers as L
-from fedlean.layers import Conv2d, Linear, Shape
+from fedlean.layers import Conv2d, Linear, Pair, Shape, Window, as_image
 from fedlean.spec import ModelSpec, Node
 
 FLOAT_BYTES = 4
@@ -28,13 +28,16 @@ COLUMN_STRIP = 2048
 CONV_GRAD_ROWS, LINEAR_GRAD_ROWS = 4, 8  # rows of a dense gradient at once
 
 
+NO_HALO = (0, 0)  # zeros above and below, left and right
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What a layer reads and writes, in pixels with their halos, and the form of its weight."""
 
     needs_grad_in: bool
-    in_halo: int = 0
-    grad_halo: int = 0
+    in_halo: Pair = NO_HALO
+    grad_halo: Pair = NO_HALO
     slower: bool = False  # it takes the slower of its two forms
 
 
@@ -163,8 +166,8 @@ def _conv_scratch(
     layer, sparse = node.layer, is_sparse(spec, node, values, geometries)
     assert isinstance(layer, L.Conv2d)
     window = _window(spec, node, values, geometries[node.name])
-    channels, taps = spec.input_shapes(node)[0][0], layer.kernel_size**2
-    split = channels * window.in_pixels * at.lanes if layer.stride > 1 else 0
+    channels, taps = spec.input_shapes(node)[0][0], layer.window.area
+    split = channels * window.in_pixels * at.lanes if is_split(layer.window) else 0
     backward = split
     if at.dense_rows or not sparse:
         backward += at.threads * CONV_GRAD_ROWS * (channels // layer.groups) * taps
@@ -217,9 +220,10 @@ def _gather_bytes(channels: int, chunk: int, outputs: int, groups: int, values: 
 
 def _window(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> _Window:
     phases, in_pixels, grad_pixels = _images(spec, node.name, geometry.in_halo, geometry.grad_halo)
-    size, side = prod(spec.param_shapes[f"{node.name}.weight"]), _side(node)
-    wanted = int(20 / (side**2 * max(values / size, 1e-3)) + 0.5)
-    wanted = max(wanted, 28000 // ((side + 3) * (side + 7) * 64))
+    assert isinstance(node.layer, Conv2d)
+    size, (rows, columns) = prod(spec.param_shapes[f"{node.name}.weight"]), node.layer.window.kernel
+    wanted = int(20 / (rows * columns * max(values / size, 1e-3)) + 0.5)
+    wanted = max(wanted, 28000 // ((rows + 3) * (columns + 7) * 64))
 
     def chunk(pixels: int) -> int:
         return max(1, min(wanted, MOST_PIXELS // pixels, 128))
@@ -227,25 +231,28 @@ def _window(spec: ModelSpec, node: Node, values: int, geometry: Geometry) -> _Wi
     return _Window(phases, in_pixels, grad_pixels, size, chunk(in_pixels), chunk(grad_pixels))
 
 
-def _side(node: Node) -> int:
-    assert isinstance(node.layer, Conv2d)
-    return node.layer.kernel_size
+def is_split(window: Window) -> bool:
+    """Whether it strides, so that its input is split into phases first."""
+    return window.stride != (1, 1)
 
 
 @lru_cache(maxsize=1024)
-def _images(spec: ModelSpec, name: str, in_halo: int, grad_halo: int) -> tuple[int, int, int]:
+def _images(spec: ModelSpec, name: str, in_halo: Pair, grad_halo: Pair) -> tuple[int, int, int]:
     """Phases, and pixels of an input and of an output channel: the same for all masks."""
     node = spec.by_name[name]
-    layer = node.layer
-    assert isinstance(layer, Conv2d)
-    ((_, height, width),) = spec.input_shapes(node)
-    _, out_height, out_width = spec.shapes[node.name]
-    stride, padding = layer.stride, layer.padding
-    if stride > 1:
-        phases = min(stride, layer.kernel_size) ** 2
-        in_pixels = phases * prod(-(-(side + 2 * padding) // stride) for side in (height, width))
-    else:
-        phases = 1
-        in_pixels = prod(side + 2 * in_halo for side in (height, width))
-    grad_pixels = prod(side + 2 * grad_halo for side in (out_height, out_width))
-    return phases, in_pixels, grad_pixels
+    assert isinstance(node.layer, Conv2d)
+    window = node.layer.window
+    sides = as_image(spec.input_shapes(node)[0])[1:]
+    grad_pixels = _with_zeros(as_image(spec.shapes[node.name])[1:], grad_halo)
+    if not is_split(window):
+        return 1, _with_zeros(sides, in_halo), grad_pixels
+    phases = in_pixels = 1
+    for i, side in enumerate(sides):
+        stride, dilation = window.stride[i], window.dilation[i]
+        phases *= min(window.kernel[i], stride // gcd(stride, dilation))  # that have a tap
+        in_pixels *= -(-(side + 2 * window.padding[i]) // stride)
+    return phases, phases * in_pixels, grad_pixels
+
+
+def _with_zeros(sides: Pair, halo: Pair) -> int:
+    return (sides[0] + 2 * halo[0]) * (sides[1] + 2 * halo[1])

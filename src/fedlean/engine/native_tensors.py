@@ -17,7 +17,7 @@ from fedlean.engine import checks
 from fedlean.spec import INPUT, ModelSpec, Node
 
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
-_MAX_POOL_KERNEL = 16  # the winning pixel of a window is kept in one byte
+_MAX_POOL_AREA = 256  # the winning pixel of a window is kept in one byte
 
 
 class Place(NamedTuple):
@@ -105,13 +105,13 @@ def network_of(spec: ModelSpec, slower: frozenset[str] = frozenset()) -> _native
     index = {INPUT: -1} | {node.name: i for i, node in enumerate(spec.nodes)}
     for node in spec.nodes:
         shapes = [*spec.input_shapes(node), spec.shapes[node.name]]
-        if any(len(shape) not in (1, 3) for shape in shapes):
+        if any(len(shape) > 3 for shape in shapes):
             raise ValueError(
-                f"layer {node.name!r}: the native engine takes images (C, H, W) and vectors (F,), "
-                f"got shapes {shapes}; --engine torch may run it"
+                f"layer {node.name!r}: the native engine takes images (C, H, W), signals (C, L) "
+                f"and vectors (F,), got shapes {shapes}; --engine torch may run it"
             )
         inputs = [index[source] for source in node.inputs]
-        kind = type(node.layer).__name__
+        kind = _kind(node.layer)
         form = node.name in slower
         network.add(node.name, kind, inputs, list(shapes[-1]), slower=form, **_settings(node))
     return network
@@ -121,22 +121,33 @@ def _settings(node: Node) -> dict[str, Any]:
     match node.layer:
         case L.Linear(bias=bias):
             return {"bias": bias}
-        case L.Conv2d(kernel_size=k, stride=s, padding=p, groups=g, bias=bias):
-            return {"kernel": k, "stride": s, "padding": p, "groups": g, "bias": bias}
-        case (
-            L.MaxPool2d(kernel_size=k, stride=s, padding=p)
-            | L.AvgPool2d(kernel_size=k, stride=s, padding=p)
-        ):
-            if isinstance(node.layer, L.MaxPool2d) and k > _MAX_POOL_KERNEL:
+        case L.Conv2d(window=window, groups=groups, bias=bias):
+            return {**window._asdict(), "groups": groups, "bias": bias}
+        case L.MaxPool2d(window=window) | L.AvgPool2d(window=window):
+            if isinstance(node.layer, L.MaxPool2d) and window.area > _MAX_POOL_AREA:
                 raise ValueError(
-                    f"layer {node.name!r} (MaxPool2d): kernel_size {k} is not supported by the "
-                    f"native engine, at most {_MAX_POOL_KERNEL}; --engine torch runs it"
+                    f"layer {node.name!r} ({type(node.layer).__name__}): a window of "
+                    f"{window.area} pixels is not supported by the native engine, at most "
+                    f"{_MAX_POOL_AREA}; pool twice, or --engine torch runs it"
                 )
-            return {"kernel": k, "stride": s or k, "padding": p}
+            return window._asdict()
         case L.GroupNorm(eps=eps, groups=g):
             return {"eps": eps, "groups": g}
         case L.BatchNorm(eps=eps, momentum=momentum):
             return {"eps": eps, "momentum": momentum}
         case L.Scaler(factor=factor):
             return {"factor": factor}
+        case L.Dropout(p=p, channels=channels):
+            return {"p": p, "whole_channels": channels}
+        case L.LeakyReLU(slope=slope):
+            return {"low": slope}
+        case L.Hardtanh(low=low, high=high):
+            return {"low": low, "high": high}
     return {}
+
+
+def _kind(layer: L.Layer) -> str:
+    """The engine's name of it: a signal is an image of one row."""
+    if layer == L.GELU(tanh=True):
+        return "GELUTanh"
+    return type(layer).__name__.replace("1d", "2d")

@@ -202,12 +202,14 @@ class Engine(Protocol):
         optimizer: SGD,
         loss: Loss = "ce",
         slower: frozenset[str] = frozenset(),
+        seed: int = 0,
     ) -> Session:
         """`params` holds every tensor of the spec.
 
         A masked one is dense, and its pruned coordinates are ignored, or packed: its kept values
         (K,) in the row-major order of its mask, as they travel.  `slower` names the layers that an
-        engine of two forms holds in the slower one (`engine.forms`); others take no notice.  Raises
+        engine of two forms holds in the slower one (`engine.forms`); others take no notice.  `seed`
+        is what a Dropout draws from (`engine.dropout`); sessions of one seed drop the same.  Raises
         ValueError, also for what this engine does not support.
         """
         ...

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from fedlean.core import Params, SubModel
 from fedlean.engine import checks
 from fedlean.engine.directions import Kind, direction
+from fedlean.engine.dropout import dropout_key, factors
 from fedlean.engine.gradient_flow import needed
 from fedlean.engine.memory import forward_memory, step_memory
 from fedlean.engine.pieces import Importance, Pieces, piece_shape, pieces_of, whole
 from fedlean.engine.protocol import SGD, Loss
 from fedlean.engine.torch_layers import Tensors, run_layer
+from fedlean.layers import Dropout
 from fedlean.spec import INPUT, ModelSpec
 
 
@@ -46,11 +48,12 @@ class TorchEngine:
         optimizer: SGD,
         loss: Loss = "ce",
         slower: frozenset[str] = frozenset(),
+        seed: int = 0,
     ) -> TorchSession:
         """Raises ValueError when the parameters or the sub-model do not fit the spec."""
         checks.check_settings(batch_size, loss)
         checks.check_sub_model(spec, sub_model)
-        return TorchSession(spec, params, sub_model, batch_size, optimizer, loss)
+        return TorchSession(spec, params, sub_model, batch_size, optimizer, loss, seed)
 
     def open_forward(
         self,
@@ -81,8 +84,10 @@ class TorchSession:
         batch_size: int,
         optimizer: SGD,
         loss: Loss,
+        seed: int = 0,
     ):
         self._spec = spec
+        self._seed, self._passes = seed, 0
         self._batch_size = batch_size
         self._optimizer = optimizer
         self._loss_name = loss
@@ -278,11 +283,18 @@ class TorchSession:
         keep = (keep or set()) | {self._output}
         used = needed(self._spec, keep, training=training, frozen=self._frozen)
         nodes = [node for node in self._spec.nodes if node.name in used]
+        passes = self._passes
+        self._passes += training
         readers = Counter(source for node in nodes for source in node.inputs)
         for node in nodes:
             inputs = [values[source] for source in node.inputs]
             moves = training and f"{node.name}.running_mean" not in self._frozen
-            values[node.name] = run_layer(node, inputs, state, moves)
+            if training and isinstance(node.layer, Dropout):
+                key = dropout_key(self._seed, passes, node.name)
+                drawn = factors(node.layer, key, tuple(inputs[0].shape))
+                values[node.name] = inputs[0] * torch.from_numpy(drawn)
+            else:
+                values[node.name] = run_layer(node, inputs, state, moves)
             readers.subtract(node.inputs)
             for name in (node.name, *node.inputs):
                 if readers[name] == 0 and name not in keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,16 @@ def run_layer(
     match node.layer:
         case L.Linear() if weight is not None:
             return F.linear(x, weight, bias)
-        case L.Conv2d(stride=stride, padding=padding, groups=groups) if weight is not None:
-            return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+        case L.Conv2d(stride=s, padding=p, groups=groups, dilation=d) if weight is not None:
+            convolve = F.conv2d if node.layer.rank == 3 else F.conv1d
+            return convolve(x, weight, bias, s, p, d, groups)
         case L.AvgPool2d(kernel_size=k, stride=stride, padding=padding):
-            return F.avg_pool2d(x, k, stride, padding)
+            pool: Any = F.avg_pool2d if node.layer.rank == 3 else F.avg_pool1d
+            return pool(x, k, stride, padding)
         case L.MaxPool2d(kernel_size=k, stride=stride, padding=padding):
-            return F.max_pool2d(x, k, stride, padding)
+            return (F.max_pool2d if node.layer.rank == 3 else F.max_pool1d)(x, k, stride, padding)
         case L.GlobalAvgPool():
-            return x.mean((2, 3))
+            return x.flatten(2).mean(2)
         case L.GroupNorm(eps=eps, groups=groups):
             if training:  # as in _moving_batch_norm; evaluation's memory has no room for a copy
                 values = x.reshape(len(x), groups, -1)
@@ -41,19 +44,41 @@ def run_layer(
             return norm(x, mean, var, weight, bias, training, momentum, eps)
         case L.ReLU():
             return F.relu(x)
-        case L.Hardswish():
-            return F.hardswish(x)
-        case L.Hardsigmoid():
-            return F.hardsigmoid(x)
+        case L.Curve():
+            return _curve(node.layer, x)
         case L.Scaler(factor=factor):
             return x * factor if training else x
+        case L.Dropout():  # of evaluation; in training the session draws
+            return x
         case L.Flatten():
             return x.flatten(1)
+        case L.Concat():
+            return torch.cat(inputs, 1)
         case L.Add():
             return sum(inputs[1:], start=x)
         case L.Scale():
-            return x * inputs[1][:, :, None, None]
+            return x * inputs[1].reshape(*x.shape[:2], *[1] * (x.ndim - 2))
     raise ValueError(f"layer {node.name!r}: the torch engine lacks {type(node.layer).__name__}")
+
+
+def _curve(layer: L.Curve, x: torch.Tensor) -> torch.Tensor:
+    match layer:
+        case L.LeakyReLU(slope=slope):
+            return F.leaky_relu(x, slope)
+        case L.Hardtanh(low=low, high=high):
+            return F.hardtanh(x, low, high)
+        case L.GELU(tanh=tanh):
+            return F.gelu(x, approximate="tanh" if tanh else "none")
+    return _CURVES[type(layer)](x)
+
+
+_CURVES = {
+    L.Hardswish: F.hardswish,
+    L.Hardsigmoid: F.hardsigmoid,
+    L.Sigmoid: torch.sigmoid,
+    L.Tanh: torch.tanh,
+    L.SiLU: F.silu,
+}
 
 
 def _moving_batch_norm(x, mean, var, weight, bias, training, momentum, eps) -> torch.Tensor:

@@ -58,6 +58,7 @@ def open_stage(
             batch_size=size,
             optimizer=optimizer,
             loss=loss,
+            seed=task.seed,
         )
         return session, batches
     micro_batch = int(h["micro_batch"])

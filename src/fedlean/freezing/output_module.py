@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedlean.layers import Conv2d, GlobalAvgPool, GroupNorm, Layer, Linear, ReLU, Shape
+from fedlean.layers import Conv1d, Conv2d, GlobalAvgPool, GroupNorm, Layer, Linear, ReLU, Shape
 from fedlean.spec import ModelSpec, Node
 from fedlean.submodels.parts import Part
 
@@ -46,7 +46,7 @@ def output_module(
     def add(name: str, layer: Layer) -> None:
         nodes.append(Node(name, layer, (nodes[-1].name if nodes else source,), prefix))
 
-    if len(shape) == 3:
+    if len(shape) > 1:
         for missing in parts[number + 1 :]:
             if image := _last_image(spec, missing):
                 for suffix, layer in _stand_in(image, norm):
@@ -58,12 +58,13 @@ def output_module(
 
 def _last_image(spec: ModelSpec, part: Part) -> Shape | None:
     shapes = [spec.shapes[name] for name in part.layers]
-    return next((shape for shape in reversed(shapes) if len(shape) == 3), None)
+    return next((shape for shape in reversed(shapes) if len(shape) > 1), None)
 
 
 def _stand_in(shape: Shape, norm: bool) -> list[tuple[str, Layer]]:
     channels = shape[0]
-    layers: list[tuple[str, Layer]] = [("", Conv2d(channels, 3, stride=2, padding=1, bias=False))]
+    conv = Conv2d if len(shape) == 3 else Conv1d
+    layers: list[tuple[str, Layer]] = [("", conv(channels, 3, stride=2, padding=1, bias=False))]
     if norm:
         groups = max(1, channels // GROUP_CHANNELS)
         groups = groups if channels % groups == 0 else 1

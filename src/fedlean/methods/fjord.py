@@ -212,6 +212,7 @@ def _taught(
         task.sub_model,
         batch_size=int(task.hparams["batch_size"]),
         optimizer=SGD(float(task.hparams["lr"])),
+        seed=task.seed,
     )
     taps = {"teacher": teacher, output: session.forward(x, training=True)[output]}
     _, gradients = distillation(taps, y, student=output, teacher="teacher")

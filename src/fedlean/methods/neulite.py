@@ -266,7 +266,7 @@ def _read_by_classifier(spec: ModelSpec) -> str:
 
 def _projector(prefix: str, shape: tuple[int, ...], widths: Sequence[int]) -> list[Node]:
     """Linear layers with ReLU between them, behind global average pooling of an image."""
-    layers: list[tuple[str, Layer]] = [("pool", GlobalAvgPool())] if len(shape) == 3 else []
+    layers: list[tuple[str, Layer]] = [("pool", GlobalAvgPool())] if len(shape) > 1 else []
     for at, width in enumerate(widths, start=1):
         layers += [(f"fc{at}", Linear(width)), (f"relu{at}", ReLU())]
     nodes: list[Node] = []

@@ -295,6 +295,7 @@ def client_update(
         batch_size=batch_size,
         optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
         loss="bce" if h["loss"] == "bce" else "ce",
+        seed=task.seed,
     )
     losses, examples, held = _measure(task, batches, session, client_state)
     train_loss = local_sgd(session, batches, steps=steps, batch_size=batch_size, seed=task.seed)

@@ -324,7 +324,7 @@ def _stage(spec: ModelSpec, parts: Sequence[Part], number: int, norm: bool) -> S
         one, weight = stage(spec, parts, number, fc=last.name, norm=norm), f"{last.name}.weight"
         if one.spec.param_shapes[weight] == spec.param_shapes[weight]:
             return one
-    image = len(spec.shapes[parts[number].end]) == 3
+    image = len(spec.shapes[parts[number].end]) > 1
     fc = "surrogate_fc" if image else f"surrogate_fc_{parts[number].name}"
     return stage(spec, parts, number, fc=fc, norm=norm)
 

@@ -179,6 +179,7 @@ def client_update(
         batch_size=batch_size,
         optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
         loss="bce" if h["loss"] == "bce" else "ce",
+        seed=task.seed,
     )
     statistics = {}
     if h["penalty_ratio"]:

@@ -44,7 +44,12 @@ class _Add(nn.Module):
 
 class _Scale(nn.Module):
     def forward(self, image: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return image * gate[:, :, None, None]  # (B, C, H, W) * (B, C)
+        return image * gate.reshape(*image.shape[:2], *[1] * (image.ndim - 2))  # (B, C)
+
+
+class _Concat(nn.Module):
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat(inputs, 1)
 
 
 class _Scaler(nn.Module):
@@ -58,7 +63,7 @@ class _Scaler(nn.Module):
 
 class _GlobalAvgPool(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return image.mean((2, 3))
+        return image.flatten(2).mean(2)
 
 
 class _BatchNorm(nn.Module):
@@ -117,18 +122,30 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
     match layer:
         case layers.Linear():
             return nn.Linear(shape[0], layer.out_features, layer.bias)
-        case layers.Conv2d(out, kernel, stride, padding, groups, bias):
-            return nn.Conv2d(shape[0], out, kernel, stride, padding, groups=groups, bias=bias)
-        case layers.AvgPool2d():  # before MaxPool2d, its base class
-            return nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding)
+        case layers.Conv2d(out, kernel, stride, padding, groups, bias, dilation):
+            make: Any = nn.Conv2d if layer.rank == 3 else nn.Conv1d
+            return make(shape[0], out, kernel, stride, padding, dilation, groups, bias)
+        case layers.AvgPool2d():
+            make: Any = nn.AvgPool2d if layer.rank == 3 else nn.AvgPool1d
+            return make(layer.kernel_size, layer.stride, layer.padding)
         case layers.MaxPool2d():
-            return nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding)
+            make: Any = nn.MaxPool2d if layer.rank == 3 else nn.MaxPool1d
+            return make(layer.kernel_size, layer.stride, layer.padding)
         case layers.GroupNorm():
             return nn.GroupNorm(layer.groups, shape[0], layer.eps)
         case layers.BatchNorm():
             return _BatchNorm(shape[0], layer.eps, layer.momentum)
         case layers.Scaler():
             return _Scaler(layer.factor)
+        case layers.LeakyReLU():
+            return nn.LeakyReLU(layer.slope)
+        case layers.Hardtanh():
+            return nn.Hardtanh(layer.low, layer.high)
+        case layers.GELU():
+            return nn.GELU("tanh" if layer.tanh else "none")
+        case layers.Dropout():
+            of_channels = {3: nn.Dropout2d, 2: nn.Dropout1d} if layer.channels else {}
+            return of_channels.get(len(shape), nn.Dropout)(layer.p)
         case _:
             return _STATELESS[type(layer)]()
 
@@ -138,8 +155,12 @@ _STATELESS: dict[type, type[nn.Module]] = {
     layers.ReLU: nn.ReLU,
     layers.Hardswish: nn.Hardswish,
     layers.Hardsigmoid: nn.Hardsigmoid,
+    layers.Sigmoid: nn.Sigmoid,
+    layers.Tanh: nn.Tanh,
+    layers.SiLU: nn.SiLU,
     layers.Flatten: nn.Flatten,
     layers.Add: _Add,
+    layers.Concat: _Concat,
     layers.Scale: _Scale,
 }
 
@@ -151,31 +172,62 @@ def _is(layer: Layer | None) -> Callable[[Any, Shape], Layer | None]:
     return lambda _, __: layer
 
 
-_MODULES: dict[Any, Callable[[Any, Shape], Layer | None]] = {  # None: passes its input on
+_Layers = Layer | tuple[Layer, ...] | None  # several follow one another; None: passes its input on
+_MODULES: dict[Any, Callable[[Any, Shape], _Layers]] = {
     nn.Linear: convert.linear,
-    nn.Conv2d: convert.conv,
-    nn.MaxPool2d: convert.max_pool,
-    nn.AvgPool2d: convert.avg_pool,
-    nn.AdaptiveAvgPool2d: convert.global_pool,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d), convert.conv),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d), convert.max_pool),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d), convert.avg_pool),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), convert.adaptive_avg_pool),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), convert.adaptive_max_pool),
+    **dict.fromkeys((nn.Hardtanh, nn.ReLU6), convert.hardtanh),
+    nn.LeakyReLU: convert.leaky_relu,
+    nn.GELU: convert.gelu,
+    nn.LayerNorm: convert.layer_norm,
     nn.GroupNorm: convert.group_norm,
     nn.BatchNorm1d: convert.batch_norm,
     nn.BatchNorm2d: convert.batch_norm,
     _BatchNorm: convert.batch_norm,
     _Scaler: lambda scaler, _: layers.Scaler(scaler.factor),
     nn.Identity: _is(None),
-    **dict.fromkeys(_DROPOUTS, _is(None)),
+    **dict.fromkeys(_DROPOUTS, convert.dropout),
     **{module: _is(layer()) for layer, module in _STATELESS.items()},
 }
 
 
+def _dropout(kind: Callable[[float], nn.Module]) -> Callable[..., nn.Module]:
+    def module(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module:
+        if training and p:  # the graph is that of evaluation
+            raise ValueError(
+                f"drops p={p} in evaluation, too: pass training=self.training, or use nn.Dropout"
+            )
+        return kind(p)
+
+    return module
+
+
 # Calls that are a module in another spelling: (arguments after the input) -> that module.
 _CALLS: dict[Any, Callable[..., nn.Module]] = {
+    F.max_pool1d: nn.MaxPool1d,
     F.max_pool2d: nn.MaxPool2d,
+    F.avg_pool1d: nn.AvgPool1d,
     F.avg_pool2d: nn.AvgPool2d,
+    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-    F.dropout: lambda p=0.5, training=True, inplace=False: nn.Dropout(p),
+    F.adaptive_max_pool1d: nn.AdaptiveMaxPool1d,
+    F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
+    F.dropout: _dropout(nn.Dropout),
+    F.dropout1d: _dropout(nn.Dropout1d),
+    F.dropout2d: _dropout(nn.Dropout2d),
     F.hardswish: nn.Hardswish,
     F.hardsigmoid: nn.Hardsigmoid,
+    F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,
+    F.leaky_relu: nn.LeakyReLU,
+    F.silu: nn.SiLU,
+    F.gelu: nn.GELU,
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), nn.Sigmoid),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), nn.Tanh),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
 }
 _EXPANDS = {"expand", "expand_as"}
@@ -185,7 +237,8 @@ _RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, opera
 _MEANS = {torch.mean, "mean"}
 _SUMS = {operator.add, torch.add, "add"}
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
-_CALLS_OF_TENSORS = _RESHAPES | _MEANS | _SUMS | _PRODUCTS
+_CATS = {torch.cat, torch.concat, torch.concatenate}
+_CALLS_OF_TENSORS = _RESHAPES | _MEANS | _SUMS | _PRODUCTS | _CATS
 
 
 # --- from_torch: the graph ------------------------------------------------------------------------
@@ -209,8 +262,7 @@ def from_torch(
     """The spec of `module` and a float32 copy of its tensors; `example_input` is (B, ...).
 
     Layers are named after their module path with '.' -> '_'.  A block is a child of the top module;
-    outside of those each Linear or Conv2d starts one.  Dropout with p > 0 is refused, since engines
-    have none, unless `drop_dropout`.
+    outside of those each Linear or Conv2d starts one.  With `drop_dropout` the spec has no Dropout.
 
     Weights pruned by torch.nn.utils.prune come back masked, parameters with requires_grad=False
     frozen.  The statistics of a BatchNorm move in training even if its parameters are frozen, as in
@@ -342,15 +394,18 @@ class _Conversion:
         if not inputs:
             raise ValueError(_BY_POSITION)
         sources = [self._read(value).checked() for value in inputs]
-        if isinstance(module, _DROPOUTS) and module.p > 0 and not self.drop_dropout:
-            raise ValueError(
-                f"dropout with p={module.p} is not supported: set p=0 or pass drop_dropout=True"
-            )
         layer = _MODULES[type(module)](module, sources[0].shape)
+        if self.drop_dropout and isinstance(layer, layers.Dropout):
+            layer = None
         shape, call = self._shape(node), node.op != "call_module"
         if layer is None:
             self.held[node] = sources[0]._replace(torch_shape=shape)
             return
+        if isinstance(layer, tuple):
+            *before, layer = layer
+            for one in before:
+                between = one.output_shape([source.shape for source in sources])
+                sources = [self.draft.add(f"{path}_first", one, sources, between, call=True)]
         self._own(module)
         held = self.held[node] = self.draft.add(path, layer, sources, shape, call=call)
         for method in ("param_shapes", "buffer_shapes"):
@@ -385,6 +440,11 @@ class _Conversion:
         inputs = 2 if node.target in _SUMS | _PRODUCTS else 1
         if len(node.args) < inputs:
             raise ValueError(_BY_POSITION)
+        if node.target in _CATS:
+            axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            parts = [self._read(value) for value in tuple(node.args[0])]  # type: ignore[arg-type]
+            self.held[node] = self.draft.concat(path, parts, axis, self._shape(node))
+            return
         sides = [self._read(value) for value in node.args[:inputs]]
         shape = self._shape(node)
         if node.target in _RESHAPES:

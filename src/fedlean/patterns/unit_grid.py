@@ -36,8 +36,8 @@ def unit_grid(spec: ModelSpec, name: str) -> UnitGrid:
     weight = spec.param_shapes[name]
     hidden = not spec.reads_input(node)
     if isinstance(node.layer, Conv2d):
-        groups, k = node.layer.groups, node.layer.kernel_size
-        return UnitGrid((groups, weight[0] // groups, weight[1], k * k), hidden)
+        groups, taps = node.layer.groups, node.layer.window.area
+        return UnitGrid((groups, weight[0] // groups, weight[1], taps), hidden)
     channels = _channels(spec, node)
     return UnitGrid((1, weight[0], channels, weight[1] // channels), hidden)
 

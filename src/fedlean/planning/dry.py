@@ -44,6 +44,7 @@ class DryEngine:
         optimizer: SGD,
         loss: Loss = "ce",
         slower: frozenset[str] = frozenset(),
+        seed: int = 0,
     ) -> DrySession:
         """Raises ValueError naming the setting, mask or frozen tensor that does not fit."""
         checks.check_settings(batch_size, loss)

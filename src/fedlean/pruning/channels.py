@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 
 from fedlean.core import Masks, Params
-from fedlean.layers import Add, Conv2d, Flatten, Linear, Scale
+from fedlean.layers import Add, Concat, Conv2d, Flatten, Linear, Scale
 from fedlean.spec import INPUT, ModelSpec, Node
 from fedlean.tree import read_only
 
@@ -94,6 +94,8 @@ def _made(
             return numbers.fresh(spec.shapes[node.name][0])
         case Flatten():
             return np.repeat(sources[0], prod(spec.input_shapes(node)[0][1:]))
+        case Concat():
+            return np.concatenate(sources)
         case Add() | Scale():
             for other in sources[1:]:
                 numbers.join(sources[0], other)

@@ -9,10 +9,11 @@ OURS, where the paper's networks have no such thing:
 - Biases are left out, and with them the shifts of norms: the paper's R is a product of weights,
   and its conservation laws hold without them only.
 - BatchNorm is |weight| / sqrt(running variance + eps): evaluation mode, as in the authors' code.
-- A Scaler is the identity: evaluation mode too.
+- A Scaler and a Dropout are the identity: evaluation mode too.
 - GroupNorm is |weight|.  Its division by the example's own statistics would make R independent of
   the size of every weight before it.
-- Hardswish and Hardsigmoid are the identity, which Hardswish is for large inputs.
+- Hardswish, SiLU, GELU, the sigmoids and tangents are the identity, as the first three are for
+  large inputs; so is LeakyReLU, whose inputs are not negative.
 - A gate (`Scale`) is added instead of multiplied, as the product is to first order around 1.  Then
   R stays linear in each layer, and the weights that make the gate have a path to the output.
 """
@@ -64,28 +65,31 @@ def linear_map(
         case L.Linear():
             assert weight is not None
             return weight @ x, lambda g: ([g @ weight], np.outer(g, x))
-        case L.Conv2d():
+        case L.Conv2d() as layer:
             assert weight is not None
-            return _convolve(node.layer, x, weight)
-        case L.MaxPool2d():
-            return _max_pool(node.layer, x)
-        case L.AvgPool2d():
-            return _average_pool(node.layer, x)
+            return _on_image(x, lambda image: _convolve(layer, image, weight))
+        case L.MaxPool2d() as layer:
+            return _on_image(x, lambda image: _max_pool(layer, image))
+        case L.AvgPool2d() as layer:
+            return _on_image(x, lambda image: _average_pool(layer, image))
         case L.GlobalAvgPool():
-            area = x.shape[1] * x.shape[2]
-            return x.mean((1, 2)), lambda g: ([_spread(g, x) / area], None)
+            pixels = x.reshape(len(x), -1)
+            return pixels.mean(1), lambda g: ([_spread(g, x) / pixels.shape[1]], None)
         case L.BatchNorm() | L.GroupNorm():
             assert weight is not None
             gain = _spread(weight, x)
             return x * gain, lambda g: ([g * gain], None)
-        case L.ReLU() | L.Hardswish() | L.Hardsigmoid() | L.Scaler():
+        case L.Elementwise():
             return x, lambda g: ([g], None)
         case L.Flatten():
             return x.reshape(-1), lambda g: ([g.reshape(x.shape)], None)
         case L.Add():
             return sum(inputs[1:], start=x), lambda g: ([g] * len(inputs), None)
+        case L.Concat():
+            ends = np.cumsum([len(each) for each in inputs])[:-1]
+            return np.concatenate(inputs), lambda g: (np.split(g, ends), None)
         case L.Scale():
-            return x + _spread(inputs[1], x), lambda g: ([g, g.sum((1, 2))], None)
+            return x + _spread(inputs[1], x), lambda g: ([g, g.reshape(len(g), -1).sum(1)], None)
     raise ValueError(
         f"layer {node.name!r}: {type(node.layer).__name__} has no non-negative linear form yet"
     )
@@ -96,20 +100,39 @@ def _spread(per_channel: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(per_channel.reshape(-1, *[1] * (x.ndim - 1)), x.shape)
 
 
+def _on_image(
+    x: np.ndarray, run: Callable[[np.ndarray], tuple[np.ndarray, Pull]]
+) -> tuple[np.ndarray, Pull]:
+    """`run` on x as an image (C, H, W), and its result as a signal (C, L) where x is one."""
+    out, pull = run(x.reshape(L.as_image(x.shape)))
+
+    def back(g: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
+        (to_image,), to_weight = pull(g.reshape(out.shape))
+        return [to_image.reshape(x.shape)], to_weight
+
+    return out if x.ndim == 3 else out[:, 0], back
+
+
 def _windows(x: np.ndarray, layer: _Windowed, fill: float) -> np.ndarray:
-    """(C, H, W) -> (C, H', W', k, k)."""
-    p, s = layer.padding, layer.stride or layer.kernel_size
-    padded = np.pad(x, ((0, 0), (p, p), (p, p)), constant_values=fill)
-    return sliding_window_view(padded, (layer.kernel_size,) * 2, axis=(1, 2))[:, ::s, ::s]
+    """(C, H, W) -> (C, H', W', k, k')."""
+    window = layer.window
+    padded = np.pad(x, ((0, 0), *((p, p) for p in window.padding)), constant_values=fill)
+    extent = tuple(reach + 1 for reach in window.reach)
+    found = sliding_window_view(padded, extent, axis=(1, 2))
+    steps = tuple(slice(None, None, step) for step in (*window.stride, *window.dilation))
+    return found[(slice(None), *steps)]
 
 
 def _fold(windows: np.ndarray, layer: _Windowed, x: np.ndarray) -> np.ndarray:
     """The transpose of `_windows` with fill 0: what entered several windows is summed."""
-    p, s, (rows, columns) = layer.padding, layer.stride or layer.kernel_size, windows.shape[1:3]
-    total = np.zeros((x.shape[0], x.shape[1] + 2 * p, x.shape[2] + 2 * p))
+    (above, left), (down, across) = layer.window.padding, layer.window.stride
+    rows, columns = windows.shape[1:3]
+    total = np.zeros((x.shape[0], x.shape[1] + 2 * above, x.shape[2] + 2 * left))
     for i, j in np.ndindex(windows.shape[3:]):
-        total[:, i : i + s * rows : s, j : j + s * columns : s] += windows[..., i, j]
-    return total[:, p : p + x.shape[1], p : p + x.shape[2]]
+        y, z = i * layer.window.dilation[0], j * layer.window.dilation[1]
+        read = total[:, y : y + down * rows, z : z + across * columns]
+        read[:, ::down, ::across] += windows[..., i, j]
+    return total[:, above : above + x.shape[1], left : left + x.shape[2]]
 
 
 def _convolve(layer: L.Conv2d, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, Pull]:
@@ -144,7 +167,7 @@ def _max_pool(layer: L.MaxPool2d, x: np.ndarray) -> tuple[np.ndarray, Pull]:
 
 def _average_pool(layer: L.AvgPool2d, x: np.ndarray) -> tuple[np.ndarray, Pull]:
     windows = _windows(x, layer, 0.0)
-    area = layer.kernel_size**2
+    area = layer.window.area
 
     def pull(g: np.ndarray) -> tuple[list[np.ndarray], None]:
         shares = np.broadcast_to((g / area)[..., np.newaxis, np.newaxis], windows.shape)

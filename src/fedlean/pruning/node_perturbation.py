@@ -34,7 +34,7 @@ import numpy as np
 
 from fedlean.core import Masks, Params, SubModel
 from fedlean.engine.protocol import Engine
-from fedlean.layers import Conv2d, Linear
+from fedlean.layers import Conv2d, Linear, as_image
 from fedlean.pruning.ntk import draw_model
 from fedlean.spec import INPUT, ModelSpec, Node
 
@@ -198,13 +198,16 @@ def _seen(spec: ModelSpec, node: Node, a: np.ndarray) -> np.ndarray:
     layer = node.layer
     if not isinstance(layer, Conv2d):
         return a[:, None]
-    k, s, p = layer.kernel_size, layer.stride, layer.padding
-    _, rows, columns = spec.shapes[node.name]
-    a = np.pad(a, ((0, 0), (0, 0), (p, p), (p, p)))
-    seen = np.empty((*a.shape[:2], k, k))
-    for i, j in np.ndindex(k, k):
-        seen[:, :, i, j] = a[:, :, i : i + s * rows : s, j : j + s * columns : s].mean((2, 3))
-    return seen.reshape(len(a), layer.groups, -1, k, k)
+    kernel, stride, padding, dilation = layer.window
+    _, rows, columns = as_image(spec.shapes[node.name])
+    a = a.reshape(len(a), *as_image(a.shape[1:]))
+    a = np.pad(a, ((0, 0), (0, 0), *((p, p) for p in padding)))
+    seen = np.empty((*a.shape[:2], *kernel))
+    for i, j in np.ndindex(kernel):
+        y, x = i * dilation[0], j * dilation[1]
+        read = a[:, :, y : y + stride[0] * rows, x : x + stride[1] * columns]
+        seen[:, :, i, j] = read[:, :, :: stride[0], :: stride[1]].mean((2, 3))
+    return seen.reshape(len(a), layer.groups, -1, *kernel)
 
 
 def _product(units: np.ndarray, seen: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -72,7 +72,7 @@ def _exit(spec: ModelSpec, block: str, end: str) -> list[Node]:
     """Nodes that read "input"."""
     name, of = f"{PREFIX}{block}", PREFIX.rstrip("_")
     pool = Node(f"{name}_pool", GlobalAvgPool(), ("input",), of)
-    image = len(spec.shapes[end]) == 3
+    image = len(spec.shapes[end]) > 1
     source = pool.name if image else "input"
     logits = Node(name, Linear(spec.output_shape[0]), (source,), of, prunable=False)
     return [pool, logits] if image else [logits]

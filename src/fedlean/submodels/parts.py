@@ -79,7 +79,7 @@ def _part(spec: ModelSpec, name: str, end: str, layers: tuple[str, ...]) -> Part
 def _last_name(spec: ModelSpec, layers: tuple[str, ...]) -> str:
     """Of its only block with images and weights, or HEAD."""
     weighted = [node for node in spec.weighted if node.name in layers]
-    blocks = {node.block for node in weighted if len(spec.shapes[node.name]) == 3}
+    blocks = {node.block for node in weighted if len(spec.shapes[node.name]) > 1}
     return blocks.pop() if len(blocks) == 1 and len(spec.blocks) > 1 else HEAD
 
 
@@ -134,7 +134,7 @@ def _own(spec: ModelSpec) -> dict[str, str]:
     found = {
         name: end for name, end in block_ends(spec).items() if end != output and _alone(spec, end)
     }
-    images = {name: end for name, end in found.items() if len(spec.shapes[end]) == 3}
+    images = {name: end for name, end in found.items() if len(spec.shapes[end]) > 1}
     found = images or found
     after = spec.num_params - _num_params(spec, list(found.values())[-1]) if found else 0
     small = 2 * after <= spec.num_params if images else _num_weighted(spec, found) == 1

@@ -165,6 +165,7 @@ def open_session(
         batch_size=int(h["batch_size"]),
         optimizer=SGD(float(h["lr"]), float(h["momentum"]), float(h["weight_decay"])),
         loss=loss_of(task),
+        seed=task.seed,
     )
 
 

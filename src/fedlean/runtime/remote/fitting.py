@@ -38,6 +38,7 @@ class FittingEngine:
         optimizer: SGD,
         loss: Loss = "ce",
         slower: frozenset[str] = frozenset(),
+        seed: int = 0,
     ) -> Session:
         """As the engine's own; forms that the caller chooses count."""
         checks.check_settings(batch_size, loss)
@@ -58,6 +59,7 @@ class FittingEngine:
             optimizer=optimizer,
             loss=loss,
             slower=slower,
+            seed=seed,
         )
 
     def open_forward(

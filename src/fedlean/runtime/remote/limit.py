@@ -68,6 +68,7 @@ class LimitedEngine:
         optimizer: SGD,
         loss: Loss = "ce",
         slower: frozenset[str] = frozenset(),
+        seed: int = 0,
     ) -> Session:
         """Raises TooLarge before anything is allocated; else as the engine's own."""
         checks.check_settings(batch_size, loss)
@@ -84,6 +85,7 @@ class LimitedEngine:
             optimizer=optimizer,
             loss=loss,
             slower=slower,
+            seed=seed,
         )
         return _Guarded(session, ways, self._room)  # type: ignore[return-value]
 
