@@ -31,15 +31,26 @@ from machine import describe
 from fedlean.core import Params, SubModel, generator
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD, Engine, Session
+from fedlean.layers import (
+    BatchNorm,
+    Conv1d,
+    GlobalAvgPool,
+    Layer,
+    Linear,
+    MaxPool1d,
+    ReLU,
+    Shape,
+)
 from fedlean.models.catalog import build
 from fedlean.models.initialise import init_params
-from fedlean.spec import ModelSpec
+from fedlean.spec import ModelSpec, sequential
 
 MODELS = {  # input shape, classes, batch size
     "conv2": ((1, 28, 28), 62, 20),
     "lenet300": ((1, 28, 28), 10, 32),
     "vgg11": ((3, 32, 32), 10, 20),
     "resnet18": ((3, 32, 32), 10, 20),
+    "signals": ((6, 128), 6, 32),  # `signals` below
 }
 DENSITIES = (1.0, 0.677, 0.5, 0.3, 0.2, 0.178, 0.1, 0.05, 0.02, 0.01)
 OPERATIONS = ("step", "importance_step", "loss")
@@ -82,9 +93,25 @@ class Case:
         return len(self.batches[0][1])
 
 
+def signals(input_shape: Shape, classes: int) -> ModelSpec:
+    """A network of motion sensors: three Conv1d layers, two of them pooled, and global pooling."""
+    layers: list[tuple[str, Layer]] = []
+    for i, (channels, kernel) in enumerate(((32, 5), (64, 5), (128, 3)), start=1):
+        layers += [
+            (f"conv{i}", Conv1d(channels, kernel, padding=kernel // 2)),
+            (f"bn{i}", BatchNorm()),
+            (f"relu{i}", ReLU()),
+        ]
+        if i < 3:
+            layers.append((f"pool{i}", MaxPool1d(2)))
+    return sequential(input_shape, [*layers, ("pool", GlobalAvgPool()), ("fc", Linear(classes))])
+
+
 def make_case(model: str, batch_size: int, density: float) -> Case:
     input_shape, classes, _ = MODELS[model]
-    spec = build(model, input_shape, classes)
+    spec = (
+        signals(input_shape, classes) if model == "signals" else build(model, input_shape, classes)
+    )
     rng = generator(0, 0, 0, "benchmark")
     batches = [
         (

@@ -43,7 +43,7 @@ def with_exits(spec: ModelSpec, at: list[int], normed: bool) -> ModelSpec:
         if i not in at:
             continue
         source = node.name
-        if len(spec.shapes[source]) == 3:
+        if len(spec.shapes[source]) > 1:
             nodes.append(Node(f"x{i}_pool", GlobalAvgPool(), (source,)))
             source = nodes[-1].name
         nodes.append(Node(f"x{i}_fc", Linear(4), (source,)))

@@ -146,7 +146,7 @@ def test_the_module_refuses_wrong_calls():
     values = np.ones(8, np.float32)
     none = [None] * 4
     for call in (
-        lambda: session.step(x, y, []),  # not built
+        lambda: session.step(x, y, [], []),  # not built
         lambda: session.load(0, 0, values, False, False),
         lambda: session.build(0, none),  # a mask was planned
         lambda: session.build(0, [np.ones((2, 4), np.bool_), None, None, None]),  # of 3
@@ -171,4 +171,4 @@ def test_the_module_refuses_wrong_calls():
         with pytest.raises(ValueError):
             call()
     session.load(0, 0, values, False, False)
-    assert np.isfinite(session.step(x, y, []))
+    assert np.isfinite(session.step(x, y, [], []))
