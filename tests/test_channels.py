@@ -5,8 +5,19 @@ from __future__ import annotations
 from engine.cases import BLOCK, CONV
 
 from fedlean.channels import channels
-from fedlean.layers import Add, Conv2d, Flatten, GlobalAvgPool, Hardsigmoid, Linear, ReLU, Scale
+from fedlean.layers import (
+    Add,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Hardsigmoid,
+    Linear,
+    ReLU,
+    Scale,
+)
 from fedlean.models.resnet import resnet8
+from fedlean.narrowed import narrowed
 from fedlean.spec import INPUT, ModelSpec, Node
 
 
@@ -51,6 +62,21 @@ def test_blocks_are_those_of_the_first_layer():
     assert found["stage1_1_relu2"].space.block == "stem"
     assert found["stage2_1_relu2"].space.block == "stage2"
     assert found[INPUT].space.block == ""
+
+
+def test_what_is_joined_stays():
+    nodes = (
+        Node("a", Conv2d(4, 1), (INPUT,)),
+        Node("b", Conv2d(6, 1), (INPUT,)),
+        Node("cat", Concat(), ("a", "b")),
+        Node("mix", Conv2d(5, 1), ("cat",)),
+        Node("pool", GlobalAvgPool(), ("mix",)),
+        _out("pool"),
+    )
+    spec = ModelSpec((3, 4, 4), nodes)
+    assert described(spec)["cat"] == ("cat", 10, 1)
+    assert fixed(spec) == {INPUT, "a", "b", "cat", "out"}
+    assert narrowed(spec, 0.4).shapes["mix"] == (2, 4, 4)
 
 
 def test_what_is_added_to_the_input_stays():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from federation import SPEC, params
 
-from fedlean.layers import Add, Conv2d, Flatten, GlobalAvgPool, Linear, ReLU, Scale
+from fedlean.layers import Add, Concat, Conv2d, Flatten, GlobalAvgPool, Linear, ReLU, Scale
 from fedlean.models.initialise import init_params
 from fedlean.models.lenet300 import lenet300
 from fedlean.models.mobilenetv3 import mobilenetv3_small
@@ -32,6 +32,18 @@ def test_a_chain_by_hand():
     assert found.rows["fc1.weight"].tolist() == list(range(5, 17))
     assert found.columns["fc2.weight"].tolist() == [list(range(5, 17))]
     assert found.rows["fc2.weight"].tolist() == [17, 18, 19]
+
+
+def test_joined_channels_keep_their_numbers():
+    nodes = (
+        Node("a", Conv2d(2, 1), ("input",)),
+        Node("b", Conv2d(3, 1), ("input",)),
+        Node("cat", Concat(), ("b", "a", "b")),
+        Node("mix", Conv2d(4, 1), ("cat",)),
+    )
+    found = channels(ModelSpec((1, 4, 4), nodes))
+    a, b = (found.rows[f"{name}.weight"].tolist() for name in "ab")
+    assert found.columns["mix.weight"].tolist() == [[*b, *a, *b]]
 
 
 def test_a_channel_lives_while_a_weight_makes_or_reads_it():
