@@ -27,7 +27,6 @@ from federation import (
     same,
     server,
 )
-from safetensors.numpy import load_file
 
 from fedlean import wire
 from fedlean.core import SubModel, derive_seed
@@ -36,6 +35,7 @@ from fedlean.data.batches import ClientData
 from fedlean.engine.open import open_engine
 from fedlean.engine.protocol import SGD
 from fedlean.methods.ntk_zo import State, client_update, ntk_zo, statistics, work
+from fedlean.models.catalog import build as build_model
 from fedlean.pruning.density import density, full_masks
 from fedlean.pruning.foresight import Scoring, foresight_masks
 from fedlean.pruning.ntk import ntk_scores
@@ -44,6 +44,7 @@ from fedlean.runtime.checks import Expected, refusal
 from fedlean.runtime.clientstore import ClientStore
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.how import How
+from fedlean.runtime.modelfile import read_model
 from fedlean.runtime.remote.limit import LimitedEngine
 from fedlean.runtime.remote.room import TooLarge
 from fedlean.runtime.run import start
@@ -158,8 +159,9 @@ def test_masks_of_a_finished_run(tmp_path):
     )
     summary = start(grown, tmp_path / "zo", How())
     assert summary["density"] == pytest.approx(0.1, abs=1e-3)
-    kept = load_file(tmp_path / "zo" / "model.safetensors")["fc1.weight"]
-    mask = load_file(tmp_path / "pruned" / "model.safetensors")["fc1.weight.mask"]
+    spec = build_model("lenet300", (1, 8, 8), 10)
+    kept = read_model(tmp_path / "zo" / "model.safetensors", spec).params["fc1.weight"]
+    mask = read_model(tmp_path / "pruned" / "model.safetensors", spec).masks["fc1.weight"]
     bound = 1 / np.sqrt(64 * mask.mean())  # 1/sqrt(fan_in) over the root of the layer's density
     assert 0.99 * bound < np.abs(kept).max() <= bound + 1e-6
     after = start(config, tmp_path / "on", How())

@@ -121,7 +121,7 @@ def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, metho
     settings += ["density=0.5", "prune_steps=2"] if masked else []
     with monkeypatch.context() as patch:
         patch.setattr("fedlean.runtime.run.CHECKPOINT_SECONDS", (0.0, 0.0))
-        patch.setattr("fedlean.runtime.run.save_checkpoint", save)
+        patch.setattr("fedlean.runtime.keeper.save_checkpoint", save)
         quick = [*QUICK, "--rounds", "4", "--set", *settings]
         cli.main(["run", method, *quick, "--out", str(folder)])
     whole = (folder / "model.safetensors").read_bytes()

@@ -21,6 +21,7 @@ from fedlean.models.lenet300 import lenet300
 from fedlean.pruning.density import full_masks
 from fedlean.runtime.config import RunConfig, read_config
 from fedlean.runtime.how import How
+from fedlean.runtime.modelfile import read_stored
 from fedlean.runtime.older import in_todays_words
 from fedlean.runtime.run import resume, start
 from fedlean.runtime.start import first_model as started
@@ -28,6 +29,7 @@ from fedlean.spec import ModelSpec
 from fedlean.tree import apply_mask
 
 SEED = 5  # of the run that pruned
+LENET = build("lenet300", (1, 8, 8), 10)
 CONFIG = RunConfig("fixed_mask", seed=11)
 
 
@@ -96,8 +98,8 @@ def test_a_run_reads_what_another_left_and_keeps_it(tmp_path):
         settings={"initial_max_passes": 40, "initial_stable": 1, "prunable_fraction": 0.5},
     )
     start(config, tmp_path / "pruned", How())
-    stored = load_file(tmp_path / "pruned" / "model.safetensors")
-    kept = stored["fc1.weight.mask"].astype(bool)
+    stored = read_stored(tmp_path / "pruned" / "model.safetensors", LENET).model
+    kept = stored.masks["fc1.weight"]
     assert not kept.all()
     ticket = RunConfig(
         "fixed_mask",
@@ -110,18 +112,18 @@ def test_a_run_reads_what_another_left_and_keeps_it(tmp_path):
     said = []
     start(ticket, tmp_path / "ticket", How(say=said.append))
     assert any("starts from" in line and "original" in line for line in said)
-    again = load_file(tmp_path / "ticket" / "model.safetensors")
-    assert np.array_equal(again["fc1.weight.mask"], stored["fc1.weight.mask"])
+    again = read_stored(tmp_path / "ticket" / "model.safetensors", LENET).model
+    assert np.array_equal(again.masks["fc1.weight"], kept)
     document = json.loads((tmp_path / "ticket" / "config.json").read_text())
     spec = ModelSpec.from_json(json.dumps(document["spec"]))
     original = np.where(kept, init_params(spec, 7)["fc1.weight"], 0)
-    np.testing.assert_allclose(again["fc1.weight"], original, atol=1e-6)
+    np.testing.assert_allclose(again.params["fc1.weight"], original, atol=1e-6)
     shutil.rmtree(tmp_path / "pruned")
     for left in ("checkpoint", "rounds.jsonl", "summary.json"):
         gone = tmp_path / "ticket" / left
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     resume(tmp_path / "ticket", How())  # from the beginning: no checkpoint is left
-    assert same(load_file(tmp_path / "ticket" / "model.safetensors"), again)
+    assert same(read_stored(tmp_path / "ticket" / "model.safetensors", LENET).model, again)
 
 
 def test_a_model_of_the_callers_is_a_start(tmp_path):

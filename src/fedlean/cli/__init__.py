@@ -30,7 +30,10 @@ COMMANDS = {
         "runs:run",
         "Train one model across simulated clients and write a run folder with a report.",
     ),
-    "resume": ("runs:resume", "Continue an interrupted run, bit for bit."),
+    "resume": (
+        "runs:resume",
+        "Continue an interrupted run, bit for bit; or extend a finished one.",
+    ),
     "compare": ("comparison:compare", "One page over several runs; the first is the baseline."),
     "plan": (
         "plan:plan",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import field, fields, make_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
@@ -54,14 +53,6 @@ RunOptions: Any = _options()
 
 
 def told(options: Any) -> dict[str, Any]:
-    """The settings that were given, as `RunConfig` has them."""
+    """The settings that were given, by name."""
     given = {each.name: getattr(options, each.name) for each in fields(options)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {name: _as_config(value) for name, value in given.items()}
-
-
-def _as_config(value: Any) -> Any:
-    """JSON's: no paths, and what cannot change."""
-    if isinstance(value, Path):
-        return str(value)
-    return tuple(value) if isinstance(value, list) else value
+    return {name: value for name, value in given.items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +18,8 @@ from fedlean.cli.screen import say, show
 from fedlean.report.page import write_report
 from fedlean.report.tensorboard import tensorboard
 from fedlean.runtime import config as configs
-from fedlean.runtime import method as methods
 from fedlean.runtime import run as runs
+from fedlean.runtime.configured import configured
 from fedlean.runtime.how import How
 from fedlean.runtime.local import ClientError
 from fedlean.runtime.progress import watch_run
@@ -46,7 +47,7 @@ def run(
     Parameters
     ----------
     method
-        a name from 'fedlean methods', or package.module:function
+        a name from 'fedlean methods', or your own: FILE.py:function or package.module:function
     cohort
         clients a round, drawn anew each round (default: all)
     local_steps
@@ -63,9 +64,7 @@ def run(
         tensorboard: curves while the run goes on, in the folder tensorboard beside the run folder
     """
     flags = {"cohort": cohort, "local_steps": local_steps, "batch_size": batch, "lr": lr}
-    given = {key: value for key, value in flags.items() if value is not None}
-    settings = methods.given_settings(method, set or [], given)
-    config = configs.RunConfig(method=method, settings=settings, **told(options))
+    config = configured(method, settings=set or [], flags=flags, options=told(options))
     folder = out or Path("runs") / _folder_name(config)
     with ExitStack() as stack:
         watches = [stack.enter_context(watch_run(config, folder))]
@@ -95,8 +94,9 @@ def resume(
     method: str | None = None,
     model: str | None = None,
     trust: Annotated[bool, Parameter(negative=())] = False,
+    rounds: Whole | None = None,
 ) -> None:
-    """Continue an interrupted run, bit for bit.
+    """Continue an interrupted run, bit for bit; or extend a finished one.
 
     Parameters
     ----------
@@ -112,9 +112,12 @@ def resume(
         the run's model, needed where that is code of your own
     trust
         run whatever code the folder names, without naming it
+    rounds
+        more rounds than the run was to have, to extend it
     """
     named = Named(method, model, trust)
     config, _ = read_trusted(folder, named)
+    config = replace(config, rounds=rounds or config.rounds)  # for the bar
     with watch_run(config, folder) as watch, _report_of_a_failure(folder):
         summary = runs.resume(
             folder,
@@ -122,13 +125,23 @@ def resume(
             dataset=dataset,
             accept_changed_data=accept_changed_data,
             named=named,
+            rounds=rounds,
         )
     _finish(folder, summary)
 
 
 def _folder_name(config: configs.RunConfig) -> str:
-    parts = (config.method, Path(config.dataset).name, config.model, f"s{config.seed}")
+    method, model = (
+        Path(place).name + colon + own  # of FILE.py:function the file's name
+        for place, colon, own in map(_divided, (config.method, config.model))
+    )
+    parts = (method, Path(config.dataset).name, model, f"s{config.seed}")
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts)
+
+
+def _divided(name: str) -> tuple[str, str, str]:
+    place, colon, own = name.rpartition(":")
+    return (place, colon, own) if colon else (own, "", "")
 
 
 @contextmanager

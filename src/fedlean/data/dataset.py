@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -94,6 +95,45 @@ class Dataset:
         if train[0].size:
             mean, std = moments(train[0]).statistics(scale)
         return cls(name, *train, *test, classes, mean, std, scale, class_names, clients, notes)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        x: Any,
+        y: Any,
+        *,
+        clients: Any = None,
+        test: tuple[Any, Any] | float | None = None,
+        class_names: Sequence[str] | None = None,
+        name: str = "arrays",
+    ) -> Dataset:
+        """Your own arrays, or what NumPy makes one of.
+
+        x: numbers (n, ...), each example in exactly the shape that the model takes, channels first:
+        no axis is added or moved.  y: (n,) labels, whole numbers or text.  clients: (n,) ids of any
+        kind, who owns each example.  test: (x, y) alike, or the share of the examples to hold out,
+        drawn by class and always the same.  class_names: what integer labels count.
+
+        Raises ValueError naming the argument that does not fit.
+
+        >>> x, y = np.zeros((4, 1, 2, 2)), ["run", "walk", "run", "walk"]
+        >>> data = Dataset.from_arrays(x, y, clients=["a", "a", "b", "b"], test=0.5)
+        >>> data.class_names, len(data.y_train), data.input_shape
+        (('run', 'walk'), 2, (1, 2, 2))
+        """
+        from fedlean.data.arrays import from_arrays
+
+        return from_arrays(x, y, clients=clients, test=test, class_names=class_names, name=name)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Dataset:
+        """The data set in a folder, FOLDER:NAME, or "digits" (docs/data.md).
+
+        Raises ValueError when nothing there is recognised, or it is damaged.
+        """
+        from fedlean.data.load import load_dataset
+
+        return load_dataset(str(folder))
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from fedlean.models._in_place import refuse_visible_writes
 from fedlean.models._torch_state import checked_copy, read_example, read_tensor
 from fedlean.models._torch_trace import Result, results, trace, where
 from fedlean.models._torch_verify import verify
+from fedlean.models.brought import Converted, Names, TensorName
 from fedlean.models.initialise import check_params, init_params
 from fedlean.spec import INPUT, ModelSpec
 from fedlean.tree import apply_mask
@@ -115,6 +116,11 @@ def to_torch(spec: ModelSpec, params: Params | None = None) -> fx.GraphModule:
     state = {name: torch.from_numpy(np.array(params[name])) for name in spec.tensor_shapes}
     module.load_state_dict(state, assign=True)
     return module
+
+
+def as_tensors(arrays: Params) -> dict[str, torch.Tensor]:
+    """A state dict of arrays, whose memory it shares."""
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 def _module(layer: Layer, shape: Shape) -> nn.Module:
@@ -244,14 +250,6 @@ _CALLS_OF_TENSORS = _RESHAPES | _MEANS | _SUMS | _PRODUCTS | _CATS
 # --- from_torch: the graph ------------------------------------------------------------------------
 
 
-class Converted(NamedTuple):
-    """`engine.open(*converted, ...)` trains what the module would: masked weights stay 0."""
-
-    spec: ModelSpec
-    params: Params  # exactly 0 where masked
-    sub_model: SubModel  # the masks of pruned weights, and the frozen parameters
-
-
 @torch.inference_mode(False)  # which turns gradients on, whatever the caller has set
 def from_torch(
     module: nn.Module,
@@ -278,9 +276,8 @@ def from_torch(
     (['0', '1'], (10, 64))
     """
     example = read_example(example_input)
-    if type(module) in _MODULES:
-        module = nn.Sequential(module)
-    original, masks = checked_copy(module)
+    alone = type(module) in _MODULES
+    original, masks = checked_copy(nn.Sequential(module) if alone else module)
     traced = trace(original, _MODULES)
     _refuse_visible_writes(traced)
     traced.graph.eliminate_dead_code()
@@ -293,7 +290,23 @@ def from_torch(
     params = {name: conversion.tensors[name] for name in spec.tensor_shapes}
     params = apply_mask(params, sub_model.masks)  # -1·0 is -0
     verify(original, to_torch(spec, params).eval(), example, conversion.trained)
-    return Converted(spec, params, sub_model)
+    return Converted(spec, params, sub_model, _names(conversion, spec, original, alone=alone))
+
+
+def _names(conversion: _Conversion, spec: ModelSpec, original: nn.Module, *, alone: bool) -> Names:
+    """alone: `original` is the user's layer in a container of ours, whose "0." he does not know."""
+
+    def own(name: str) -> str:
+        return name.removeprefix("0.") if alone else name
+
+    of = {name: conversion.own_names[name] for name in spec.tensor_shapes}
+    known = {each.name for each in of.values()}
+    rest = {
+        own(name): np.array(tensor.detach().numpy())
+        for name, tensor in original.state_dict().items()
+        if name not in known and not name.endswith("num_batches_tracked")
+    }
+    return Names({name: each._replace(name=own(each.name)) for name, each in of.items()}, rest)
 
 
 def _known(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -337,6 +350,7 @@ class _Conversion:
         self.user_masks, self.drop_dropout = user_masks, drop_dropout
         self.draft = Draft(path for path, _ in traced.named_modules())
         self.tensors: dict[str, np.ndarray] = {}
+        self.own_names: dict[str, TensorName] = {}
         self.masks: dict[str, np.ndarray] = {}
         self.frozen: set[str] = set()
         self.trained: dict[str, torch.Tensor] = {}
@@ -413,6 +427,7 @@ class _Conversion:
             for suffix, tensor_shape in own.items():
                 name, tensor = f"{held.name}.{suffix}", getattr(module, suffix)
                 self.tensors[name] = read_tensor(name, tensor, tensor_shape)
+                self.own_names[name] = TensorName(f"{path}.{suffix}", tuple(tensor.shape))
                 if tensor.requires_grad:
                     self.trained[name] = tensor
                 elif method == "param_shapes":

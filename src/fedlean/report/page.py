@@ -219,8 +219,8 @@ def _odd_note(runs: Sequence[Run]) -> str:
     if not pruned:
         return ""
     return (
-        f"Memory and time fall less than the density{_whom(pruned, runs)}: activations stay as large, "
-        "and the modelled device computes a layer densely where its profile says that this is "
+        f"Memory and time fall less than the density{_whom(pruned, runs)}: activations stay as "
+        "large, and the modelled device computes a layer densely where its profile says that this is "
         "quicker. Single rounds that take more are reconfigurations, which need the gradients of "
         "all weights."
     )

@@ -19,6 +19,7 @@ from fedlean.models.initialise import INIT_SCHEMES
 from fedlean.runtime.checkpoint import write_atomically
 from fedlean.runtime.method import Settings, complete
 from fedlean.runtime.older import in_todays_words
+from fedlean.usercode import absolute_code
 
 FORMAT = 1  # of the run folder
 CLIENTS = 10  # where nothing says how many
@@ -42,6 +43,10 @@ _BESIDE = (  # the run's, not its user's
     "fleet_content",
     "data",
     "notes",
+    "tensor_names",
+    "normalisation",
+    "given_model",
+    "extensions",
 )
 
 
@@ -61,8 +66,8 @@ class RunConfig:
     dataset: str = setting("digits", "digits, or a folder (see 'fedlean datasets')")
     model: str = setting(
         "lenet300",
-        "a name from 'fedlean models', with its options as resnet18,norm=batch; or "
-        "package.module:function",
+        "a name from 'fedlean models', with its options as resnet18,norm=batch; or your own, as "
+        "FILE.py:function or package.module:function",
     )
     inputs: str = setting(
         "standardised",
@@ -172,7 +177,7 @@ def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
             for name in ("environment", "spec"):
                 if not isinstance(document[name], dict):
                     raise TypeError(f"{name} is a {type(document[name]).__name__}")
-            config = _typed(RunConfig(**in_todays_words(own)))
+            config = checked_types(RunConfig(**in_todays_words(own)))
             check(config)
             return config, document
     except KeyError as error:
@@ -190,7 +195,7 @@ def differences(config: RunConfig, written: RunConfig) -> list[str]:
     default counts.  Folders of data and fleets are compared by where they are, not by how they were
     written.
     """
-    if written.method != config.method:
+    if written.method != absolute_code(config.method):
         return ["method"]  # whatever its settings mean: another's code is not asked
     written = replace(written, clients=written.num_clients)
     open_number = config.partition == "natural" or config.fleet is not None
@@ -201,6 +206,7 @@ def differences(config: RunConfig, written: RunConfig) -> list[str]:
             **vars(each),
             "settings": complete(each.method, each.settings),
             "dataset": absolute(each.dataset),
+            "model": absolute_code(each.model),
             "fleet": None if each.fleet is None else absolute_file(each.fleet),
         }
         for each in (config, written)
@@ -213,7 +219,7 @@ def absolute_file(name: str) -> str:
     return str(Path(os.path.expanduser(name)).resolve())  # noqa: PTH111 - Path's raises
 
 
-def _typed(config: RunConfig) -> RunConfig:
+def checked_types(config: RunConfig) -> RunConfig:
     """Raises TypeError naming the first value of another type than declared."""
     for name, hint in typing.get_type_hints(RunConfig).items():
         if not _is_a(getattr(config, name), hint):

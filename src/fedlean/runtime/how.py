@@ -14,11 +14,10 @@ from fedlean.data.partition import partition
 from fedlean.fleet.fleet import Fleet
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.local import Dispatch, LocalDispatch
-from fedlean.runtime.lock import Lock
 from fedlean.runtime.notices import about_shares
 from fedlean.runtime.together import check_training
 
-Watch = Callable[[dict[str, Any]], None]  # called with every log entry
+Watch = Callable[[dict[str, Any]], object]  # called with every log entry; False: the run ends early
 Say = Callable[[str], None]  # called with a line that is worth knowing
 
 
@@ -30,7 +29,7 @@ class Parts:
     server: Server
     algorithm: FederatedAlgorithm
     dataset: Dataset
-    lock: Lock  # on the run folder
+    check: Callable[[], None]  # raises Superseded once the run is another process's
     say: Say
     fleet: Fleet | None = None
 
@@ -67,4 +66,5 @@ class How:
     connect: Connect = in_process  # makes the dispatch to the clients
     load: Load | None = None  # of a data set by its name, by who has it already
     checkpoint_seconds: float | None = None  # between two; 0: one after every step; None: see below
+    interruptible: bool = False  # Ctrl-C ends the run early, with what it has reached
     shared: bool = False  # the folder is shared by servers of a Flower app, see `lock`

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import fedlean.methods
 from fedlean.algorithm import FederatedAlgorithm, Server, State
@@ -39,7 +39,8 @@ def find_method(name: str) -> Method:
     names = sorted(module.name for module in pkgutil.iter_modules(fedlean.methods.__path__))
     if name not in names:
         raise ValueError(
-            f"no method named {name!r}; {nearest(name, names)} (or package.module:function)"
+            f"no method named {name!r}; {nearest(name, names)} (or FILE.py:function, "
+            "package.module:function)"
         )
     return getattr(importlib.import_module(f"fedlean.methods.{name}"), name)
 
@@ -57,12 +58,21 @@ def hyperparameters(method: Method) -> Mapping[str, inspect.Parameter]:
     }
 
 
-def complete(method_name: str, settings: Settings) -> dict[str, Scalar | None]:
+def name_of(method: Method) -> str:
+    """By which a function of the caller's is recorded, as `find_method` takes it."""
+    module, name = (getattr(method, key, "") for key in ("__module__", "__qualname__"))
+    return f"{module or 'unknown'}:{name or type(method).__name__}"
+
+
+def complete(
+    method_name: str, settings: Settings, method: Method | None = None
+) -> dict[str, Scalar | None]:
     """`settings` with the method's defaults for what they leave out, in its order.
 
-    What the method does not know comes last, for `build` to refuse.
+    What the method does not know comes last, for `build` to refuse.  method: the function of that
+    name, where the caller has it.
     """
-    known = hyperparameters(find_method(method_name))
+    known = hyperparameters(method or find_method(method_name))
     defaults = {name: parameter.default for name, parameter in known.items()}
     given = {
         name: value for name, value in defaults.items() if value is not inspect.Parameter.empty
@@ -71,22 +81,29 @@ def complete(method_name: str, settings: Settings) -> dict[str, Scalar | None]:
 
 
 def given_settings(
-    method_name: str, texts: list[str], flags: Mapping[str, Scalar] | None = None
+    method_name: str,
+    texts: Sequence[str] | Settings,
+    flags: Mapping[str, Scalar] | None = None,
+    method: Method | None = None,
 ) -> dict[str, Scalar | None]:
-    """What a user asked of a method: `key=value` texts, and flags of their own by the same names.
+    """What a user asked of a method: settings, and flags of their own by the same names.
 
-    Raises ValueError for a setting that is unknown, of another type, given twice or without effect
-    beside the others.
+    texts: `key=value`, or values by key.  method: the function of that name, where the caller has
+    it.  Raises ValueError for a setting that is unknown, of another type, given twice or without
+    effect beside the others.
     """
-    method = find_method(method_name)
-    settings, flags = parse_settings(method_name, method, texts), flags or {}
+    method, flags = method or find_method(method_name), flags or {}
+    if isinstance(texts, Mapping):
+        settings = dict(texts)
+    else:
+        settings = parse_settings(method_name, method, texts)
     for key in flags:
         if key in settings:
             raise ValueError(
                 f"--set {key}=... and the option for {key} are one setting: give it once"
             )
     settings |= flags
-    for key, why in unused_settings(method, complete(method_name, settings)).items():
+    for key, why in unused_settings(method, complete(method_name, settings, method)).items():
         if key in settings:
             raise ValueError(f"{key} has no effect on {method_name}, since {why}: leave it out")
     return settings
@@ -103,7 +120,7 @@ def unused_settings(method: Method, settings: Settings) -> Mapping[str, str]:
 
 
 def parse_settings(
-    method_name: str, method: Method, settings: list[str]
+    method_name: str, method: Method, settings: Sequence[str]
 ) -> dict[str, Scalar | None]:
     """`key=value` texts as typed keyword arguments.
 
@@ -126,14 +143,17 @@ def parse_settings(
 
 
 def build(
-    method_name: str, server: Server, settings: Mapping[str, Scalar | None]
+    method_name: str,
+    server: Server,
+    settings: Mapping[str, Scalar | None],
+    method: Method | None = None,
 ) -> FederatedAlgorithm:
-    """The algorithm.
+    """The algorithm; method: the function of that name, where the caller has it.
 
     Raises ValueError naming a setting that the method lacks or that is of another type than it
     takes, and what a function of the user's is instead of a method.
     """
-    method = find_method(method_name)
+    method = method or find_method(method_name)
     known = hyperparameters(method)
     for key, value in settings.items():
         if key not in known:

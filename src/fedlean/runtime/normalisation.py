@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from fedlean.data.dataset import Dataset
+from fedlean.normalisation import Normalisation
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.local import Dispatch, ToDevices
 from fedlean.runtime.notices import some
@@ -19,26 +18,18 @@ def is_known(dataset: Dataset, config: RunConfig) -> bool:
     return bool(len(dataset.y_train) or config.mean or config.inputs != "standardised")
 
 
-def about(dataset: Dataset) -> dict[str, Any]:
-    """For `config.json`: inputs are (stored / scale - mean) / deviation, per channel."""
-    mean, deviation = dataset.mean.tolist(), dataset.std.tolist()
-    return {"scale": dataset.scale, "mean": mean, "deviation": deviation}
-
-
 def before(dataset: Dataset, document: Mapping[str, Any]) -> Dataset | None:
     """The data set with what the run's clients agreed on when it began; None where they did not.
 
     Raises ValueError when `config.json` is damaged.
     """
-    data = document.get("data")
-    found = data.get("normalisation") if isinstance(data, dict) else None
-    if found is None:
+    if document.get("normalisation") is None:
         return None
     try:
-        mean, std = (np.array(found[name], np.float32) for name in ("mean", "deviation"))
-        return replace(dataset, mean=mean, std=std)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"config.json is damaged: normalisation: {error}") from None
+        found = Normalisation.from_json(document["normalisation"], len(dataset.mean))
+        return replace(dataset, mean=found.mean, std=found.std)
+    except ValueError as error:
+        raise ValueError(f"config.json is damaged: {error}") from None
 
 
 class Normalised:

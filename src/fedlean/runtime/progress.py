@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fedlean.printable import printable
 from fedlean.runtime.checks import remedy
 from fedlean.runtime.config import RunConfig
+from fedlean.runtime.how import Watch
 from fedlean.runtime.trust import resume_command
 
 Show = Callable[[dict[str, Any]], None]  # takes a log entry
@@ -23,7 +24,7 @@ PLAIN_LINES = 10  # a run whose output is not a terminal prints about so many li
 
 
 @contextmanager
-def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[Show]:
+def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[Watch]:
     """A callable that takes every log entry and shows it on standard error.
 
     Without `bar` by lines even on a terminal, where several runs share it.
@@ -32,9 +33,9 @@ def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[
     try:
         if bar and console.is_terminal:
             with _bar(config, console) as show:
-                yield _with_refusals(show, console)
+                yield with_refusals(show, console)
         else:
-            yield _with_refusals(_plain(config, console), console)
+            yield with_refusals(_plain(config, console), console)
     except KeyboardInterrupt:
         if (folder / "config.json").is_file():
             console.print(
@@ -44,7 +45,7 @@ def watch_run(config: RunConfig, folder: Path, *, bar: bool = True) -> Iterator[
         raise
 
 
-def _with_refusals(show: Show, console: Console) -> Show:
+def with_refusals(show: Callable[[dict[str, Any]], object], console: Console) -> Watch:
     """Also shows at once whose updates were refused in a step, and what to do about it.
 
     The same, once, of whom is left out for what a device lacks, and of steps that asked nobody, for
@@ -53,8 +54,8 @@ def _with_refusals(show: Show, console: Console) -> Show:
     said: list[str] = []
     unasked = [""]  # what was last said of a step that asked nobody
 
-    def shown(entry: dict[str, Any]) -> None:
-        show(entry)
+    def shown(entry: dict[str, Any]) -> object:
+        answer = show(entry)
         if entry["rejected"]:
             console.print(printable(_refusals(entry)), style="bold red", **_PLAIN)
         if entry["left_out"] and not said:
@@ -65,6 +66,7 @@ def _with_refusals(show: Show, console: Console) -> Show:
             if line != unasked[0]:
                 console.print(printable(line), style="bold red", **_PLAIN)
             unasked[0] = line
+        return answer
 
     return shown
 

@@ -46,10 +46,12 @@ def run_rounds(
     *,
     server: Server,
     dispatch: Dispatch,
-    after_step: Callable[[LoopState, StepRecord, bool], None],
+    after_step: Callable[[LoopState, StepRecord, bool], bool | None],
     max_update_norm: MaxNorm = None,
 ) -> LoopState:
     """Steps until `algorithm.done`; `after_step(progress, record, last)` logs and checkpoints.
+
+    It may end the loop early: it returns False.
 
     max_update_norm: see `moves`.  Raises RunFailed after EMPTY_STEPS steps without an answer or
     REFUSED_STEPS whose every update was refused, ClientError from the dispatch.
@@ -71,9 +73,11 @@ def run_rounds(
         )
         failure = step.failure or _failure(progress, record)
         record.notes += [failure] if failure else []
-        after_step(progress, record, algorithm.done(state))
+        go_on = after_step(progress, record, algorithm.done(state))
         if failure:
             raise RunFailed(failure)
+        if go_on is False:
+            break
     return progress
 
 

@@ -1,14 +1,16 @@
-"""A run: from its configuration to its folder (docs/run-folder.md).
+"""A run: from its configuration to its folder (docs/run-folder.md), or to a record in memory.
 
-`start` and `resume` meet in `_go`.  Everything that decides the result is in `config.json`; what is
-lost when the process is killed is the work since the last checkpoint, which is done again with the
-same outcome, bit for bit.
+`begin` and `go_on` meet in `_go`; `start` and `resume` are these with a summary as their result.
+Everything that decides the result is in `config.json`; what is lost when the process is killed is
+the work since the last checkpoint, which is done again with the same outcome, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,48 +25,47 @@ from fedlean.data.dataset import Dataset, with_inputs
 from fedlean.data.load import absolute, load_dataset
 from fedlean.engine.open import engine_for
 from fedlean.fleet.fleet import Fleet
-from fedlean.models.catalog import build as build_model
+from fedlean.models.brought import Brought
+from fedlean.models.catalog import bring
+from fedlean.normalisation import Normalisation
 from fedlean.runtime import normalisation
-from fedlean.runtime.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    state_tree,
-    write_atomically,
-)
+from fedlean.runtime.checkpoint import load_checkpoint, state_tree
 from fedlean.runtime.clientstore import ClientStore
-from fedlean.runtime.config import (
-    CLIENTS,
-    FORMAT,
-    RunConfig,
-    absolute_file,
-    check,
-    write_document,
-)
+from fedlean.runtime.config import CLIENTS, FORMAT, RunConfig, absolute_file, check
 from fedlean.runtime.devices import Devices, load_devices, recorded_devices
 from fedlean.runtime.environment import environment
 from fedlean.runtime.evaluate import Evaluate, Score, evaluator
 from fedlean.runtime.how import How, Parts
+from fedlean.runtime.keeper import InFolder, Keeper, Nowhere, read_best
 from fedlean.runtime.local import Dispatch, ToDevices
 from fedlean.runtime.lock import NAME as LOCK
 from fedlean.runtime.lock import Lock, hold
+from fedlean.runtime.method import Method, complete, model_of
 from fedlean.runtime.method import build as build_method
-from fedlean.runtime.method import complete, model_of
-from fedlean.runtime.modelfile import write_model
+from fedlean.runtime.modelfile import About, about_from, read_stored
 from fedlean.runtime.notices import about_masks, about_model
 from fedlean.runtime.outofmemory import memory_for
 from fedlean.runtime.personal import check_personalize, personalised
 from fedlean.runtime.record import StepRecord
 from fedlean.runtime.restored import recorded_round, restored
 from fedlean.runtime.rounds import LoopState, run_rounds
-from fedlean.runtime.runlog import RunLog, Totals, last_accuracy, log_entry
+from fedlean.runtime.runlog import Totals, log_entry
 from fedlean.runtime.samedata import about_data, held_against
 from fedlean.runtime.served import class_counts, served
-from fedlean.runtime.start import about_start, first_model, given_model, keep, kept, was_given
+from fedlean.runtime.start import (
+    NAME,
+    about_start,
+    first_model,
+    given_model,
+    kept,
+    was_given,
+)
 from fedlean.runtime.summary import summary_of
 from fedlean.runtime.together import check_classes, check_test, check_together
 from fedlean.runtime.trust import Named, read_trusted
 from fedlean.spec import ModelSpec
 from fedlean.tree import read_only
+from fedlean.usercode import absolute_code
 
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
 CHECKPOINT_SHARE = 0.005  # of a run's time
@@ -72,18 +73,31 @@ _NOTHING = Named()
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What a run comes to."""
+
+    summary: dict[str, Any]
+    document: dict[str, Any]  # of `config.json`
+    model: Model
+    best: Model  # of the evaluation with the highest accuracy
+    about: About
+    interrupted: bool  # by Ctrl-C, where `how` says that it may be
+
+
+@dataclass(frozen=True)
 class _Run:
     """A configured run, ready to go."""
 
     config: RunConfig
-    folder: Path
     dataset: Dataset
     server: Server
     algorithm: FederatedAlgorithm
     dispatch: Dispatch
     how: How
-    lock: Lock
+    keeper: Keeper
     evaluate: Evaluate
+    brought: Brought
+    about: About
     notes: list[str]  # what was said at the start
     data_changes: list[dict[str, Any]] = field(default_factory=list)  # that were accepted
 
@@ -91,43 +105,89 @@ class _Run:
 def start(
     config: RunConfig, folder: Path, how: How, *, first: Model | None = None
 ) -> dict[str, Any]:
-    """Runs to the end; the summary.  `first` is a model to start from, instead of the config's.
+    """`begin` in a folder; the summary."""
+    return begin(config, folder, how, first=first).summary
 
-    Checkpoints are at least 5 s apart, or what keeps them to half a percent of the time, up to 60,
-    where `how` does not say.  Raises ValueError, and leaves nothing behind, when something is wrong
-    with the configuration, the data, the model or the folder.
+
+def begin(
+    config: RunConfig,
+    folder: Path | None,
+    how: How,
+    *,
+    first: Model | None = None,
+    model: Brought | None = None,
+    method: Method | None = None,
+) -> Finished:
+    """Runs to the end; without a folder nothing is written.
+
+    `first` is a model to start from, instead of the config's.  model, method: what the config only
+    has a word for, where the caller has it.  Checkpoints are at least 5 s apart, or what keeps them
+    to half a percent of the time, up to 60, where `how` does not say.  Raises ValueError, and
+    leaves nothing behind, when something is wrong with the configuration, the data, the model or
+    the folder.
     """
-    if folder.exists() and not folder.is_dir():
+    if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
-    with hold(folder, how.say, shared=how.shared) as lock:
-        _refuse_used(folder)
+    with _held(folder, how) as lock:
+        if folder is not None:
+            _refuse_used(folder)
         devices, about_devices = load_devices(config)
         config = _anywhere(config)
         check(config)
-        given = first is not None or bool(config.start)
         dataset = _load(config, how)
-        known = normalisation.is_known(dataset, config)
-        run = _prepare(config, folder, dataset, devices, how, lock, given=given, known=known)
-        spec = run.server.spec
-        model = _fixed(given_model(first, spec) if first else first_model(run.config, spec))
-        state = run.algorithm.init(model)
-        if line := about_start(run.config, model, first is not None):
+        given = model or _bring(config, dataset)
+        begun_with = first is not None or bool(config.start) or given.start is not None
+        run = _prepare(
+            config,
+            folder,
+            dataset,
+            devices,
+            how,
+            lock,
+            given,
+            method,
+            given=begun_with,
+            known=normalisation.is_known(dataset, config),
+        )
+        spec, source = run.server.spec, ""
+        if first is not None:
+            begun, source = given_model(first, spec), "a given model"
+        else:
+            own = None if given.start is None else given_model(given.start, spec)
+            begun = first_model(run.config, spec, own)
+            if own is not None and not config.start:
+                source = f"the weights of {config.model}"
+        begun = _fixed(begun)
+        state = run.algorithm.init(begun)
+        if line := about_start(run.config, begun, source):
             how.say(line)
             run.notes.append(line)
         document = {"format": FORMAT, **asdict(run.config)}
         document["environment"] = environment(run.server.engine)
         document["spec"] = json.loads(run.server.spec.to_json())
         document |= about_devices
-        document["data"] = about_data(run.dataset) | {
-            "normalisation": normalisation.about(run.dataset)
-        }
+        document["data"] = about_data(run.dataset)
+        told = run.about.to_json()
+        document |= {key: told[key] for key in ("tensor_names", "normalisation")}
+        document["given_model"] = model is not None
         document["notes"] = run.notes
-        lock.own()
-        if first or config.start:
-            keep(folder, model)
-        write_document(folder, document)
-        log = RunLog(folder / "rounds.jsonl")
-        return _go(run, LoopState(state, ClientStore()), Totals(), log)
+        rest = {} if given.names is None else given.names.rest
+        run.keeper.begin(document, begun if source or config.start else None, rest)
+        return _go(run, document, LoopState(state, ClientStore()), Totals(), None)
+
+
+@contextmanager
+def _held(folder: Path | None, how: How) -> Iterator[Lock | None]:
+    if folder is None:
+        yield None
+    else:
+        with hold(folder, how.say, shared=how.shared) as lock:
+            yield lock
+
+
+def _bring(config: RunConfig, dataset: Dataset) -> Brought:
+    check_classes(dataset)
+    return bring(config.model, dataset.input_shape, dataset.classes, config.seed)
 
 
 def _fixed(model: Model) -> Model:
@@ -137,9 +197,14 @@ def _fixed(model: Model) -> Model:
 
 def _anywhere(config: RunConfig) -> RunConfig:
     """With absolute paths, so that `resume` finds them from any folder."""
-    fleet = None if config.fleet is None else absolute_file(config.fleet)
-    start = absolute_file(config.start) if config.start else ""
-    return replace(config, dataset=absolute(config.dataset), fleet=fleet, start=start)
+    return replace(
+        config,
+        method=absolute_code(config.method),
+        model=absolute_code(config.model),
+        dataset=absolute(config.dataset),
+        fleet=None if config.fleet is None else absolute_file(config.fleet),
+        start=absolute_file(config.start) if config.start else "",
+    )
 
 
 def _refuse_used(folder: Path) -> None:
@@ -161,17 +226,42 @@ def resume(
     dataset: str | None = None,
     accept_changed_data: bool = False,
     named: Named = _NOTHING,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
+    """`go_on`; the summary."""
+    return go_on(
+        folder,
+        how,
+        dataset=dataset,
+        accept_changed_data=accept_changed_data,
+        named=named,
+        rounds=rounds,
+    ).summary
+
+
+def go_on(
+    folder: Path,
+    how: How,
+    *,
+    dataset: str | None = None,
+    accept_changed_data: bool = False,
+    named: Named = _NOTHING,
+    rounds: int | None = None,
+    method: Method | None = None,
+) -> Finished:
     """Continues from the newest whole checkpoint on the run's engine, bit for bit.
 
-    dataset: where its data set is now, if that has moved.  Raises ValueError when the folder holds
-    no run or its files are damaged, when it names code that is not in `named`, or when the data is
-    not what the run began with, unless `accept_changed_data`: then the run is marked.
+    dataset: where its data set is now, if that has moved.  rounds: more than it was to have, to
+    extend it.  method: the function of the folder's method, where the caller has it.  Raises
+    ValueError when the folder holds no run or its files are damaged, when it names code that is not
+    in `named`, or when the data is not what the run began with, unless `accept_changed_data`: then
+    the run is marked.
     """
     read_trusted(folder, named)  # before a lock is made in a folder that holds no run
     with hold(folder, how.say, shared=how.shared) as lock:
         config, document = read_trusted(folder, named)
         config = replace(config, dataset=absolute(dataset or config.dataset))
+        config, extension = _extended(config, rounds)
         tree, lines = _newest_checkpoint(folder)
         elsewhere, accept = f"fedlean resume {folder} --dataset FOLDER", "--accept-changed-data"
         if how.shared:
@@ -189,9 +279,10 @@ def resume(
             f"have the run marked: {accept}",
         )
         devices, given = recorded_devices(folder, document), was_given(folder, config)
-        run = _prepare(config, folder, loaded, devices, how, lock, given=given, known=known)
-        if data is not document.get("data"):
-            data = data | {"normalisation": normalisation.about(run.dataset)}
+        model = _recorded(folder, document) or _bring(config, loaded)
+        run = _prepare(
+            config, folder, loaded, devices, how, lock, model, method, given=given, known=known
+        )
         run = replace(run, data_changes=data.get("changes", []))
         _refuse_other_model(document, run.server.spec)
         if document["environment"] != environment(run.server.engine):
@@ -206,14 +297,43 @@ def resume(
             run.dispatch.restore(clients)
             round = progress.state.round
             lines.append(f"continuing after step {progress.step}, round {round} of {config.rounds}")
+        if extension and run.algorithm.done(progress.state):
+            raise ValueError(
+                f"{config.method} has ended by its own rule after round {progress.state.round}: "
+                "more rounds do not continue it; start a new run with --start"
+            )
         for line in lines:
             how.say(line)
-        lock.own()
-        log = RunLog(folder / "rounds.jsonl", keep_bytes=log_bytes)
-        new = {**document, "dataset": config.dataset, "data": data}
-        if new != document:
-            write_document(folder, new)
-        return _go(run, progress, totals, log)
+        new = {**document, "dataset": config.dataset, "data": data, "rounds": config.rounds}
+        if data is not document.get("data"):
+            new["normalisation"] = run.about.to_json()["normalisation"]
+        new |= {"extensions": [*document.get("extensions", []), extension]} if extension else {}
+        run.keeper.go_on(new if new != document else None, log_bytes)
+        return _go(run, new, progress, totals, read_best(folder, run.server.spec))
+
+
+def _extended(config: RunConfig, rounds: int | None) -> tuple[RunConfig, dict[str, int] | None]:
+    """The configuration with so many rounds, and what there is to note about it."""
+    if rounds is None or rounds == config.rounds:
+        return config, None
+    if rounds < config.rounds:
+        raise ValueError(
+            f"--rounds {rounds} is fewer than the {config.rounds} that the run was to have: give "
+            "more of them, to extend it"
+        )
+    longer = replace(config, rounds=rounds)
+    check(longer)
+    return longer, {"from": config.rounds, "to": rounds}
+
+
+def _recorded(folder: Path, document: dict[str, Any]) -> Brought | None:
+    """The model of a run whose caller had it: of its folder, and no code runs.  None: by name."""
+    if not document.get("given_model"):
+        return None
+    spec = ModelSpec.from_json(json.dumps(document["spec"]))
+    begun = folder / NAME
+    rest = read_stored(begun, spec).rest if begun.is_file() else {}
+    return Brought(spec, names=about_from(document, spec, rest).names)
 
 
 def _newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -234,11 +354,13 @@ def _refuse_other_model(document: dict[str, Any], spec: ModelSpec) -> None:
 
 def _prepare(
     config: RunConfig,
-    folder: Path,
+    folder: Path | None,
     dataset: Dataset,
     devices: Devices,
     how: How,
-    lock: Lock,
+    lock: Lock | None,
+    model: Brought,
+    method: Method | None,
     *,
     given: bool,
     known: bool,
@@ -253,7 +375,7 @@ def _prepare(
     devices.check(config.num_clients)
     check_classes(dataset)
     check_test(dataset)
-    spec = build_model(config.model, dataset.input_shape, dataset.classes)
+    spec = model.spec
     check_together(spec, dataset, config.model)
     data = normalisation.Normalised(dataset)
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
@@ -269,15 +391,18 @@ def _prepare(
         given,
         lambda: own_inputs(data.dataset),  # as it is once the clients have agreed
     )
-    algorithm = build_method(config.method, server, config.settings)
+    algorithm = build_method(config.method, server, config.settings, method)
     # defaults may change, and with them what the same settings mean: the folder names all
-    config = replace(config, engine=engine.name, settings=complete(config.method, config.settings))
+    settings = complete(config.method, config.settings, method)
+    config = replace(config, engine=engine.name, settings=settings)
     check_personalize(config.method, config.settings, config.personalize or 0)
     during, final = (
         test_subset(dataset, examples) if examples else None
         for examples in (config.eval_examples, config.final_eval_examples)
     )
-    parts = Parts(config, server, algorithm, dataset, lock, how.say, fleet)
+    rest = {} if model.names is None else model.names.rest
+    keeper = Nowhere() if folder is None or lock is None else InFolder(folder, lock, spec, rest)
+    parts = Parts(config, server, algorithm, dataset, keeper.check, how.say, fleet)
     dispatch, about_clients = how.connect(parts)
     if not known:
         about_clients = [*about_clients, *data.agree(dispatch)]
@@ -287,8 +412,23 @@ def _prepare(
     said = [line for line in [*notes, *about_clients] if line]
     for line in said:
         how.say(line)
-    evaluate = evaluator(engine, dataset, during, final)
-    return _Run(config, folder, dataset, server, algorithm, dispatch, how, lock, evaluate, said)
+    return _Run(
+        config,
+        dataset,
+        server,
+        algorithm,
+        dispatch,
+        how,
+        keeper,
+        evaluator(engine, dataset, during, final),
+        model,
+        About(
+            model.names,
+            Normalisation(dataset.mean, dataset.std, dataset.scale),
+            tuple(dataset.class_names),
+        ),
+        said,
+    )
 
 
 def _load(config: RunConfig, how: How, elsewhere: str = "") -> Dataset:
@@ -312,12 +452,19 @@ def _clients(config: RunConfig, dataset: Dataset, fleet: Fleet | None) -> int:
     return CLIENTS if fleet is None or fleet.size is None else fleet.size
 
 
-def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str, Any]:
-    config = run.config
-    book = _Book(totals, progress.state.params, _pause_seconds(run.how, 0.0))
+def _go(
+    run: _Run,
+    document: dict[str, Any],
+    progress: LoopState,
+    totals: Totals,
+    best: Model | None,
+) -> Finished:
+    config, keeper = run.config, run.keeper
+    book = _Book(totals, progress, progress.state.params, _pause_seconds(run.how, 0.0), best)
 
-    def after_step(progress: LoopState, record: StepRecord, last: bool) -> None:
-        run.lock.check()
+    def after_step(progress: LoopState, record: StepRecord, last: bool) -> bool:
+        """Whether to go on."""
+        keeper.check()
         state = progress.state
         book.totals = book.totals.after(record, config.num_clients)
         due = state.round % config.eval_every == 0 or last
@@ -328,6 +475,8 @@ def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str
         book.score = score if last else None
         book.params = state.params
         if score is not None:
+            if book.best is None or score.accuracy > book.totals.best_accuracy:
+                book.best = model
             book.totals = book.totals.scored(state.round, score.accuracy, config.target_accuracy)
         _note_empty_layers(run, book, record, model.masks)
         entry = log_entry(
@@ -341,15 +490,22 @@ def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str
             whole=run.server.spec,
             reported=run.algorithm.report(state) if run.algorithm.report else {},
         )
-        log.append(entry)
-        book.last_entry = entry
+        keeper.append(entry)
+        book.last_entry, book.progress = entry, progress
         began = time.monotonic()
-        if last or began - book.saved_at >= book.pause_seconds:
-            _checkpoint(run, progress, book.totals, log.sync())
+        saved = last or began - book.saved_at >= book.pause_seconds
+        if saved:
+            _checkpoint(run, progress, book)
             book.saved_at = time.monotonic()
             book.pause_seconds = _pause_seconds(run.how, book.saved_at - began)
-        run.how.watch(entry)
+        if run.how.watch(entry) is not False:
+            return True
+        book.stopped = not last
+        if not saved:
+            _checkpoint(run, progress, book)
+        return False
 
+    interrupted = False
     try:
         progress = run_rounds(
             run.algorithm,
@@ -359,10 +515,15 @@ def _go(run: _Run, progress: LoopState, totals: Totals, log: RunLog) -> dict[str
             after_step=after_step,
             max_update_norm=config.max_update_norm,
         )
+    except KeyboardInterrupt:
+        if not run.how.interruptible:
+            raise
+        interrupted, progress = True, book.progress
+        _checkpoint(run, progress, book)
     finally:
-        log.close()
-    run.lock.check()
-    return _finish(run, progress, book)
+        keeper.close()
+    keeper.check()
+    return _finish(run, document, progress, book, interrupted=interrupted)
 
 
 def _note_empty_layers(run: _Run, book: _Book, record: StepRecord, masks: Masks) -> None:
@@ -382,12 +543,15 @@ class _Book:
     """What `after_step` keeps between steps."""
 
     totals: Totals
+    progress: LoopState  # after the last whole step
     params: Params  # of the step before
     pause_seconds: float  # between the last checkpoint and the next
+    best: Model | None  # of the evaluation with the highest accuracy so far
     masks: Masks = field(default_factory=dict)  # of the step before
     last_entry: dict[str, Any] | None = None
     score: Score | None = None  # of the last step, where it was evaluated
     saved_at: float = field(default_factory=time.monotonic)
+    stopped: bool = False  # before its last round
 
 
 def _pause_seconds(how: How, took_seconds: float) -> float:
@@ -397,7 +561,7 @@ def _pause_seconds(how: How, took_seconds: float) -> float:
     return min(max(least, took_seconds / CHECKPOINT_SHARE), most)
 
 
-def _checkpoint(run: _Run, progress: LoopState, totals: Totals, log_bytes: int) -> None:
+def _checkpoint(run: _Run, progress: LoopState, book: _Book) -> None:
     clients = {str(client): dict(s) for client, s in run.dispatch.client_states().items()}
     tree = {
         "step": progress.step,
@@ -407,25 +571,30 @@ def _checkpoint(run: _Run, progress: LoopState, totals: Totals, log_bytes: int) 
         "state": state_tree(progress.state),
         "store": progress.store.to_tree(),
         "clients": clients,
-        "totals": asdict(totals),
-        "log_bytes": log_bytes,
+        "totals": asdict(book.totals),
     }
-    save_checkpoint(run.folder / "checkpoint", progress.step, tree)
+    run.keeper.checkpoint(progress.step, tree, book.best)
 
 
-def _finish(run: _Run, progress: LoopState, book: _Book) -> dict[str, Any]:
-    state, config, totals = progress.state, run.config, book.totals
+def _finish(
+    run: _Run, document: dict[str, Any], progress: LoopState, book: _Book, *, interrupted: bool
+) -> Finished:
+    state, config = progress.state, run.config
     model = model_of(run.algorithm, run.server, state)
-    write_model(run.folder / "model.safetensors", model, run.server.spec)
-    final = book.last_entry["accuracy"] if book.last_entry else last_accuracy(run.folder)
-    if final is None or book.score is None:
+    early = book.stopped or interrupted  # so that the last evaluation was one during the run
+    final = book.last_entry["accuracy"] if book.last_entry else run.keeper.last_accuracy()
+    if book.score is None:
         book.score = run.evaluate(model, True)
-    final = book.score.accuracy if final is None else final
+    if final is None or (early and config.eval_examples):
+        final = book.score.accuracy
     held = run.dispatch.held() if isinstance(run.dispatch, ToDevices) else {}
-    summary = summary_of(config, run.server, state, model, totals, final, run.data_changes, held)
+    summary = summary_of(
+        config, run.server, state, model, book.totals, final, run.data_changes, held
+    )
     summary |= _whom_it_serves(run, model, book.score)
-    write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
-    return summary
+    best = model if book.best is None else book.best
+    run.keeper.finish(model, best, None if interrupted else summary)
+    return Finished(summary, document, model, best, run.about, interrupted)
 
 
 def _whom_it_serves(run: _Run, model: Model, score: Score) -> dict[str, Any]:

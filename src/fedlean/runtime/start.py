@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from fedlean.core import Model, derive_seed
+from fedlean.core import Model, Params, derive_seed
 from fedlean.jsonfile import read_json
 from fedlean.models.initialise import INIT_SCHEMES, check_params, init_params
 from fedlean.pruning.density import density
@@ -26,14 +26,16 @@ NAME = "start.safetensors"  # of the copy in the run folder
 Weights = Literal["trained", "original", "random"]
 
 
-def first_model(config: RunConfig, spec: ModelSpec) -> Model:
+def first_model(config: RunConfig, spec: ModelSpec, own: Model | None = None) -> Model:
     """As `config` says: its own draw, or the model of `config.start` with `config.start_weights`.
+
+    own: the weights that the run's model has by itself, in the place of a draw.
 
     Raises ValueError saying what is missing in the folder or the file, or does not fit.
     """
     check_weights(config)
     if not config.start:
-        return Model(spec, init_params(spec, config.seed, config.init))
+        return own or Model(spec, init_params(spec, config.seed, config.init))
     path = Path(config.start)
     if path.is_file():
         if config.start_weights == "original":
@@ -76,18 +78,21 @@ def given_model(model: Model, spec: ModelSpec) -> Model:
     return replace(model, params=apply_mask(model.params, model.masks))
 
 
-def about_start(config: RunConfig, model: Model, given: bool) -> str:
-    """Where the run starts from, in a line; "" where its seed says it all."""
-    if not given and not config.start:
+def about_start(config: RunConfig, model: Model, source: str) -> str:
+    """Where the run starts from, in a line; "" where its seed says it all.
+
+    source: what its first model is, where `config` does not say it.
+    """
+    if not source and not config.start:
         return ""
-    source = "a given model" if given else f"{config.start}, {config.start_weights} weights"
+    source = source or f"{config.start}, {config.start_weights} weights"
     held = f"{density(model.masks):.1%} of the prunable weights" if model.masks else "all weights"
     return f"starts from {source}: {held}"
 
 
-def keep(folder: Path, model: Model) -> None:
-    """Copies a given model into the run folder."""
-    write_model(folder / NAME, model)
+def keep(folder: Path, model: Model, rest: Params) -> None:
+    """Copies a given model into the run folder; rest: what a user's module has beside it."""
+    write_model(folder / NAME, model, rest=rest)
 
 
 def was_given(folder: Path, config: RunConfig) -> bool:

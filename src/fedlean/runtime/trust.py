@@ -13,7 +13,7 @@ from shlex import quote
 from typing import Any
 
 from fedlean.runtime.config import RunConfig, read_document
-from fedlean.usercode import is_code
+from fedlean.usercode import absolute_code, is_code
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_trusted(folder: Path, named: Named) -> tuple[RunConfig, dict[str, Any]]
         ("--method", config.method, named.method),
         ("--model", config.model, named.model),
     ):
-        if given is not None and given != own:
+        if given is not None and absolute_code(given) != own:
             raise ValueError(
                 f"{option} {given} is not what the run in {folder} has, {own}: leave it out, or "
                 "start a new run"

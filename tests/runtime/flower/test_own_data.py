@@ -91,10 +91,10 @@ def test_such_a_run_has_the_bits_of_one_that_holds_everything(tmp_path: Path, dt
     start(local, tmp_path / "local", How())
     assert model(tmp_path / "run") == model(tmp_path / "local")
     deployed, here = document(tmp_path / "run"), document(tmp_path / "local")
-    assert deployed["data"]["normalisation"] == here["data"]["normalisation"]
+    assert deployed["normalisation"] == here["normalisation"]
     assert any("standardised by the examples of 3 clients" in note for note in deployed["notes"])
     mean = data.x.mean((0, 2, 3), dtype=np.float64)
-    np.testing.assert_allclose(here["data"]["normalisation"]["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(here["normalisation"]["mean"], mean, rtol=1e-6)
     one, other = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "local")
     )
@@ -117,9 +117,9 @@ def test_devices_of_other_types_agree_on_the_same_values(tmp_path: Path):
     np.savez(tmp_path / "server/a.npz", x_test=x[:4], y_test=y[:4])
     given = settings(str(tmp_path / "server"), tmp_path / "run", min_clients=2)
     serve(Devices(tmp_path / "nodes", folders), given)
-    found = document(tmp_path / "run")["data"]["normalisation"]
+    found = document(tmp_path / "run")["normalisation"]
     assert found["mean"][0] == pytest.approx((x / 255).mean(), rel=1e-6)
-    assert found["deviation"][0] == pytest.approx((x / 255).std(), rel=1e-6)
+    assert found["std"][0] == pytest.approx((x / 255).std(), rel=1e-6)
 
 
 def test_a_run_that_goes_on_asks_nobody_again(tmp_path: Path):
@@ -152,9 +152,9 @@ def test_what_is_fixed_is_not_asked(tmp_path: Path, more: dict[str, Any]):
         Devices(tmp_path / "nodes", folders),
         settings(data.server(tmp_path), tmp_path / "run", **more),
     )
-    found = document(tmp_path / "run")["data"]["normalisation"]
+    found = document(tmp_path / "run")["normalisation"]
     assert found["mean"] == [more.get("mean", (0.0,))[0]] * 3
-    assert found["deviation"] == [more.get("deviation", (1.0,))[0]] * 3
+    assert found["std"] == [more.get("deviation", (1.0,))[0]] * 3
     local = RunConfig(
         "fedavg",
         data.whole(tmp_path),

@@ -57,7 +57,7 @@ def over(post: Post, settings: ServerSettings) -> Connect:
             clients=parts.config.num_clients,
             terms=settings.terms,
             say=parts.say,
-            check=parts.lock.check,
+            check=parts.check,
             statistics=parts.algorithm.statistics,
             present=parts.present(),
         )
