@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from fedlean import core
 from fedlean.core import SubModel
+from fedlean.data.dataset import Dataset
 from fedlean.engine.open import engine_for
 from fedlean.engine.protocol import SGD
 from fedlean.jsonfile import read_json
@@ -27,6 +28,27 @@ from fedlean.runtime.runlog import held_masks
 from fedlean.spec import ModelSpec
 
 BATCH = 100  # examples at a time
+Part = Literal["test", "train", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """confusion: int64 (K, K), how many examples of each class [row] were taken for which."""
+
+    accuracy: float
+    confusion: np.ndarray
+    labels: np.ndarray  # of the classes, (K,)
+
+    @property
+    def examples(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Of each class, (K,): the share of its examples that were found; NaN without examples."""
+        counts = self.confusion.sum(1)
+        with np.errstate(invalid="ignore"):
+            return np.diag(self.confusion) / counts
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,48 @@ class Model(core.Model):
         (logits,) = session.forward(normal(x)).values()
         return logits
 
+    def evaluate(self, data: Dataset, part: Part = "test") -> Evaluation:
+        """How well it does on the examples of a data set, which may be another than the run's.
+
+        part: its test examples, its training examples, or all.  Classes are compared by name.
+        Raises ValueError where the data set has classes that the model does not, examples of
+        another shape, or none in that part.
+        """
+        x, y = self.examples(data, part)
+        count = self.spec.output_shape[0]
+        predicted = self._for(data).outputs(x).argmax(1)
+        confusion = np.zeros((count, count), np.int64)
+        np.add.at(confusion, (y, predicted), 1)
+        return Evaluation(float((predicted == y).mean()), confusion, self.labels)
+
+    def examples(self, data: Dataset, part: Part = "test") -> tuple[np.ndarray, np.ndarray]:
+        """Stored examples of a data set, and the model's classes of them, int64 (n,)."""
+        if self.class_names:
+            data = data.with_classes(self.class_names)
+        parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
+        if part == "all":
+            x = np.concatenate([data.x_train, data.x_test])
+            y = np.concatenate([data.y_train, data.y_test])
+        elif part in parts:
+            x, y = parts[part]
+        else:
+            raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {part!r:.40}")
+        if not len(y):
+            raise ValueError(
+                f"data set {data.name!r} has no {part} examples: choose another part of it"
+            )
+        return x, y
+
+    def probabilities_of(self, data: Dataset, x: np.ndarray) -> np.ndarray:
+        """`probabilities` of stored examples of `data`, whatever value counts as 1 there."""
+        return self._for(data).probabilities(x)
+
+    def _for(self, data: Dataset) -> Model:
+        """Reading values as that data set has them: bytes, or the same as floats up to 1."""
+        if self.normalisation is None:
+            return self
+        return replace(self, normalisation=replace(self.normalisation, scale=data.scale))
+
     def arrays(self) -> dict[str, np.ndarray]:
         """All tensors under the names and in the shapes of the module that they came from.
 
@@ -119,6 +183,16 @@ class Model(core.Model):
         from fedlean.models.torch import to_torch
 
         return to_torch(self.spec, self.params)
+
+    def export(self, path: str | Path, format: str | None = None) -> Path:
+        """A file for other programs: onnx, torch, safetensors or c (docs/export.md).
+
+        format: None for what the file's ending says, .onnx, .pt2, .safetensors or .c.  Raises
+        ValueError naming the layer that the format lacks, or what to install.
+        """
+        from fedlean.api.export import export
+
+        return export(self, path, format)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file with all of it, for `fedlean.load` (docs/run-folder.md)."""
@@ -171,15 +245,3 @@ def load(path: str | Path, *, best: bool = False) -> Model:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return of(stored.model, about)
-
-
-def evaluated(model: Model, x: Any, classes: np.ndarray) -> tuple[float, np.ndarray]:
-    """Accuracy and confusion counts, int64 (K, K) [true, predicted].
-
-    classes: int64 (n,), numbers of the model's classes.
-    """
-    count = model.spec.output_shape[0]
-    predicted = model.outputs(x).argmax(1)
-    confusion = np.zeros((count, count), np.int64)
-    np.add.at(confusion, (classes, predicted), 1)
-    return float((predicted == classes).mean()), confusion

@@ -35,6 +35,15 @@ COMMANDS = {
         "Continue an interrupted run, bit for bit; or extend a finished one.",
     ),
     "compare": ("comparison:compare", "One page over several runs; the first is the baseline."),
+    "evaluate": ("results:evaluate", "How well a trained model does on a data set."),
+    "predict": (
+        "results:predict",
+        "What a trained model makes of each example, as CSV: its class, and all probabilities.",
+    ),
+    "export": (
+        "results:export_model",
+        "Write a trained model for other programs: ONNX, PyTorch, safetensors or one C file.",
+    ),
     "plan": (
         "plan:plan",
         "What each method would cost on a device, what fits, and what to choose.",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -116,6 +116,40 @@ def to_torch(spec: ModelSpec, params: Params | None = None) -> fx.GraphModule:
     state = {name: torch.from_numpy(np.array(params[name])) for name in spec.tensor_shapes}
     module.load_state_dict(state, assign=True)
     return module
+
+
+class _Stored(nn.Module):
+    """A network that reads stored values: x · factor - shift per channel, then itself."""
+
+    factor: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, network: nn.Module, factor: np.ndarray, shift: np.ndarray) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("factor", torch.from_numpy(factor))
+        self.register_buffer("shift", torch.from_numpy(shift))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        each = (-1, *(1 for _ in x.shape[2:]))
+        return self.network(x * self.factor.reshape(each) - self.shift.reshape(each))
+
+
+def exported(
+    spec: ModelSpec, params: Params, factor: np.ndarray, shift: np.ndarray, file: BinaryIO
+) -> None:
+    """Writes what `torch.export.load` reads: a program of stored values, of any batch size."""
+    module = _Stored(to_torch(spec, params), factor, shift).eval()
+    example = torch.zeros(2, *spec.input_shape)
+    sizes = {"x": {0: torch.export.Dim("examples")}}
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=sizes), file)
+
+
+def run_exported(file: BinaryIO, x: np.ndarray) -> np.ndarray:
+    """What the program computes of stored values x."""
+    file.seek(0)
+    with torch.no_grad():
+        return torch.export.load(file).module()(torch.from_numpy(x)).numpy()
 
 
 def as_tensors(arrays: Params) -> dict[str, torch.Tensor]:
