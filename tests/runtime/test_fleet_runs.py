@@ -182,7 +182,7 @@ def test_the_app_has_the_setting():
 def shown(*entries: dict[str, Any]) -> list[str]:
     text = StringIO()
     console = Console(file=text, force_terminal=True, width=500, color_system="standard")
-    show = progress._with_refusals(lambda entry: None, console)
+    show = progress.with_refusals(lambda entry: None, console)
     whole = {"rejected": [], "refused": {}, "left_out": {}, "cohort": [1], "server_only": False}
     for round, entry in enumerate(entries, start=1):
         show({**whole, "asked_round": round, "notes": [], **entry})

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from fedlean.runtime.config import CLIENTS, RunConfig, max_update_norm, user_settings
-from fedlean.runtime.method import given_settings, nearest
+from fedlean.runtime.configured import configured
+from fedlean.runtime.method import nearest
 from fedlean.runtime.remote.dispatch import Terms
 
 Flat = Mapping[str, bool | float | int | str]
@@ -42,10 +43,8 @@ def server_settings(flat: Flat) -> ServerSettings:
     plain = {name: _read(name, given[name]) for name in user_settings() if name in given}
     plain = {name: value for name, value in plain.items() if value is not None}
     plain.setdefault("clients", CLIENTS)  # who they are is known only when they join
-    config = RunConfig(
-        method=method,
-        settings=given_settings(method, shlex.split(str(given.get("settings", "")))),
-        **plain,
+    config = configured(
+        method, settings=shlex.split(str(given.get("settings", ""))), flags={}, options=plain
     )
     terms: dict[str, Any] = {name: _term(name, given[name]) for name in _TERMS if name in given}
     terms["min_clients"] = terms.get("min_clients") or plain["clients"]
