@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fedlean.data.arrow import arrow_source, find_arrow
 from fedlean.data.dataset import Dataset
 from fedlean.data.declared import NOTHING, Declared
 from fedlean.data.digits import digits_source
@@ -50,6 +51,10 @@ def available() -> list[tuple[str, str]]:
         ("FOLDER", "one .npz, or .npy files: x, y [, split, client, classes, layout]"),
         ("FOLDER", "the same with x_train, y_train, x_test, y_test, or with jpeg, offset, y"),
         ("FOLDER", ".csv, a row for each example: numbers, label [, client, split]"),
+        (
+            "FOLDER",
+            "Parquet, or what Hugging Face's save_to_disk wrote: the same, or lists (pyarrow)",
+        ),
         ("FOLDER", "pictures or WAV files by class: CLASS/*, or train/CLASS/* and test/CLASS/*"),
         ("FOLDER:NAME", "one of several sets in a folder: IDX prefix, .npz or .csv file name"),
     ]
@@ -151,6 +156,9 @@ def _find(folder: Path, title: str, label: str) -> list[_Found]:
     for each, files in tables.items():
         name = title if len(tables) == 1 else each.removesuffix(".csv")
         found.append(_Found(folder, each, partial(csv_source, name, files), frozenset({"label"})))
+    for each, parts in find_arrow(folder).items():
+        read = partial(arrow_source, title, parts)
+        found.append(_Found(folder, each, read, frozenset({"label", "layout"})))
     for each, base in find_leaf(folder).items():
         found.append(_Found(folder, each, _plainly(partial(leaf_source, title, base))))
     return found
@@ -206,6 +214,7 @@ def _nothing_found(folder: Path) -> str:
         f"{folder} holds no data set that FedLean recognises{seen}; looked there and {DEEPER}"
         " levels down for IDX files ([PREFIX-]train-images-idx3-ubyte[.gz] and its three"
         f" companions), an .npz or .npy files with {EXPECTED}, .csv files with a"
-        " column label, y, class or target (--label names another), pictures or .wav files"
+        " column label, y, class or target (--label names another), .parquet or .arrow"
+        " files with such columns, pictures or .wav files"
         " in a folder for each class, and LEAF's train/*.json and test/*.json"
     )
