@@ -221,8 +221,8 @@ def _odd_note(runs: Sequence[Run]) -> str:
     return (
         f"Memory and time fall less than the density{_whom(pruned, runs)}: activations stay as "
         "large, and the modelled device computes a layer densely where its profile says that this "
-        "is quicker. Single rounds that take more are reconfigurations, which need the gradients of "
-        "all weights."
+        "is quicker. Single rounds that take more are reconfigurations, which need the gradients "
+        "of all weights."
     )
 
 
