@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedlean.data.declared import Declared
 from fedlean.data.leaf import find_leaf, leaf_source
 from fedlean.data.load import load_dataset
 
@@ -163,3 +164,25 @@ def test_no_test_files(tmp_path: Path):
     server = leaf_source("a", tmp_path).dataset()
     np.testing.assert_array_equal(server.x_test, device.x_train)
     assert not len(server.y_train) and server.clients is None
+
+
+def test_rows_of_a_table(tmp_path: Path):
+    """As LEAF's synthetic set has them: five numbers of any size."""
+    rng = np.random.default_rng(0)
+    x = {user: 10 * rng.standard_normal((3, 5)) for user in ("a", "b")}
+    for part, users in (("train", ("a", "b")), ("test", ("a",))):
+        data = {user: {"x": x[user].tolist(), "y": [0, 1, 2]} for user in users}
+        write_json(
+            tmp_path / part / "a.json",
+            {"users": list(users), "num_samples": [3] * len(users), "user_data": data},
+        )
+    with pytest.raises(ValueError, match=r"square grey images; rows of a table .*--layout nf"):
+        load_dataset(str(tmp_path))
+    data = load_dataset(str(tmp_path), Declared("nf"))
+    whole = np.concatenate([x["a"], x["b"]]).astype(np.float32)
+    np.testing.assert_array_equal(data.x_train, whole)
+    np.testing.assert_array_equal(data.x_test, whole[:3])
+    assert data.clients is not None and data.clients.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.scale == 1.0 and data.input_shape == (5,)
+    with pytest.raises(ValueError, match="--layout ncl cannot be read from LEAF's JSON"):
+        load_dataset(str(tmp_path), Declared("ncl"))

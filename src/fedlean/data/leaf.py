@@ -1,9 +1,10 @@
-"""LEAF's JSON layout with square grey images, as FEMNIST is published: one client per writer.
+"""LEAF's JSON layout: square grey images, as FEMNIST is published, or tables; a client per user.
 
 `train/*.json` and `test/*.json` (or under `data/`), each `{"users": [...], "num_samples": [...],
 "user_data": {user: {"x": [[pixel, ...], ...], "y": [label, ...]}}}`, pixels in 0..1, row by row.
-Files are read one at a time, and twice: for the labels, and for the images that are wanted.
-LEAF's text and synthetic sets are not covered.
+With the layout "nf" the rows of x are those of a table, as in LEAF's synthetic set.  Files are read
+one at a time, and twice: for the labels, and for the examples that are wanted.  LEAF's sets of text
+are not covered.
 """
 
 # n examples, H = W pixels
@@ -18,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedlean.data.declared import NOTHING, Declared
 from fedlean.data.labels import classes_of
 from fedlean.data.source import READING_BYTES, Room, Source, labels_bytes, unlimited
 from fedlean.jsonfile import parse_json, read_bytes
 
 BYTE_TOLERANCE = 1e-3  # in grey levels; LEAF writes byte / 255 with all its digits
-ROWS_AT_ONCE = 64  # of a user's images, as arrays
+ROWS_AT_ONCE = 64  # of a user's examples, as arrays
 # Per byte of a file while it is parsed.  Measured with Python 3.11: 11.3 where every number takes
 # the 5 bytes of "1.0, ", of which a list keeps 32; 3.2 with all digits.
 JSON_BYTES = 12
@@ -38,19 +40,26 @@ def find_leaf(folder: Path) -> dict[str, Path]:
     return {}
 
 
-def leaf_source(name: str, base: Path, room: Room = unlimited) -> Source:
+def leaf_source(
+    name: str, base: Path, room: Room = unlimited, declared: Declared = NOTHING
+) -> Source:
     """The data set under `base`: users in sorted order, client ids 0.. over those who train.
 
     Pixels become bytes when all of them are whole 255ths, else float32.  Raises ValueError naming
     the file and user, or what `room` raises, which is asked before each file.
     """
     parts = [part for part in PARTS if any((base / part).glob("*.json"))]
-    split = {part: _Split(base / part, room) for part in parts}
-    some, other = split[parts[0]], split[parts[-1]]
-    if some.side != other.side:
+    if declared.layout not in ("", "nf"):
         raise ValueError(
-            f"{base}: got images of {other.side} x {other.side} for testing, expected"
-            f" {some.side} x {some.side} as for training"
+            f"{base}: --layout {declared.layout} cannot be read from LEAF's JSON, expected nf (a"
+            " table) or none (square grey images)"
+        )
+    split = {part: _Split(base / part, room, bool(declared.layout)) for part in parts}
+    some, other = split[parts[0]], split[parts[-1]]
+    if some.shape != other.shape:
+        raise ValueError(
+            f"{base}: got examples of shape {other.shape} for testing, expected {some.shape} as for"
+            " training"
         )
     exact = some.exact and other.exact
     labels = [label for each in split.values() for label in each.labels]
@@ -64,7 +73,7 @@ def leaf_source(name: str, base: Path, room: Room = unlimited) -> Source:
     count = split["train"].count if "train" in split else 0
 
     def read(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        none = np.empty((0, 1, some.side, some.side), dtype)
+        none = np.empty((0, *some.shape), dtype)
         rows = {"train": train, "test": test}
         x = {part: each.read(rows[part], dtype) for part, each in split.items()}
         return x.get("train", none), x.get("test", none)
@@ -75,7 +84,7 @@ def leaf_source(name: str, base: Path, room: Room = unlimited) -> Source:
         y_test=y[count:],
         class_names=class_names,
         clients=split["train"].clients() if "train" in split else None,
-        input_shape=(1, some.side, some.side),
+        input_shape=some.shape,
         dtype=dtype,
         scale=255.0 if exact else 1.0,
         read=read,
@@ -95,17 +104,18 @@ class _Piece(NamedTuple):
 class _Split:
     """The training or the test examples, of which the labels were read."""
 
-    def __init__(self, folder: Path, room: Room) -> None:
+    def __init__(self, folder: Path, room: Room, table: bool) -> None:
         paths = sorted(folder.glob("*.json"))
         sizes_bytes = [path.stat().st_size for path in paths]
         found: dict[str, list[tuple[Path, list[Any], bool]]] = {}  # user -> by file: labels, exact
-        sides: set[int] = set()
+        shapes: set[tuple[int, ...]] = set()
+        self._values = _rows if table else _pixels
         for path, size_bytes in zip(paths, sizes_bytes, strict=True):
             what = f"reading {path}, {size_bytes / 1e6:.1f} MB,"
             room(JSON_BYTES * size_bytes, what, "spread its users over several files")
             for user, where, x, y in _users(path):
-                of_user = [_examine(where, rows) for _, rows in _batches(x)]
-                sides.update(side for side, _ in of_user)
+                of_user = [self._examine(where, rows) for _, rows in _batches(x)]
+                shapes.update(shape for shape, _ in of_user)
                 piece = (path, y, all(exact for _, exact in of_user))
                 found.setdefault(user, []).append(piece)
         if not found:
@@ -113,11 +123,11 @@ class _Split:
                 f"{folder}: got {len(paths)} .json files and no examples, expected at least 1;"
                 " run LEAF's preprocess.sh with '-t sample', which writes train and test"
             )
-        if len(sides) > 1:
+        if len(shapes) > 1:
             raise ValueError(
-                f"{folder}: got images with sides of {sorted(sides)}, expected one size"
+                f"{folder}: got examples of the shapes {sorted(shapes)}, expected one size"
             )
-        self.side = sides.pop()
+        self.shape = shapes.pop()
         self.largest_bytes = max(sizes_bytes)
         self.labels: list[Any] = []
         self._counts: list[int] = []  # of each user, users sorted
@@ -136,8 +146,8 @@ class _Split:
         return np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
 
     def read(self, rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """The images `rows`, (len(rows), 1, H, W); files without any of them are not read."""
-        out = np.empty((len(rows), 1, self.side, self.side), dtype)
+        """The examples `rows`, (len(rows), C, ...); files without any of them are not read."""
+        out = np.empty((len(rows), *self.shape), dtype)
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         for path, pieces in self._pieces.items():
@@ -154,9 +164,15 @@ class _Split:
                 low, high = places[user]
                 wanted = [x[i] for i in ascending[low:high] - piece.start]
                 for start, some in _batches(wanted):
-                    images = _stored(_pixels(where, some), piece.exact, dtype)
-                    out[order[low + start : low + start + len(some)]] = images
+                    values = _stored(self._values(where, some), piece.exact, dtype)
+                    out[order[low + start : low + start + len(some)]] = values
         return out
+
+    def _examine(self, where: str, rows: list[Any]) -> tuple[tuple[int, ...], bool]:
+        """The shape of the examples, and whether they are images of whole 255ths throughout."""
+        x = self._values(where, rows)
+        off = np.abs(x * 255 - np.rint(x * 255)).max() if self._values is _pixels else 1.0
+        return x.shape[1:], bool(off < BYTE_TOLERANCE)
 
 
 def _batches(rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
@@ -208,29 +224,40 @@ def _parts(path: Path, content: Any) -> tuple[list[str], list[Any], dict[str, An
     return users, counts, data
 
 
-def _pixels(where: str, rows: list[Any]) -> np.ndarray:
-    """float64 (len(rows), 1, H, W) in 0..1."""
+def _numbers(where: str, rows: list[Any]) -> np.ndarray:
+    """float64, of whatever shape the lists have."""
     try:
-        x = np.asarray(rows, dtype=np.float64)
+        return np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{where}: x is not rows of numbers of one length ({error}); FedLean reads LEAF's"
-            " image sets given as pixels, as FEMNIST"
+            " image sets given as pixels, as FEMNIST, and tables; text must be stored as numbers"
         ) from error
+
+
+def _rows(where: str, rows: list[Any]) -> np.ndarray:
+    """float64 (len(rows), columns), finite."""
+    x = _numbers(where, rows)
+    if x.ndim != 2 or not x.size or not np.isfinite(x).all():
+        raise ValueError(f"{where}: x has shape {x.shape}, expected rows of finite numbers")
+    return x
+
+
+def _pixels(where: str, rows: list[Any]) -> np.ndarray:
+    """float64 (len(rows), 1, H, W) in 0..1."""
+    x = _numbers(where, rows)
     side = isqrt(x.shape[1]) if x.ndim == 2 else 0
     if side == 0 or side * side != x.shape[1]:
         raise ValueError(
-            f"{where}: x has shape {x.shape}, expected (examples, side²): square grey images"
+            f"{where}: x has shape {x.shape}, expected (examples, side²): square grey images; rows"
+            " of a table are read with --layout nf"
         )
     if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"{where}: x is in {x.min()}..{x.max()}, expected pixels in 0..1")
+        raise ValueError(
+            f"{where}: x is in {x.min()}..{x.max()}, expected pixels in 0..1; rows of a table are"
+            " read with --layout nf"
+        )
     return x.reshape(-1, 1, side, side)
-
-
-def _examine(where: str, rows: list[Any]) -> tuple[int, bool]:
-    """The side of the images, and whether all their pixels are whole 255ths."""
-    x = _pixels(where, rows)
-    return x.shape[-1], bool(np.abs(x * 255 - np.rint(x * 255)).max() < BYTE_TOLERANCE)
 
 
 def _stored(x: np.ndarray, exact: bool, dtype: np.dtype) -> np.ndarray:

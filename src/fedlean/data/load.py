@@ -160,7 +160,7 @@ def _find(folder: Path, title: str, label: str) -> list[_Found]:
         read = partial(arrow_source, title, parts)
         found.append(_Found(folder, each, read, frozenset({"label", "layout"})))
     for each, base in find_leaf(folder).items():
-        found.append(_Found(folder, each, _plainly(partial(leaf_source, title, base))))
+        found.append(_Found(folder, each, partial(leaf_source, title, base), layout))
     return found
 
 
