@@ -35,7 +35,7 @@ class Dataset:
     who owns each training example, or None.  class_names: one per class, all different; given as
     (), classes count from "0".  notes: lines for the user about how it was read.  A device's share
     has no test examples, and a server's set may have no training examples: its mean is 0 and its
-    deviation 1 then.
+    deviation 1 then.  One without any has a declared_range of its values.
 
     Raises ValueError naming the field when dtypes, lengths, labels or values do not fit.
     """
@@ -52,6 +52,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     clients: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    declared_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for part, x, y in (
@@ -60,7 +61,7 @@ class Dataset:
         ):
             _check_examples(f"data set {self.name!r}: x_{part}", x)
             _check_labels(f"data set {self.name!r}: y_{part}", y, len(x), self.classes)
-        if not self.x_train.size and not self.x_test.size:
+        if not self.x_train.size and not self.x_test.size and self.declared_range is None:
             raise ValueError(f"data set {self.name!r} is empty; at least 1 example is needed")
         if not self.class_names:
             object.__setattr__(self, "class_names", numbered(self.classes))
@@ -81,6 +82,7 @@ class Dataset:
         class_names: tuple[str, ...] = (),
         clients: np.ndarray | None = None,
         notes: tuple[str, ...] = (),
+        declared_range: tuple[float, float] | None = None,
     ) -> Self:
         """A `Dataset` whose mean and std are computed on its training examples, if it has any.
 
@@ -94,7 +96,8 @@ class Dataset:
         mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
         if train[0].size:
             mean, std = moments(train[0]).statistics(scale)
-        return cls(name, *train, *test, classes, mean, std, scale, class_names, clients, notes)
+        about = (scale, class_names, clients, notes, declared_range)
+        return cls(name, *train, *test, classes, mean, std, *about)
 
     @classmethod
     def from_arrays(
@@ -149,6 +152,8 @@ class Dataset:
     @cached_property
     def value_range(self) -> tuple[float, float]:
         """The smallest and the largest value of x_train / scale; without any, of x_test / scale."""
+        if not self.x_train.size and not self.x_test.size and self.declared_range is not None:
+            return self.declared_range
         return _value_range(self.x_train if self.x_train.size else self.x_test, self.scale)
 
     def with_classes(self, names: Sequence[str]) -> Self:

@@ -17,6 +17,7 @@ from pathlib import Path
 from fedlean.data.arrow import arrow_source, find_arrow
 from fedlean.data.dataset import Dataset
 from fedlean.data.declared import NOTHING, Declared
+from fedlean.data.described import described_source, find_description
 from fedlean.data.digits import digits_source
 from fedlean.data.holdout import hold_out
 from fedlean.data.idx import find_idx, idx_source
@@ -56,6 +57,7 @@ def available() -> list[tuple[str, str]]:
             "Parquet, or what Hugging Face's save_to_disk wrote: the same, or lists (pyarrow)",
         ),
         ("FOLDER", "pictures or WAV files by class: CLASS/*, or train/CLASS/* and test/CLASS/*"),
+        ("FOLDER", "dataset.json: shape, classes and range, for a server without examples"),
         ("FOLDER:NAME", "one of several sets in a folder: IDX prefix, .npz or .csv file name"),
     ]
 
@@ -90,7 +92,7 @@ def _chosen(name_or_folder: str, label: str) -> _Found:
         return _Found(Path(), name_or_folder, lambda room, declared: read(room))
     folder, wanted = _split(absolute(name_or_folder))
     found = _find_at_or_below(folder, partial(_find, label=label))
-    found = found or _find_at_or_below(folder, _find_by_class)
+    found = found or _find_at_or_below(folder, _find_further)
     if not found:
         raise ValueError(_nothing_found(folder))
     fitting = [each for each in found if wanted in (None, each.name)]
@@ -164,8 +166,8 @@ def _find(folder: Path, title: str, label: str) -> list[_Found]:
     return found
 
 
-def _find_by_class(folder: Path, title: str) -> list[_Found]:
-    """Pictures and recordings, which lie below the folder: looked for where there is nothing else.
+def _find_further(folder: Path, title: str) -> list[_Found]:
+    """Pictures, recordings and a mere description: looked for where there is nothing else.
 
     A folder of plots beside a data set is none.
     """
@@ -175,6 +177,8 @@ def _find_by_class(folder: Path, title: str) -> list[_Found]:
     for each, files in find_recordings(folder).items():
         read = partial(recordings_source, title, files)
         found.append(_Found(folder, each, read, frozenset({"length"})))
+    for each, path in find_description(folder).items():
+        found.append(_Found(folder, each, _plainly(partial(described_source, title, path))))
     return found
 
 

@@ -54,6 +54,7 @@ class Source:
     reading_bytes: int = READING_BYTES
     room: Room = unlimited
     notes: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None  # declared, of a source without examples
 
     def dataset(self) -> Dataset:
         """All of it.  Raises ValueError naming what is damaged or does not fit."""
@@ -67,6 +68,7 @@ class Source:
             class_names=self.class_names,
             clients=self.clients,
             notes=self.notes,
+            declared_range=self.value_range,
         )
 
     def share(self, indices: np.ndarray) -> Dataset:

@@ -15,7 +15,7 @@ from fedlean.fleet.fleet import Fleet
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.local import Dispatch, LocalDispatch
 from fedlean.runtime.notices import about_shares
-from fedlean.runtime.together import check_training
+from fedlean.runtime.together import check_test, check_training
 
 Watch = Callable[[dict[str, Any]], object]  # called with every log entry; False: the run ends early
 Say = Callable[[str], None]  # called with a line that is worth knowing
@@ -49,6 +49,7 @@ def in_process(parts: Parts) -> tuple[Dispatch, list[str]]:
     """The clients are in this process and share the data set out among them."""
     config, dataset = parts.config, parts.dataset
     check_training(dataset)
+    check_test(dataset)
     shares = partition(config.partition, dataset, config.num_clients, config.seed)
     data = [ClientData(dataset, indices) for indices in shares]
     dispatch = LocalDispatch(

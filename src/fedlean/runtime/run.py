@@ -61,7 +61,7 @@ from fedlean.runtime.start import (
     was_given,
 )
 from fedlean.runtime.summary import summary_of
-from fedlean.runtime.together import check_classes, check_test, check_together
+from fedlean.runtime.together import check_classes, check_together
 from fedlean.runtime.trust import Named, read_trusted
 from fedlean.spec import ModelSpec
 from fedlean.tree import read_only
@@ -69,6 +69,7 @@ from fedlean.usercode import absolute_code
 
 CHECKPOINT_SECONDS = (5.0, 60.0)  # between two of them, at least and, where they take long, at most
 CHECKPOINT_SHARE = 0.005  # of a run's time
+UNTESTED = "the server has no test examples: the accuracy is not measured"
 _NOTHING = Named()
 
 
@@ -374,10 +375,9 @@ def _prepare(
     check(config)
     devices.check(config.num_clients)
     check_classes(dataset)
-    check_test(dataset)
     spec = model.spec
     check_together(spec, dataset, config.model)
-    data = normalisation.Normalised(dataset)
+    data, tested = normalisation.Normalised(dataset), len(dataset.y_test) > 0
     with memory_for(f"the model {config.model!r}", lambda: 4 * spec.num_params):
         engine, why_not_native = engine_for(spec, config.engine, config.threads)
     server = Server(
@@ -389,7 +389,8 @@ def _prepare(
         config.init,
         config.num_clients,
         given,
-        lambda: own_inputs(data.dataset),  # as it is once the clients have agreed
+        # as the data set is once the clients have agreed
+        (lambda: own_inputs(data.dataset)) if tested else None,
     )
     algorithm = build_method(config.method, server, config.settings, method)
     # defaults may change, and with them what the same settings mean: the folder names all
@@ -397,7 +398,7 @@ def _prepare(
     config = replace(config, engine=engine.name, settings=settings)
     check_personalize(config.method, config.settings, config.personalize or 0)
     during, final = (
-        test_subset(dataset, examples) if examples else None
+        test_subset(dataset, examples) if examples and tested else None
         for examples in (config.eval_examples, config.final_eval_examples)
     )
     rest = {} if model.names is None else model.names.rest
@@ -408,7 +409,7 @@ def _prepare(
         about_clients = [*about_clients, *data.agree(dispatch)]
         dataset = data.dataset
     notes = [why_not_native, other_model(profile, spec), *about_model(spec, dataset)]
-    notes += dataset.notes
+    notes += dataset.notes if tested else [*dataset.notes, UNTESTED]
     said = [line for line in [*notes, *about_clients] if line]
     for line in said:
         how.say(line)
@@ -459,7 +460,7 @@ def _go(
     totals: Totals,
     best: Model | None,
 ) -> Finished:
-    config, keeper = run.config, run.keeper
+    config, keeper, tested = run.config, run.keeper, len(run.dataset.y_test) > 0
     book = _Book(totals, progress, progress.state.params, _pause_seconds(run.how, 0.0), best)
 
     def after_step(progress: LoopState, record: StepRecord, last: bool) -> bool:
@@ -471,7 +472,7 @@ def _go(
         model = model_of(run.algorithm, run.server, state)
         moved = state.params is not book.params or last  # initial pruning leaves them for long
         with memory_for("the evaluation of the model"):
-            score = run.evaluate(model, last) if due and moved else None
+            score = run.evaluate(model, last) if due and moved and tested else None
         book.score = score if last else None
         book.params = state.params
         if score is not None:
@@ -583,15 +584,17 @@ def _finish(
     model = model_of(run.algorithm, run.server, state)
     early = book.stopped or interrupted  # so that the last evaluation was one during the run
     final = book.last_entry["accuracy"] if book.last_entry else run.keeper.last_accuracy()
-    if book.score is None:
-        book.score = run.evaluate(model, True)
-    if final is None or (early and config.eval_examples):
-        final = book.score.accuracy
+    if len(run.dataset.y_test):
+        if book.score is None:
+            book.score = run.evaluate(model, True)
+        if final is None or (early and config.eval_examples):
+            final = book.score.accuracy
     held = run.dispatch.held() if isinstance(run.dispatch, ToDevices) else {}
     summary = summary_of(
         config, run.server, state, model, book.totals, final, run.data_changes, held
     )
-    summary |= _whom_it_serves(run, model, book.score)
+    if book.score is not None:
+        summary |= _whom_it_serves(run, model, book.score)
     best = model if book.best is None else book.best
     run.keeper.finish(model, best, None if interrupted else summary)
     return Finished(summary, document, model, best, run.about, interrupted)

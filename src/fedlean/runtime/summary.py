@@ -20,12 +20,13 @@ def summary_of(
     state: State,
     model: Model,
     totals: Totals,
-    final: float,
+    final: float | None,
     data_changes: Sequence[dict[str, Any]],
     held: Mapping[int, Held],
 ) -> dict[str, Any]:
-    """final: accuracy after the last round; data_changes: those that the user accepted.
+    """final: accuracy after the last round, None without test examples.
 
+    data_changes: those that the user accepted.
     held: what devices with data of their own said that they hold; {} in a simulation.
     """
     targets = {f"{t:g}": totals.targets.get(f"{t:g}") for t in config.target_accuracy}
@@ -44,7 +45,7 @@ def summary_of(
         "fleet": config.fleet,
         "arithmetic": server.engine.arithmetic,
         "final_accuracy": final,
-        "best_accuracy": max(totals.best_accuracy, final),
+        "best_accuracy": None if final is None else max(totals.best_accuracy, final),
         "parameters": model.spec.num_params,
         "density": density(held_masks(model)),
         "dead_units": {

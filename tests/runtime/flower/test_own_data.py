@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from answering import Devices
 
+from fedlean.report.page import comparison_page, write_report
+from fedlean.report.run_folder import read_run
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.flower.serve import serve
 from fedlean.runtime.flower.settings import ServerSettings
@@ -208,3 +210,30 @@ def test_impossible_sums_are_refused(tmp_path: Path, change: dict[str, Any], cap
     assert any(
         "by the examples of 2 clients: 1, 2" in n for n in document(tmp_path / "two")["notes"]
     )
+
+
+def test_a_server_without_any_example(tmp_path: Path):
+    """It knows the shape, the classes and the range, and measures no accuracy."""
+    data = Data()
+    folders = [data.folder(tmp_path, client) for client in range(3)]
+    (tmp_path / "server").mkdir()
+    about = {"input_shape": [3, 2, 4], "classes": [*LABELS], "range": [-500, 500]}
+    (tmp_path / "server/dataset.json").write_text(json.dumps(about))
+    given = settings(str(tmp_path / "server"), tmp_path / "run")
+    summary = serve(Devices(tmp_path / "nodes", folders), given)
+    assert summary["final_accuracy"] is None and summary["best_accuracy"] is None
+    local = RunConfig(
+        "fedavg", data.whole(tmp_path), "mlp_13_7", partition="natural", rounds=2, settings=OWN
+    )
+    start(local, tmp_path / "local", How())
+    assert model(tmp_path / "run") == model(tmp_path / "local")
+    assert any(
+        "the accuracy is not measured" in note for note in document(tmp_path / "run")["notes"]
+    )
+    assert write_report(tmp_path / "run").startswith("report: ")
+    page = (tmp_path / "run/report.html").read_text()
+    assert "as 3 devices hold it: 7 to 30 examples" in page
+    compare = comparison_page([read_run(tmp_path / name) for name in ("run", "local")])
+    assert "<html" in compare
+    with pytest.raises(ValueError, match="has no training examples"):
+        start(local.__class__("fedavg", str(tmp_path / "server")), tmp_path / "no", How())
