@@ -123,12 +123,25 @@ def asserting(self: Net, x: torch.Tensor) -> torch.Tensor:
     return self.fc(x)
 
 
+def branching(self: Net, x: torch.Tensor) -> torch.Tensor:
+    """On every way to ask for a shape."""
+    assert x.size(1) == 6 and x.dim() == x.ndim == len(x.shape) == 2 and len(x) == x.size()[0]
+    y = self.fc(x)
+    return y + self.other(x) if y.shape[-1] > 2 else self.never(x)
+
+
+def of_sign(self: Net, x: torch.Tensor) -> torch.Tensor:
+    return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+
 def several_lines(self: Net, x: torch.Tensor) -> torch.Tensor:
     raise KeyError("first", "second\nthird")
 
 
 # Each with the names of its layers in the spec.
 CONVERTED = {
+    "asserting a shape": (net(asserting, fc=linear), "fc"),
+    "branching on shapes": (net(branching, fc=linear, other=linear, never=linear), "fc other add"),
     "optional inputs": (OptionalInputs, "fc"),
     "star arguments": (StarArguments, "fc"),
     "its own train()": (OwnTrain, "fc"),
@@ -347,7 +360,7 @@ REFUSED = {
         net(auxiliary, fc=linear, aux=linear),
         "layer 'aux' (Linear) is not the same in training", "without `if self.training`",
     ),
-    "asserting a shape": (net(asserting, fc=linear), "values or shapes of tensors"),
+    "branching on values": (net(of_sign, fc=linear), "must not depend on the values of tensors"),
     "raising": (net(several_lines), "torch.fx cannot follow Net.forward"),
     "a layer called by keyword": (
         net(lambda s, x: s.fc(input=x), fc=linear), f"layer 'fc' (Linear): {KEYWORDS}",

@@ -6,14 +6,18 @@ does not say what a node is in a spec.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import operator
 import re
 from collections.abc import Callable, Container
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from fedlean.layers import Shape
 from fedlean.models._draft import not_supported
@@ -47,8 +51,75 @@ class _Tracer(fx.Tracer):
             raise NameError(f"{type(mod).__name__} is not registered as a submodule") from None
 
 
-def trace(module: nn.Module, leaves: Container[type]) -> fx.GraphModule:
+class _Shaped(fx.Proxy):
+    """Stands for a tensor whose shape is known."""
+
+    tracer: _WithShapes
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tracer.value(self.node).shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class _WithShapes(_Tracer):
+    """Knows the shapes that tensors have on the example, so that a forward may branch on them.
+
+    Its values are on the meta device: nothing is computed, and no statistics move.
+    """
+
+    def __init__(self, leaves: Container[type], module: nn.Module, example: torch.Tensor) -> None:
+        super().__init__(leaves)
+        self._module = copy.deepcopy(module).to("meta")
+        self._example = example.to("meta")
+        self._values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        return self._values[node]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Shaped(node, self)
+
+    def create_proxy(self, *given: Any, **named: Any) -> fx.Proxy:
+        made = super().create_proxy(*given, **named)
+        self._values[made.node] = self._run(made.node)
+        return made
+
+    @torch.no_grad()
+    def _run(self, node: fx.Node) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), self.value)
+        target: Any = node.target
+        match node.op:
+            case "placeholder":
+                return self._example
+            case "call_module":
+                # not a call, which the tracer would take for one of the user's
+                return self._module.get_submodule(target).forward(*args, **kwargs)
+            case "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            case "call_function":
+                return target(*args, **kwargs)
+            case "get_attr":
+                return operator.attrgetter(target)(self._module)
+        return None
+
+
+def trace(module: nn.Module, leaves: Container[type], example: torch.Tensor) -> fx.GraphModule:
     """The graph of module(x) in evaluation mode, in which `module` is left.
+
+    Where its forward branches on shapes, that of tensors shaped as they are on `example`.
 
     Raises ValueError if torch.fx cannot follow, or if the layers are others in training.
     """
@@ -59,7 +130,7 @@ def trace(module: nn.Module, leaves: Container[type]) -> fx.GraphModule:
             f"{type(module).__name__}.forward takes several inputs ({error}), only one is "
             "supported: pass a module whose forward takes one tensor"
         ) from None
-    in_training, traced = (_trace(module, leaves, training) for training in (True, False))
+    in_training, traced = (_trace(module, leaves, example, mode) for mode in (True, False))
     for pair in zip_longest(in_training.graph.nodes, traced.graph.nodes):
         first, second = ((n.op, n.target, str(n.all_input_nodes)) if n else None for n in pair)
         if first != second:
@@ -71,18 +142,22 @@ def trace(module: nn.Module, leaves: Container[type]) -> fx.GraphModule:
     return traced
 
 
-def _trace(module: nn.Module, leaves: Container[type], training: bool) -> fx.GraphModule:
+def _trace(
+    module: nn.Module, leaves: Container[type], example: torch.Tensor, training: bool
+) -> fx.GraphModule:
     for layer in module.modules():  # not train(), which the user's class may define otherwise
         layer.training = training
     tracer = _Tracer(leaves)
     try:
         return fx.GraphModule(module, tracer.trace(module))
     except Exception as error:  # whatever the user's forward raises on symbolic values
+        with suppress(Exception):  # the first error is the one to report
+            return fx.GraphModule(module, _WithShapes(leaves, module, example).trace(module))
         path, kind = next(reversed(tracer.module_stack.values()), ("", type(module)))
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
             f"{f'layer {path!r}: ' if path else ''}torch.fx cannot follow {kind.__name__}.forward: "
-            f"{reason}.  Its control flow must not depend on the values or shapes of tensors, and "
+            f"{reason}.  Its control flow must not depend on the values of tensors, and "
             "the layers that it calls must be attributes or in an nn.ModuleList"
         ) from error
 

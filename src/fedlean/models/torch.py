@@ -312,7 +312,7 @@ def from_torch(
     example = read_example(example_input)
     alone = type(module) in _MODULES
     original, masks = checked_copy(nn.Sequential(module) if alone else module)
-    traced = trace(original, _MODULES)
+    traced = trace(original, _MODULES, example)
     _refuse_visible_writes(traced)
     traced.graph.eliminate_dead_code()
     found = results(traced, example, lambda node: _known(traced, node))
