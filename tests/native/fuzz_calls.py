@@ -29,6 +29,12 @@ def shape_after(kind: str, shape: list[int], k: dict[str, Any], out: int) -> lis
     return [prod(shape)] if kind == "Flatten" else shape
 
 
+def pair(draw: Draw, low: int, high: int) -> tuple[int, int]:
+    """Of rows and of columns, alike most often."""
+    side = draw.wild(draw.between(low, high))
+    return side, draw.between(low, high) if draw.chance(0.3) else side
+
+
 def network(draw: Draw, native: Any) -> tuple[Any, list[list[int]]]:
     """And the shapes of its tensors, the input first."""
     first = [draw.wild(draw.between(1, 6)) for _ in range(draw.one([1, 2, 3, 3, 3]))]
@@ -40,13 +46,12 @@ def network(draw: Draw, native: Any) -> tuple[Any, list[list[int]]]:
         inputs = [draw.wild(draw.between(-1, len(shapes) - 2)) for _ in range(count)]
         given = shapes[inputs[0] + 1] if -1 <= inputs[0] < len(shapes) - 1 else first
         window = 3 if kind in WINDOWS else 1
+        most = {"kernel": window, "stride": window, "padding": window // 2}
         numbers: dict[str, Any] = {
-            name: (draw.wild(draw.between(1, window)), draw.wild(draw.between(1, window)))
-            for name in ("kernel", "stride")
+            name: pair(draw, name != "padding", top) for name, top in most.items()
         }
-        half = window // 2
-        numbers |= {"padding": (draw.wild(draw.between(0, half)), draw.wild(draw.between(0, half)))}
-        numbers |= {"dilation": (draw.wild(1), draw.wild(draw.between(1, 1 + (kind == "Conv2d"))))}
+        dilated = kind == "Conv2d" and draw.chance(0.3)
+        numbers |= {"dilation": pair(draw, 1, 2) if dilated else (1, 1)}
         if len(given) == 2:  # a signal is an image of one row
             numbers |= {name: (1 - (name == "padding"), numbers[name][1]) for name in SIDES}
         numbers |= {"groups": draw.wild(1)}
@@ -208,7 +213,7 @@ def arguments_of(
     if labels.dtype == np.int64 and labels.flags.writeable and labels.size:
         labels[...] = draw.wild(0)
     pieces = [(node, slot, draw.wild(0), draw.wild(1)) for _ in range(draw.one([0, 0, 0, 1]))]
-    keys = draw.one([[], [], [1], [1, 2]])
+    keys = draw.one([[], [], [], [], [], [], [1], [1, 2]])
     match name:
         case "load" | "read":
             return [node, slot, array(draw, weight), flag, *([flag] if draw.chance(0.5) else [])]
