@@ -64,7 +64,7 @@ def place(tmp_path, monkeypatch, data) -> Path:
     y = np.concatenate([data.y_train, data.y_test])
     split = np.repeat([0, 1], [len(data.y_train), len(data.y_test)])
     client = np.concatenate([data.clients, np.zeros(len(data.y_test), int)])
-    np.savez(tmp_path / "data" / "own.npz", x=x, y=y, split=split, client=client)
+    np.savez(tmp_path / "data" / "own.npz", x=x, y=y, split=split, client=client, layout="nhw")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_nets", raising=False)
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(tmp_path)])
