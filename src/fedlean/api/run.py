@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlean.api.model import Model, of
 from fedlean.report import run_folder
-from fedlean.runtime.run import Finished
+from fedlean.runtime.going import Finished
 
 
 @dataclass(frozen=True)

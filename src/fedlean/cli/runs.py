@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from fedlean.report.tensorboard import tensorboard
 from fedlean.runtime import config as configs
 from fedlean.runtime import run as runs
 from fedlean.runtime.configured import configured
-from fedlean.runtime.how import How
+from fedlean.runtime.how import How, Watch
 from fedlean.runtime.local import ClientError
 from fedlean.runtime.progress import watch_run
 from fedlean.runtime.rounds import RunFailed
@@ -67,7 +67,7 @@ def run(
     config = configured(method, settings=set or [], flags=flags, options=told(options))
     folder = out or Path("runs") / _folder_name(config)
     with ExitStack() as stack:
-        watches = [stack.enter_context(watch_run(config, folder))]
+        watches: list[Watch] = [stack.enter_context(watch_run(config, folder))]
         if log is not None:
             watches.append(stack.enter_context(tensorboard(_events(folder))))
         stack.enter_context(_report_of_a_failure(folder))
@@ -80,7 +80,7 @@ def _events(folder: Path) -> Path:
     return folder.parent / "tensorboard" / folder.name
 
 
-def _to_all(watches: list[Callable[[dict[str, Any]], None]], entry: dict[str, Any]) -> None:
+def _to_all(watches: list[Watch], entry: dict[str, Any]) -> None:
     for watch in watches:
         watch(entry)
 
