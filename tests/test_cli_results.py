@@ -68,7 +68,7 @@ def test_data_with_names_of_its_own(run, capsys, tmp_path):
     x = (data.x_test[few] / np.float32(data.scale)).astype(np.float32)
     split = np.arange(few.sum()) % 2
     (tmp_path / "few").mkdir()
-    np.savez(tmp_path / "few" / "d.npz", x=x[:, 0], y=data.y_test[few], split=split)
+    np.savez(tmp_path / "few" / "d.npz", x=x, y=data.y_test[few], split=split)
     place = str(tmp_path / "few")
     document = json.loads(
         said(capsys, "evaluate", str(run), "--data", place, "--part", "all", "--json")
@@ -77,7 +77,7 @@ def test_data_with_names_of_its_own(run, capsys, tmp_path):
     assert np.array_equal(document["confusion"][:3], whole["confusion"][:3])
     assert document["recall"][5] is None
     (tmp_path / "other").mkdir()
-    np.savez(tmp_path / "other" / "d.npz", x=x[:, 0], y=np.repeat("cat", few.sum()), split=split)
+    np.savez(tmp_path / "other" / "d.npz", x=x, y=np.repeat("cat", few.sum()), split=split)
     line = refused(capsys, "evaluate", str(run), "--data", str(tmp_path / "other"))
     assert "'cat'" in line and "renamed or left out" in line
 

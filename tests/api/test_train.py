@@ -210,3 +210,22 @@ def test_paths_are_found_from_another_folder(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["resume", "../run", "--rounds", "2"])
     assert Path(json.loads((tmp_path / "run" / "config.json").read_text())["dataset"]).is_absolute()
+
+
+def test_data_without_test_examples():
+    x, y = np.random.default_rng(0).normal(size=(40, 1, 4, 4)), np.arange(40) % 2
+    data = fl.Dataset.from_arrays(x, y)
+    with pytest.raises(ValueError, match="no test examples"):
+        fl.train("fedavg", data=data, **QUICK)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 12), (5, 4, 4)])
+def test_tables_signals_and_any_number_of_channels(shape, tmp_path):
+    x = np.random.default_rng(0).normal(7, 2, size=(60, *shape))
+    y = np.where(x.reshape(60, -1).mean(1) > 7, "high", "low")
+    data = fl.Dataset.from_arrays(x, y, test=0.2)
+    run = fl.train("fedavg", data=data, **QUICK)
+    assert set(run.model.predict(x)) <= {"high", "low"}
+    run.model.save(tmp_path / "m.safetensors")
+    assert np.array_equal(fl.load(tmp_path / "m.safetensors").outputs(x), run.model.outputs(x))
+    assert run.model.evaluate(data).accuracy == pytest.approx(run.accuracy)

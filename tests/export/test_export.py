@@ -19,20 +19,30 @@ from fedlean.export import c, onnx
 from fedlean.export.buffers import buffers
 from fedlean.export.window import window
 from fedlean.layers import (
+    GELU,
     Add,
     AvgPool2d,
     BatchNorm,
+    Concat,
+    Conv1d,
     Conv2d,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
     Hardsigmoid,
     Hardswish,
+    Hardtanh,
+    LeakyReLU,
     Linear,
+    MaxPool1d,
     MaxPool2d,
     ReLU,
     Scale,
     Scaler,
+    Sigmoid,
+    SiLU,
+    Tanh,
 )
 from fedlean.models.catalog import available, build
 from fedlean.models.initialise import init_params
@@ -93,6 +103,50 @@ def all_kinds() -> ModelSpec:
     return ModelSpec((3, 9, 7), nodes)
 
 
+def odd_windows() -> ModelSpec:
+    """Sides that differ, dilation, dropout."""
+    chain = [
+        ("wide", Conv2d(6, (1, 3), (1, 2), (0, 1)), (INPUT,)),
+        ("drop", Dropout(0.5), ("wide",)),
+        ("far", Conv2d(4, (3, 2), 1, (2, 1), dilation=(2, 1)), ("drop",)),
+        ("pool", MaxPool2d((1, 2)), ("far",)),
+        ("flat", Flatten(), ("pool",)),
+        ("out", Linear(3), ("flat",)),
+    ]
+    return ModelSpec((2, 7, 9), tuple(Node(name, layer, inputs) for name, layer, inputs in chain))
+
+
+def signal() -> ModelSpec:
+    chain = [
+        ("conv", Conv1d(8, 5, 2, 2), (INPUT,)),
+        ("norm", BatchNorm(), ("conv",)),
+        ("relu", ReLU(), ("norm",)),
+        ("pool", MaxPool1d(3, 2, 1), ("relu",)),
+        ("far", Conv1d(6, 3, dilation=2), ("pool",)),
+        ("mean", GlobalAvgPool(), ("far",)),
+        ("out", Linear(3), ("mean",)),
+    ]
+    return ModelSpec((6, 40), tuple(Node(name, layer, inputs) for name, layer, inputs in chain))
+
+
+def curves() -> ModelSpec:
+    """Every activation, beside each other and one behind the rest; a gate on a signal."""
+    layers = [LeakyReLU(0.2), Hardtanh(-0.5, 0.7), Sigmoid(), Tanh(), SiLU(), GELU(), GELU(True)]
+    nodes = [Node("conv", Conv1d(6, 3), (INPUT,))]
+    nodes += [Node(f"curve{i}", layer, ("conv",)) for i, layer in enumerate(layers)]
+    nodes.append(Node("all", Concat(), tuple(node.name for node in nodes[1:])))
+    chain = [
+        ("pool", GlobalAvgPool(), ("all",)),
+        ("gate", Sigmoid(), ("pool",)),
+        ("scale", Scale(), ("all", "gate")),
+        ("flat", Flatten(), ("scale",)),
+        ("out", Linear(4), ("flat",)),
+        ("last", SiLU(), ("out",)),
+    ]
+    nodes += [Node(name, layer, inputs) for name, layer, inputs in chain]
+    return ModelSpec((2, 9), tuple(nodes))
+
+
 def compiled(net: fl.Model, folder: Path, *flags: str) -> tuple[np.ndarray, Path]:
     """What the exported program gives for the stored examples, and the program."""
     source = net.export(folder / "net.c")
@@ -111,12 +165,19 @@ def agrees(got: np.ndarray, net: fl.Model) -> None:
 
 
 SPECS = {name: build(name, (3, 32, 32), 10) for name in available()}
-SPECS["all kinds"] = all_kinds()
+SPECS |= {
+    "all kinds": all_kinds(),
+    "odd windows": odd_windows(),
+    "signal": signal(),
+    "curves": curves(),
+}
 
 
 @needs_cc
 @pytest.mark.parametrize("density", [1.0, 0.1])
-@pytest.mark.parametrize("name", ["all kinds", "lenet5", "resnet8", "lenet300"])
+@pytest.mark.parametrize(
+    "name", ["all kinds", "odd windows", "signal", "curves", "lenet5", "resnet8"]
+)
 def test_c_computes_the_same(name, density, tmp_path):
     net = model(SPECS[name], density)
     sanitised = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
@@ -194,7 +255,7 @@ def test_no_two_activations_that_live_share_memory(name):
         for source in node.inputs:
             held = block[plan.at[source] :][: prod(spec.shapes[source])]
             assert (held == views[source]).all(), (node.name, source)
-        if isinstance(node.layer, Flatten | Scaler):
+        if isinstance(node.layer, Flatten | Scaler | Dropout):
             views[node.name] = views[node.inputs[0]]
             continue
         block[plan.at[node.name] :][: prod(spec.shapes[node.name])] = step
@@ -203,7 +264,9 @@ def test_no_two_activations_that_live_share_memory(name):
     assert plan.size < total / 2
 
 
-@pytest.mark.parametrize("name", ["all kinds", "resnet8", "mobilenetv3_small", "lenet300"])
+@pytest.mark.parametrize(
+    "name", ["all kinds", "odd windows", "signal", "curves", "resnet8", "mobilenetv3_small"]
+)
 def test_onnx_computes_the_same(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     load = pytest.importorskip("onnx").load

@@ -17,10 +17,10 @@ from federation import first_model
 from fedlean import cli
 from fedlean.runtime.config import RunConfig
 from fedlean.runtime.evaluate import Score
+from fedlean.runtime.going import _pause_seconds
 from fedlean.runtime.how import How
 from fedlean.runtime.modelfile import read_model
 from fedlean.runtime.rounds import StepRecord
-from fedlean.runtime.going import _pause_seconds
 from fedlean.runtime.run import resume, start
 from fedlean.runtime.runlog import RunLog, Totals, log_entry
 from fedlean.spec import ModelSpec

@@ -32,9 +32,10 @@ class Run:
     interrupted: bool = False
 
     @property
-    def accuracy(self) -> float:
-        """Of `model` on the test set, in [0, 1]."""
-        return float(self.summary["final_accuracy"])
+    def accuracy(self) -> float | None:
+        """Of `model` on the test set, in [0, 1]; None where the data has no test examples."""
+        found = self.summary["final_accuracy"]
+        return None if found is None else float(found)
 
     @property
     def rounds(self) -> int:
@@ -50,10 +51,13 @@ class Run:
         return path
 
     def __str__(self) -> str:
+        measured = "without test examples"
+        if self.accuracy is not None:
+            measured = f"accuracy {self.accuracy:.2%}"
         sent = self.summary["downlink_bytes"] + self.summary["uplink_bytes"]
         return (
-            f"{self.name}: {self.rounds} rounds, accuracy {self.accuracy:.2%}, density "
-            f"{self.model.density:.1%}, {sent / 1e6:.1f} MB sent"
+            f"{self.name}: {self.rounds} rounds, {measured}, density {self.model.density:.1%}, "
+            f"{sent / 1e6:.1f} MB sent"
             f"{', interrupted' if self.interrupted else ''}"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from fedlean.api.run import Run, run_of
 from fedlean.core import Model, Scalar
 from fedlean.data.dataset import Dataset
+from fedlean.data.declared import Declared
+from fedlean.data.load import load_source
 from fedlean.models.brought import Brought, Converted, brought
 from fedlean.printable import printable
 from fedlean.report.page import write_report
@@ -26,6 +29,7 @@ from fedlean.runtime.run import begin, go_on
 from fedlean.runtime.trust import Named
 from fedlean.spec import ModelSpec
 
+_DECLARED = tuple(each.name for each in fields(Declared))  # what a user says of the data
 OnRound = Callable[[dict[str, Any]], object]
 
 
@@ -62,7 +66,8 @@ def train(
     where nothing can be learnt any more.
     """
     function = None if isinstance(method, str) else method
-    own, model_name = _model(model, data)
+    declared = {key: options[key] for key in _DECLARED if options.get(key) is not None}
+    own, model_name = _model(model, data, declared)
     name = method if isinstance(method, str) else name_of(method)
     config = configured(
         name,
@@ -121,20 +126,19 @@ class _Own(NamedTuple):
     name: str
 
 
-def _model(model: Any, data: str | Path | Dataset) -> _Own:
+def _model(model: Any, data: str | Path | Dataset, declared: Mapping[str, Any]) -> _Own:
     if isinstance(model, str):
         return _Own(None, model)
-    shape = model.spec.input_shape if isinstance(model, Model | Converted) else _input_shape(data)
+    known = isinstance(model, ModelSpec | Model | Converted)  # of which no shape is needed
+    shape = () if known else _input_shape(data, declared)
     named = {ModelSpec: "spec", Converted: "converted"}.get(type(model), type(model).__name__)
     return _Own(brought("the model", model, shape), named)
 
 
-def _input_shape(data: str | Path | Dataset) -> tuple[int, ...]:
+def _input_shape(data: str | Path | Dataset, declared: Mapping[str, Any]) -> tuple[int, ...]:
     if isinstance(data, Dataset):
         return tuple(data.input_shape)
-    from fedlean.data.load import load_source
-
-    return tuple(load_source(str(data)).input_shape)
+    return tuple(load_source(str(data), declared=Declared(**declared)).input_shape)
 
 
 def _name(data: str | Path | Dataset) -> str:

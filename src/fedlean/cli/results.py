@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
@@ -19,8 +20,10 @@ from fedlean.api.export import ENDINGS, Format, export
 from fedlean.api.model import Model, Part, load
 from fedlean.cli.options import Place
 from fedlean.cli.screen import show, show_lines
+from fedlean.data.dataset import Dataset
 from fedlean.data.load import load_dataset
 from fedlean.printable import printable
+from fedlean.runtime.config import read_config
 
 Flag = Annotated[bool, Parameter(negative=())]
 _ENDING = {format: ending for ending, format in ENDINGS.items()}
@@ -50,7 +53,7 @@ def evaluate(
     json
         print JSON instead of a table
     """
-    found = load(run, best=best).evaluate(load_dataset(data), part)
+    found = load(run, best=best).evaluate(_dataset(data, run), part)
     recall = [None if math.isnan(share) else share for share in found.recall.tolist()]
     names = [str(label) for label in found.labels]
     if json:
@@ -97,7 +100,7 @@ def predict(
     out
         a file to write (default: standard output)
     """
-    model, dataset = load(run, best=best), load_dataset(data)
+    model, dataset = load(run, best=best), _dataset(data, run)
     x, y = model.examples(dataset, part)
     shares = model.probabilities_of(dataset, x)
     names = [str(label) for label in model.labels]
@@ -109,6 +112,13 @@ def predict(
             rows.writerow([at, names[true], names[each.argmax()], *cells])
     if out is not None:
         show(f"wrote {len(y)} predictions to {out}")
+
+
+def _dataset(name: str, run: Path) -> Dataset:
+    """Read as the run's own data was: what a user declared of that counts here, too."""
+    if not (run / "config.json").is_file():
+        return load_dataset(name)
+    return load_dataset(name, replace(read_config(run).declared, test_share=0.0))
 
 
 @contextmanager

@@ -129,14 +129,25 @@ class Dataset:
         return from_arrays(x, y, clients=clients, test=test, class_names=class_names, name=name)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Dataset:
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        layout: str = "",
+        label: str = "",
+        length: int | None = None,
+        test_share: float = 0.0,
+    ) -> Dataset:
         """The data set in a folder, FOLDER:NAME, or "digits" (docs/data.md).
 
-        Raises ValueError when nothing there is recognised, or it is damaged.
+        What the files do not say is declared, as for `fedlean run`: what the axes of arrays are,
+        the column of the classes, samples of a recording, the share held out for testing.  Raises
+        ValueError when nothing there is recognised, or it is damaged.
         """
+        from fedlean.data.declared import Declared
         from fedlean.data.load import load_dataset
 
-        return load_dataset(str(folder))
+        return load_dataset(str(folder), Declared(layout, label, length, test_share))
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from fedlean.layers import Flatten, Hardsigmoid, Hardswish, ReLU, Scaler
+from fedlean.layers import Curve, Dropout, Flatten, ReLU, Scaler
 from fedlean.spec import INPUT, ModelSpec, Node
 
-VIEWS = (Flatten, Scaler)  # the memory of what they read; a scaler works in training only
-IN_PLACE = (ReLU, Hardswish, Hardsigmoid)  # may write where they read, if nobody else does
+VIEWS = (Flatten, Scaler, Dropout)  # the memory of what they read; two work in training only
+IN_PLACE = (ReLU, Curve)  # may write where they read, if nobody else does
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -20,19 +20,26 @@ from fedlean.export.c_kernels import HEAD, KERNELS, MAIN
 from fedlean.export.folded import Folded, folded
 from fedlean.export.window import window
 from fedlean.layers import (
+    GELU,
     Add,
     AvgPool2d,
     BatchNorm,
+    Concat,
     Conv2d,
     GlobalAvgPool,
     GroupNorm,
     Hardsigmoid,
     Hardswish,
+    Hardtanh,
+    LeakyReLU,
     Linear,
     MaxPool2d,
     ReLU,
     Scale,
     Shape,
+    Sigmoid,
+    SiLU,
+    Tanh,
 )
 from fedlean.normalisation import Normalisation
 from fedlean.spec import INPUT, Node
@@ -40,7 +47,17 @@ from fedlean.spec import INPUT, Node
 SPARSE_BYTES, DENSE_BYTES = 5, 4  # per kept weight with its distance; per weight
 ESCAPE = 255  # of a distance: so many columns without a kept weight, and it goes on
 PER_LINE = 8
-_POINTWISE = {ReLU: "relu", Hardswish: "hardswish", Hardsigmoid: "hardsigmoid"}
+_POINTWISE = {
+    ReLU: "relu",
+    Hardswish: "hardswish",
+    Hardsigmoid: "hardsigmoid",
+    LeakyReLU: "leaky_relu",
+    Hardtanh: "hardtanh",
+    Sigmoid: "sigmoid",
+    Tanh: "hyperbolic_tangent",
+    SiLU: "silu",
+    GELU: "gelu",
+}
 
 
 def c_source(
@@ -226,8 +243,14 @@ def _batch_norm(writer: _Writer, node: Node, shapes: list[Shape]) -> None:
 
 
 def _pointwise(writer: _Writer, node: Node, shapes: list[Shape]) -> None:
-    kernel = _POINTWISE[type(node.layer)]
-    writer._call(kernel, *writer._ends(node), prod(shapes[0]))
+    layer: Any = node.layer
+    kernel = _POINTWISE[type(layer)]
+    settings = []
+    if isinstance(layer, GELU):
+        kernel = "gelu_tanh" if layer.tanh else kernel
+    else:
+        settings = [_number(np.float32(getattr(layer, each.name))) for each in fields(layer)]
+    writer._call(kernel, *writer._ends(node), prod(shapes[0]), *settings)
 
 
 def _add(writer: _Writer, node: Node, shapes: list[Shape]) -> None:
@@ -236,6 +259,13 @@ def _add(writer: _Writer, node: Node, shapes: list[Shape]) -> None:
     for other in others:
         writer._call("add", first, other, own, size)
         first = own
+
+
+def _concat(writer: _Writer, node: Node, shapes: list[Shape]) -> None:
+    at = writer.places.at[node.name]
+    for name, shape in zip(node.inputs, shapes, strict=True):
+        writer._call("copy", writer._at(name), f"(memory + {at})", prod(shape))
+        at += prod(shape)
 
 
 def _scale(writer: _Writer, node: Node, shapes: list[Shape]) -> None:
@@ -252,10 +282,9 @@ _CASES: Mapping[type, Callable[[_Writer, Node, list[Shape]], None]] = {
     GlobalAvgPool: _global_pool,
     GroupNorm: _group_norm,
     BatchNorm: _batch_norm,
-    ReLU: _pointwise,
-    Hardswish: _pointwise,
-    Hardsigmoid: _pointwise,
+    **dict.fromkeys(_POINTWISE, _pointwise),
     Add: _add,
+    Concat: _concat,
     Scale: _scale,
 }
 

@@ -188,6 +188,49 @@ static void hardsigmoid(const float *x, float *y, int size) {
     for (int i = 0; i < size; i++) y[i] = fminf(fmaxf(x[i] + 3.0f, 0.0f), 6.0f) / 6.0f;
 }
 """,
+    "leaky_relu": """\
+static void leaky_relu(const float *x, float *y, int size, float slope) {
+    for (int i = 0; i < size; i++) y[i] = x[i] > 0.0f ? x[i] : slope * x[i];
+}
+""",
+    "hardtanh": """\
+static void hardtanh(const float *x, float *y, int size, float low, float high) {
+    for (int i = 0; i < size; i++) y[i] = fminf(fmaxf(x[i], low), high);
+}
+""",
+    "sigmoid": """\
+static void sigmoid(const float *x, float *y, int size) {
+    for (int i = 0; i < size; i++) y[i] = 1.0f / (1.0f + expf(-x[i]));
+}
+""",
+    "hyperbolic_tangent": """\
+static void hyperbolic_tangent(const float *x, float *y, int size) {
+    for (int i = 0; i < size; i++) y[i] = tanhf(x[i]);
+}
+""",
+    "silu": """\
+static void silu(const float *x, float *y, int size) {
+    for (int i = 0; i < size; i++) y[i] = x[i] / (1.0f + expf(-x[i]));
+}
+""",
+    "gelu": """\
+static void gelu(const float *x, float *y, int size) {
+    for (int i = 0; i < size; i++) y[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+}
+""",
+    "gelu_tanh": """\
+static void gelu_tanh(const float *x, float *y, int size) {
+    for (int i = 0; i < size; i++) {
+        float inner = 0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+        y[i] = 0.5f * x[i] * (1.0f + tanhf(inner));
+    }
+}
+""",
+    "copy": """\
+static void copy(const float *x, float *y, int size) {
+    for (int i = 0; i < size; i++) y[i] = x[i];
+}
+""",
     "add": """\
 static void add(const float *x, const float *other, float *y, int size) {
     for (int i = 0; i < size; i++) y[i] = x[i] + other[i];

@@ -13,20 +13,28 @@ import numpy as np
 from fedlean.core import Model
 from fedlean.export.window import window
 from fedlean.layers import (
+    GELU,
     Add,
     AvgPool2d,
     BatchNorm,
+    Concat,
     Conv2d,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
     Hardsigmoid,
     Hardswish,
+    Hardtanh,
+    LeakyReLU,
     Linear,
     MaxPool2d,
     ReLU,
     Scale,
     Scaler,
+    Sigmoid,
+    SiLU,
+    Tanh,
 )
 from fedlean.normalisation import Normalisation
 from fedlean.spec import INPUT, Node
@@ -171,6 +179,20 @@ def _batch_norm(graph: _Graph, node: Node, inputs: list[str]) -> None:
     graph.operator("BatchNormalization", inputs + tensors, node.name, epsilon=layer.eps)
 
 
+def _hardtanh(graph: _Graph, node: Node, inputs: list[str]) -> None:
+    layer: Any = node.layer
+    ends = [
+        graph.tensor(f"{node.name}.{key}", np.array(getattr(layer, key), np.float32))
+        for key in ("low", "high")
+    ]
+    graph.operator("Clip", inputs + ends, node.name)
+
+
+def _silu(graph: _Graph, node: Node, inputs: list[str]) -> None:
+    graph.operator("Sigmoid", inputs, f"{node.name}.gate")
+    graph.operator("Mul", [*inputs, f"{node.name}.gate"], node.name)
+
+
 def _named(kind: str, **settings: Any) -> Callable[[_Graph, Node, list[str]], None]:
     def write(graph: _Graph, node: Node, inputs: list[str]) -> None:
         graph.operator(kind, inputs, node.name, **settings)
@@ -179,7 +201,8 @@ def _named(kind: str, **settings: Any) -> Callable[[_Graph, Node, list[str]], No
 
 
 def _scale(graph: _Graph, node: Node, inputs: list[str]) -> None:
-    axes = graph.tensor("axes.2.3", np.array([2, 3], np.int64))
+    sides = len(graph.model.spec.shapes[inputs[0]]) - 1  # of an image two, of a signal one
+    axes = graph.tensor(f"axes.{sides}", np.arange(2, 2 + sides))
     graph.operator("Unsqueeze", [inputs[1], axes], f"{node.name}.gate")
     graph.operator("Mul", [inputs[0], f"{node.name}.gate"], node.name)
 
@@ -196,8 +219,23 @@ _CASES: Mapping[type, Callable[[_Graph, Node, list[str]], None]] = {
     Hardswish: _named("HardSwish"),
     Hardsigmoid: _named("HardSigmoid", alpha=1 / 6, beta=0.5),
     Flatten: _named("Flatten"),
-    Scaler: _named("Identity"),  # it works in training only
+    Scaler: _named("Identity"),  # it works in training only, as dropout does
+    Dropout: _named("Identity"),
     Add: _named("Sum"),
+    Concat: _named("Concat", axis=1),
+    LeakyReLU: lambda graph, node, inputs: graph.operator(
+        "LeakyRelu", inputs, node.name, alpha=getattr(node.layer, "slope", 0.0)
+    ),
+    Hardtanh: _hardtanh,
+    Sigmoid: _named("Sigmoid"),
+    Tanh: _named("Tanh"),
+    SiLU: _silu,
+    GELU: lambda graph, node, inputs: graph.operator(
+        "Gelu",
+        inputs,
+        node.name,
+        approximate="tanh" if getattr(node.layer, "tanh", False) else "none",
+    ),
     Scale: _scale,
 }
 

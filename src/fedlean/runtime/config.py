@@ -33,7 +33,7 @@ _MOST = {  # far beyond what a machine can do, so that no sum of them is beyond 
     "final_eval_examples": 1 << 31,
     "personalize": 1 << 31,
 }
-_LISTS = {"target_accuracy", "mean", "deviation"}
+LISTS = {"target_accuracy", "mean", "deviation"}
 MAX_SEED = (1 << 63) - 1
 _BESIDE = (  # the run's, not its user's
     "format",
@@ -172,7 +172,7 @@ def read_document(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         written = document["format"]
         own = {name: value for name, value in document.items() if name not in _BESIDE}
         if written == FORMAT:
-            for name in _LISTS & own.keys():
+            for name in LISTS & own.keys():
                 own[name] = tuple(own[name])
             for name in ("environment", "spec"):
                 if not isinstance(document[name], dict):
@@ -224,7 +224,7 @@ def checked_types(config: RunConfig) -> RunConfig:
     for name, hint in typing.get_type_hints(RunConfig).items():
         if not _is_a(getattr(config, name), hint):
             raise TypeError(f"{name} is {getattr(config, name)!r:.60}")
-    for name in _LISTS:
+    for name in LISTS:
         if not all(_is_a(value, float) for value in getattr(config, name)):
             raise TypeError(f"{name} is {getattr(config, name)!r:.60}")
     for name, value in config.settings.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlean.core import Scalar
-from fedlean.runtime.config import RunConfig, check, checked_types, user_settings
+from fedlean.runtime.config import LISTS, RunConfig, check, checked_types, user_settings
 from fedlean.runtime.method import (
     Method,
     Settings,
@@ -56,6 +56,6 @@ def _plain(key: str, value: Any) -> Any:
     """As JSON has it: no paths, and what cannot change."""
     if isinstance(value, Path):
         return str(value)
-    if key == "target_accuracy" and isinstance(value, int | float):
+    if key in LISTS and isinstance(value, int | float):
         return (float(value),)
     return tuple(value) if isinstance(value, list) else value
