@@ -27,12 +27,24 @@ def blocks(language: str) -> list:
     ]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code):
+def python_pages() -> list:
+    """All blocks of a page, which follow each other."""
+    pages = [(page, BLOCK.findall(page.read_text())) for page in PAGES]
+    codes = [(page, [code for kind, code in found if kind == "python"]) for page, found in pages]
+    return [
+        pytest.param(codes_of, id=f"{page.parent.name}-{page.name}")
+        for page, codes_of in codes
+        if codes_of
+    ]
+
+
+@pytest.mark.parametrize("codes", python_pages())
+def test_python_runs(codes):
     module = types.ModuleType("docs_block")
     sys.modules["docs_block"] = module  # dataclasses look their module up
     try:
-        exec(compile(code, "<docs>", "exec"), module.__dict__)
+        for code in codes:
+            exec(compile(code, "<docs>", "exec"), module.__dict__)
     finally:
         del sys.modules["docs_block"]
 

@@ -72,8 +72,7 @@ def test_two_nodes_with_tables_of_their_own(superlink, app, tmp_path: Path):
     start(local, tmp_path / "local", How())
     assert same(model(out), model(tmp_path / "local"))
     one, other = (
-        json.loads((folder / "config.json").read_text())["data"]
-        for folder in (out, tmp_path / "local")
+        json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "local")
     )
     assert one["normalisation"] == other["normalisation"]
     summary = json.loads((out / "summary.json").read_text())
