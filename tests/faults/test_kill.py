@@ -23,8 +23,8 @@ from fedlean import cli
 pytestmark = pytest.mark.slow
 ROUNDS = 100
 PROGRAM = (
-    "import sys, fedlean.runtime.run as run; from fedlean import cli; "
-    "run.CHECKPOINT_SECONDS = (float(sys.argv[1]),) * 2; cli.main(sys.argv[2:])"
+    "import sys, fedlean.runtime.going as going; from fedlean import cli; "
+    "going.CHECKPOINT_SECONDS = (float(sys.argv[1]),) * 2; cli.main(sys.argv[2:])"
 )
 RNG = np.random.default_rng()
 
@@ -233,7 +233,7 @@ def test_interrupted_before_anything_was_written(tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedlean.runtime.run.with_inputs", interrupt)
+    monkeypatch.setattr("fedlean.runtime.prepared.with_inputs", interrupt)
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments(tmp_path / "run"))
     assert stopped.value.code == 130

@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_its_first_stage(tmp_path, monkeypatch, capsys, metho
     folder, settings = tmp_path / "run", [own.get(method, "lr=0.05")]
     settings += ["density=0.5", "prune_steps=2"] if masked else []
     with monkeypatch.context() as patch:
-        patch.setattr("fedlean.runtime.run.CHECKPOINT_SECONDS", (0.0, 0.0))
+        patch.setattr("fedlean.runtime.going.CHECKPOINT_SECONDS", (0.0, 0.0))
         patch.setattr("fedlean.runtime.keeper.save_checkpoint", save)
         quick = [*QUICK, "--rounds", "4", "--set", *settings]
         cli.main(["run", method, *quick, "--out", str(folder)])
