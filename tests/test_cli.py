@@ -848,3 +848,11 @@ def test_settings_of_ones_own_method(own, refuses):
 def test_a_failing_client_is_one_line(own, fails, tmp_path):
     line = fails("run", f"{own}:broken", "--out", str(tmp_path / "run"))
     assert "round 1 (train), client 0, seed " in line and "IndexError: no such layer" in line
+
+
+def test_options_hold_where_pydantic_checks_them(tmp_path):
+    """Cyclopts has it check the options in a process that has loaded it, as Flower's does."""
+    pytest.importorskip("pydantic")
+    options = ["--rounds", "1", "--clients", "2", "--out", str(tmp_path / "run")]
+    cli.main(["run", "fedavg", *options])
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -21,17 +21,19 @@ def _optional(read: Any) -> Any:
 # Where the text of an option is more than its type says.
 _READ: dict[str, Any] = {
     "max_update_norm": _optional(Norm),
-    "start": _optional(Place),
+    "start": Place,
     "start_weights": Literal[get_args(Weights)],
 }
 
 
-def _option(name: str, hint: Any, help: str) -> Any:
+def _option(name: str, hint: Any, default: Any, help: str) -> Any:
     """How the command line reads a setting of that type."""
     read = _READ.get(name, hint)
     if typing.get_origin(hint) is tuple:
         many = Parameter(consume_multiple=True, negative=(), help=help)
         return Annotated[list[float] | None, many]
+    if hint is str and not default:
+        read = _optional(read)  # "" is what it is where nothing was said
     if int in (get_args(hint) if isinstance(hint, types.UnionType) else (hint,)):
         read = Whole if hint is int else _optional(Whole)
     return Annotated[read, Parameter(help=help)]
@@ -42,7 +44,7 @@ def _options() -> type:
     found = []
     for name, each in user_settings().items():
         default = None if not each.default and each.default != 0 else each.default
-        option = _option(name, hints[name], each.metadata["help"])
+        option = _option(name, hints[name], default, each.metadata["help"])
         found.append((name, option, field(default=default)))
     made = make_dataclass("RunOptions", found, frozen=True)
     made.__module__ = __name__  # cyclopts takes those of Python's own modules as one value
