@@ -208,13 +208,25 @@ def test_round_seconds_is_never_above_the_linear_model(kept, profile, batch_size
     assert round_seconds(SMALL, kept, profile, **setting) <= min(bound, dense) * (1 + EPS)
 
 
+def sparse_gradients_are_cheaper(kept, profile) -> bool:
+    """Than dense ones, in every layer; for any rates and counts they need not be."""
+    rates = {"conv": profile.sparse_conv_seconds_per_flop}
+    rates["fc"] = profile.sparse_linear_seconds_per_flop
+    return all(
+        kept[name] / SIZES[name] * rates["conv" if name.startswith("conv") else "fc"]
+        <= 1 / profile.dense_flops_per_s
+        for name in kept
+    )
+
+
 @settings(deadline=None, max_examples=100)
 @given(counts, profiles, batches)
 def test_importance_costs_between_a_plain_and_a_dense_step(kept, profile, batch_size):
     plain = step_seconds(SMALL, kept, batch_size, profile)
     with_importance = step_seconds(SMALL, kept, batch_size, profile, importance=True)
     dense = step_seconds(SMALL, {}, batch_size, profile)
-    assert plain <= with_importance * (1 + EPS)
+    if sparse_gradients_are_cheaper(kept, profile):
+        assert plain <= with_importance * (1 + EPS)
     assert with_importance <= dense * (1 + EPS)
     assert step_seconds(SMALL, {}, batch_size, profile, importance=True) == dense
     assert dense == pytest.approx(step_flops(SMALL, {}, batch_size) / profile.dense_flops_per_s)
