@@ -16,7 +16,9 @@ from fedlean.runtime.remote.dispatch import Terms
 Flat = Mapping[str, bool | float | int | str]
 _TERMS = tuple(field.name for field in fields(Terms))
 _OTHERS = ("method", "settings", "out", "state", "accept_changed_data")
-KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *user_settings(), *_TERMS)}
+# A device that trains the finished model for itself needs no server for it.
+_SETTINGS = tuple(name for name in user_settings() if name != "personalize")
+KNOWN = {name.replace("_", "-") for name in (*_OTHERS, *_SETTINGS, *_TERMS)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def server_settings(flat: Flat) -> ServerSettings:
             "run configuration: 'method' and 'out' (a folder of the server) are needed"
         )
     method = str(given["method"])
-    plain = {name: _read(name, given[name]) for name in user_settings() if name in given}
+    plain = {name: _read(name, given[name]) for name in _SETTINGS if name in given}
     plain = {name: value for name, value in plain.items() if value is not None}
     plain.setdefault("clients", CLIENTS)  # who they are is known only when they join
     config = configured(
