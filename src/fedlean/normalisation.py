@@ -31,7 +31,7 @@ class Normalisation:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Network inputs, float32 (B, C, ...), of stored values x of that shape.
 
-        The same bits as `fedlean.data.dataset.Dataset.normalise`.
+        One multiplication and one subtraction in place: a device does this on every batch.
         """
         each = (-1, *(1 for _ in x.shape[2:]))
         out = np.multiply(x, self.factor.reshape(each), dtype=np.float32, order="C")

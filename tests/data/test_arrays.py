@@ -65,7 +65,7 @@ def test_ids_of_any_kind_and_names_that_are_given():
         ({"x": np.where(X > 9, np.nan, X)}, "NaN or infinity"),
         ({"y": Y[:5]}, r"y has shape \(5,\), expected \(12,\)"),
         ({"y": Y + 0.5}, "labels must be classes"),
-        ({"clients": [1, 2]}, r"clients has shape \(2,\)"),
+        ({"clients": [1, 2]}, r"clients has 2 entries, expected 12 as in y"),
         ({"test": (X, Y[:2])}, "the test labels"),
         ({"test": (X,)}, "test has 1 parts"),
         ({"test": 1.5}, "a share in"),

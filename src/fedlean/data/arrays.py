@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlean.data.columns import client_numbers, flat
 from fedlean.data.dataset import Dataset
 from fedlean.data.labels import classes_of
 from fedlean.data.stratify import stratified_sample
@@ -27,7 +28,9 @@ def from_arrays(
 ) -> Dataset:
     """See `Dataset.from_arrays`."""
     x, y = _examples("x", x), np.asarray(y)
-    ids = None if clients is None else _numbered(np.asarray(clients), len(x))
+    ids = None
+    if clients is not None:
+        ids = client_numbers(flat("clients", np.asarray(clients), len(x)))
     if isinstance(test, tuple | list):
         if len(test) != 2:
             raise ValueError(f"test has {len(test)} parts, expected (x, y) or a share")
@@ -39,7 +42,9 @@ def from_arrays(
             raise ValueError(
                 f"{what} has shape {labels.shape}, expected ({len(some)},): one label per example"
             )
-    names, classes = classes_of(np.concatenate([_flat(y), _flat(y_test)]), class_names)
+    names, classes = classes_of(
+        np.concatenate([flat("y", y), flat("the test labels", y_test)]), class_names
+    )
     train, held = np.arange(len(x)), np.arange(0)
     if isinstance(test, float):
         if not 0 < test < 1:
@@ -69,15 +74,3 @@ def _examples(what: str, values: Any) -> np.ndarray:
         )
     with np.errstate(over="ignore"):  # what overflows is refused as infinite
         return array if array.dtype == np.uint8 else array.astype(np.float32)
-
-
-def _flat(labels: np.ndarray) -> np.ndarray:
-    """(n, 1), as Keras has them, is (n,)."""
-    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-
-
-def _numbered(ids: np.ndarray, count: int) -> np.ndarray:
-    """Ids of any kind as int32 from 0, in ascending order of the ids."""
-    if ids.shape != (count,):
-        raise ValueError(f"clients has shape {ids.shape}, expected ({count},): one id per example")
-    return np.unique(ids, return_inverse=True)[1].astype(np.int32)

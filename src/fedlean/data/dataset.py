@@ -20,6 +20,7 @@ import numpy as np
 
 from fedlean.data.labels import MAX_CLASSES, check_class_names, listed, numbered
 from fedlean.data.moments import moments
+from fedlean.normalisation import Normalisation
 
 KEPT = (np.uint8, np.int8, np.int16, np.uint16, np.float32)  # types of examples in memory
 MAX_AXES = 4  # of the array of all examples
@@ -190,13 +191,7 @@ class Dataset:
 
     def normalise(self, x: np.ndarray) -> np.ndarray:
         """(x / scale - mean) / std as float32, for stored examples `x` (B, C, ...)."""
-        # One multiplication and one subtraction in place: a device does this on every batch.
-        each = (-1, *(1 for _ in x.shape[2:]))  # per channel
-        factor = (1 / (np.float64(self.scale) * self.std)).astype(np.float32)
-        shift = (self.mean.astype(np.float64) / self.std).astype(np.float32)
-        out = np.multiply(x, factor.reshape(each), dtype=np.float32, order="C")
-        out -= shift.reshape(each)
-        return out
+        return Normalisation(self.mean, self.std, self.scale)(x)
 
     def _check_class_names(self) -> None:
         if len(self.class_names) != self.classes:
